@@ -1,0 +1,66 @@
+"""The documented model on Tiny Shakespeare: 4 experts, two per character.
+
+  python -m nanomoe.main --config=configs/base.py
+
+2,409,025 parameters (65 characters), 1,355,329 of them used per character.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0
+  config.num_train_steps = 5000
+  config.batch_size = 32
+  config.block_size = 128  # Characters that attention looks back on, at most.
+  config.eval_interval = 250  # Steps. Checkpoints have the same period.
+  config.eval_iters = 200  # Batches; 0: every target of the split, once.
+  config.log_interval = 50
+  # Of matrix products' operands; sums are float32. auto: what this machine
+  # computes fastest.
+  config.precision = 'auto'
+
+  config.data = ConfigDict()
+  config.data.path = ''  # A UTF-8 text; '': Tiny Shakespeare.
+  config.data.fallback = 'pydoc_data.topics'  # Without a network; '': an error.
+
+  config.model = ConfigDict()
+  config.model.d_model = 128
+  config.model.num_layers = 4
+  config.model.num_heads = 4
+  config.model.dropout_rate = 0.1
+
+  config.moe = ConfigDict()
+  config.moe.num_experts = 4
+  config.moe.top_k = 2
+  config.moe.d_ff = 512
+  config.moe.dispatch = 'auto'
+  config.moe.router = ConfigDict({'type': 'TopK'})
+  config.moe.balance = 'documented'
+  config.moe.aux_weight = 0.01
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 3e-4
+  config.optimizer.weight_decay = 0.1
+  config.optimizer.beta1 = 0.9
+  config.optimizer.beta2 = 0.999
+  config.optimizer.schedule = ConfigDict({'type': 'constant'})
+  config.optimizer.clip_norm = 0.0  # Of the whole gradient; 0: never.
+  config.optimizer.decay_mask = 'all'  # matrices: no biases, no norms.
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.keep_latest = 2  # And the best.
+
+  config.callbacks = ConfigDict()
+  config.callbacks.early_stopping = ConfigDict(
+    {'type': 'EarlyStopping', 'patience': 0}
+  )
+  config.callbacks.non_finite = ConfigDict(
+    {'type': 'StopOnNonFinite', 'patience': 10}
+  )
+
+  config.sample = ConfigDict()
+  config.sample.num_tokens = 500  # Generated at the end; 0: none.
+  config.sample.temperature = 0.8
+  return config

@@ -1,0 +1,128 @@
+"""From the command line to a whole, checked config.
+
+Overrides are parsed here and not by ml_collections' flags: all mistakes are
+told at once, a line each, and a spec's own arguments can be given too.
+"""
+
+import ast
+import importlib.util
+import pathlib
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nanomoe import schema
+from trainers.errors import UserError
+
+Override = tuple[str, str]  # key, value: both as given
+
+
+def split_arguments(argv: list[str]) -> tuple[list[str], list[Override]]:
+  """argv without its --config.key=value, and those.
+
+  `--config.key value` is understood too.
+  """
+  rest, overrides = [], []
+  words = iter(argv)
+  for word in words:
+    if word == '--':
+      return [*rest, word, *words], overrides
+    match = re.fullmatch(r'--?config\.([^=]*)(?:=(.*))?', word, re.DOTALL)
+    if not match:
+      rest.append(word)
+      continue
+    key, value = match.groups()
+    if value is None:
+      value = next(words, None)
+    if value is None:
+      raise UserError(f'--config.{key} needs a value: --config.{key}=VALUE')
+    overrides.append((key, value))
+  return rest, overrides
+
+
+def load_file(path: str) -> ConfigDict:
+  """What get_config() of a Python file returns.
+
+  Raises:
+    UserError: there is no such file, or it is no config.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    near = sorted(str(p) for p in file.parent.glob('*.py'))
+    near = [p for p in near if not p.endswith('__init__.py')]
+    hint = f'; there are {", ".join(near[:8])}' if near else ''
+    raise UserError(f'--config={path}: no such file{hint}')
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  if spec is None or spec.loader is None:
+    raise UserError(f'--config={path}: it must be a Python file, name.py')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except (SyntaxError, ImportError) as error:
+    raise UserError(f'--config={path}: {error}') from error
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'--config={path}: it has no function get_config()')
+  config = module.get_config()
+  if not isinstance(config, ConfigDict):
+    raise UserError(f'--config={path}: get_config() must return a ConfigDict')
+  return config
+
+
+def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
+  """A checked copy of `config` with `overrides`; the last of a key holds.
+
+  Raises:
+    UserError: everything that is wrong, with the config and the overrides.
+  """
+  values = config.to_dict()
+  lines = []
+  for key, text in overrides:
+    if not schema.known(key):
+      lines.append(schema.unknown(key))
+      continue
+    try:
+      value = _parse(key, text)
+    except ValueError:
+      field = schema.FIELDS[key]
+      lines.append(f'config.{key}={text!r}: it must be {field.allowed}')
+      continue
+    *sections, name = key.split('.')
+    section = values
+    for part in sections:
+      section = section.setdefault(part, {})
+    if name == 'type' and section.get('type') != value:
+      section.clear()  # The arguments were those of another type.
+    section[name] = value
+  lines += schema.problems(values)
+  if lines:
+    raise UserError(lines)
+  for key, field in schema.FIELDS.items():
+    if field.kind is float:  # 1 is a number, and its place wants a float.
+      *sections, name = key.split('.')
+      section = values
+      for part in sections:
+        section = section[part]
+      section[name] = float(section[name])
+  return ConfigDict(values)
+
+
+def _parse(key: str, text: str) -> Any:
+  """Raises ValueError if `text` is not of the key's type."""
+  if key not in schema.FIELDS:  # An argument of a spec: a literal, or text.
+    if key.endswith('.type'):
+      return text
+    try:
+      return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      return text
+  kind = schema.FIELDS[key].kind
+  if kind is int:
+    try:
+      return int(text)
+    except ValueError:
+      number = float(text)  # 1e4 is an integer too.
+      if not number.is_integer():
+        raise
+      return int(number)
+  return kind(text)

@@ -1,0 +1,1 @@
+"""Texts, tokenizers, and the batches that are cut from them."""

@@ -1,0 +1,179 @@
+"""Where the training text comes from."""
+
+from collections.abc import Callable
+import hashlib
+import importlib
+import logging
+import os
+import pathlib
+import threading
+import time
+from typing import NamedTuple
+import urllib.request
+
+from trainers.errors import UserError
+
+log = logging.getLogger(__name__)
+
+NAME = 'tinyshakespeare'
+FILE = f'{NAME}.txt'
+URL = (
+  'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
+  'tinyshakespeare/input.txt'
+)
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+GIVE_UP_SECONDS = 10
+
+
+class Corpus(NamedTuple):
+  """A text, what it is called, and its SHA-256 in hexadecimal."""
+
+  name: str
+  text: str
+  fingerprint: str
+
+
+def find(path: str, fallback: str) -> Corpus:
+  """The text at `path`; without one, Tiny Shakespeare, or `fallback`.
+
+  Tiny Shakespeare is looked for in $NANOMOE_DATA_DIR, in the user's cache
+  directory, and on the network, in this order.
+
+  Args:
+    path: of a UTF-8 text; given, nothing else is ever used.
+    fallback: a name in `EMBEDDED`, used with a warning; '' allows none.
+
+  Raises:
+    UserError: there is no text, or it is none.
+  """
+  if path:
+    raw = _read_file(path)
+    return Corpus(pathlib.Path(path).name, _decode(path, raw), _sha256(raw))
+  raw = _local_copy() or _downloaded()
+  if raw:
+    return Corpus(NAME, raw.decode(), SHA256)
+  where = (
+    f'Tiny Shakespeare could not be had: there is no intact {FILE} in '
+    f'$NANOMOE_DATA_DIR or in {cache_directory()}, and no network'
+  )
+  if not fallback:
+    raise UserError(
+      f'data.path: {where}; put the file into one of these, or name a text '
+      'with --config.data.path=FILE'
+    )
+  log.warning('WARNING: %s.', where)
+  log.warning('WARNING: training on %s INSTEAD of Tiny Shakespeare.', fallback)
+  text = EMBEDDED[fallback]()
+  return Corpus(fallback, text, _sha256(text.encode()))
+
+
+def cache_directory() -> pathlib.Path:
+  base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(base).expanduser() / 'nanomoe'
+
+
+def _read_file(path: str) -> bytes:
+  file = pathlib.Path(path)
+  if not file.exists():
+    raise UserError(f'data.path={path!r}: no such file')
+  if not file.is_file():
+    kind = 'a directory' if file.is_dir() else 'not a regular file'
+    raise UserError(f'data.path={path!r} is {kind}; it must be a text file')
+  try:
+    raw = file.read_bytes()
+  except OSError as error:
+    raise UserError(f'data.path={path!r}: {error.strerror}') from error
+  if not raw:
+    raise UserError(f'data.path={path!r} is empty')
+  return raw
+
+
+def _decode(path: str, raw: bytes) -> str:
+  try:
+    return raw.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f'data.path={path!r} is not UTF-8: byte {error.start} is '
+      f'0x{raw[error.start]:02x}'
+    ) from error
+
+
+def _sha256(raw: bytes) -> str:
+  return hashlib.sha256(raw).hexdigest()
+
+
+def _local_copy() -> bytes | None:
+  places = [cache_directory()]
+  if os.environ.get('NANOMOE_DATA_DIR'):
+    places.insert(0, pathlib.Path(os.environ['NANOMOE_DATA_DIR']))
+  for place in places:
+    try:
+      raw = (place / FILE).read_bytes()
+    except OSError:
+      continue
+    if _sha256(raw) == SHA256:
+      return raw
+    log.warning(
+      'WARNING: %s is not Tiny Shakespeare (its SHA-256 differs) and is not '
+      'used; to train on it, give --config.data.path',
+      place / FILE,
+    )
+  return None
+
+
+def _downloaded() -> bytes | None:
+  """From `URL` into the cache directory; None if it cannot be had."""
+  log.info('downloading %s', URL)
+  raw = _download(URL)
+  if raw is None:
+    return None
+  if _sha256(raw) != SHA256:
+    log.warning('WARNING: %s is not what it was (its SHA-256 differs)', URL)
+    return None
+  target = cache_directory() / FILE
+  temporary = target.with_name(f'.{FILE}.{os.getpid()}.tmp')
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(raw)
+    os.replace(temporary, target)
+  except OSError as error:  # A cache is a convenience: the bytes are here.
+    log.warning('%s could not be written: %s', target, error)
+  return raw
+
+
+def _download(url: str) -> bytes | None:
+  """None once nothing has arrived for `GIVE_UP_SECONDS`.
+
+  In a thread of its own: looking up a name has no timeout.
+  """
+  chunks: list[bytes] = []
+  done = threading.Event()
+  arrived = [time.monotonic()]
+
+  def read():
+    try:
+      with urllib.request.urlopen(url, timeout=GIVE_UP_SECONDS) as response:
+        while chunk := response.read(1 << 16):
+          chunks.append(chunk)
+          arrived[0] = time.monotonic()
+        done.set()
+    except OSError as error:
+      log.info('no download: %s', error)
+      arrived[0] = -GIVE_UP_SECONDS
+
+  threading.Thread(target=read, daemon=True).start()
+  while not done.wait(0.1):
+    if time.monotonic() - arrived[0] > GIVE_UP_SECONDS:
+      return None
+  raw = b''.join(chunks)
+  log.info('downloaded %d bytes', len(raw))
+  return raw
+
+
+def _pydoc_topics() -> str:
+  """The reference texts that every CPython carries: 0.5M characters."""
+  topics = importlib.import_module('pydoc_data.topics').topics
+  return '\n'.join(topics[name] for name in sorted(topics))
+
+
+EMBEDDED: dict[str, Callable[[], str]] = {'pydoc_data.topics': _pydoc_topics}

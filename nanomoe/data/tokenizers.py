@@ -1,0 +1,48 @@
+"""Text <-> integers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trainers.errors import UserError
+
+
+class Characters:
+  """One token for each distinct character, in the order of code points."""
+
+  def __init__(self, characters: str):
+    self.characters = characters
+    self._codes = np.array([ord(c) for c in characters], np.uint32)
+
+  @classmethod
+  def of(cls, text: str) -> 'Characters':
+    return cls(''.join(sorted(set(text))))
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self.characters)
+
+  def encode(self, text: str) -> np.ndarray:
+    """int32[len(text)].
+
+    Raises:
+      UserError: naming a character that has no token, and its position.
+    """
+    codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+    tokens = np.searchsorted(self._codes, codes)
+    tokens = np.minimum(tokens, self.vocab_size - 1)
+    unknown = np.flatnonzero(self._codes[tokens] != codes)
+    if unknown.size:
+      at = int(unknown[0])
+      raise UserError(
+        f'character {text[at]!r} at position {at} is not in the vocabulary: '
+        f'{self.characters!r}'
+      )
+    return tokens.astype(np.int32)
+
+  def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    return ''.join(self.characters[int(t)] for t in tokens)
+
+  def state_dict(self) -> dict[str, str]:
+    """JSON: what vocabulary.json holds."""
+    return {'type': 'Characters', 'characters': self.characters}

@@ -1,0 +1,198 @@
+"""Tokens -> their experts -> tokens: pure, local functions.
+
+Each takes (x, routing, experts, precision) and returns the weighted sum, for
+each token, of the outputs of its experts. `dense` is the definition.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nanomoe.numerics import dot
+from nanomoe.routers import Routing
+
+
+class Experts(NamedTuple):
+  """Two-layer GELU networks: [experts, rows, d_model] -> the same shape."""
+
+  w_in: Float[Array, 'experts d_model d_ff']
+  b_in: Float[Array, 'experts d_ff']
+  w_out: Float[Array, 'experts d_ff d_model']
+  b_out: Float[Array, 'experts d_model']
+
+  def __call__(
+    self,
+    x: Float[Array, 'experts rows d_model'],
+    weight: Float[Array, 'experts rows'],
+    precision: str,
+  ) -> Float[Array, 'experts rows d_model']:
+    """weight * expert(x).
+
+    The weight goes to the hidden layer: its gradient then needs no output.
+    """
+    hidden = dot('gnd,gdf->gnf', x, self.w_in, precision)
+    hidden = jax.nn.gelu(hidden + self.b_in[:, None], approximate=True)
+    y = dot('gnf,gfd->gnd', hidden * weight[..., None], self.w_out, precision)
+    return y + weight[..., None] * self.b_out[:, None]
+
+
+def dense(
+  x: Float[Array, 'tokens d_model'],
+  routing: Routing,
+  experts: Experts,
+  precision: str,
+) -> Float[Array, 'tokens d_model']:
+  """Every expert for every token, masked: E / K times the work."""
+  num_experts = experts.w_in.shape[0]
+  chosen = routing.expert[..., None] == jnp.arange(num_experts)
+  weight = jnp.sum(chosen * routing.weight[..., None], axis=1)  # [N, E]
+  copies = jnp.broadcast_to(x, (num_experts, *x.shape))
+  return experts(copies, weight.T, precision).sum(axis=0)
+
+
+def dropless(
+  x: Float[Array, 'tokens d_model'],
+  routing: Routing,
+  experts: Experts,
+  precision: str,
+) -> Float[Array, 'tokens d_model']:
+  """Only the chosen experts; no token is dropped, whatever the loads.
+
+  Assignments are sorted by expert into blocks of equal size; an expert's last
+  block is padded. The number of blocks is static and enough for any loads, so
+  that the work is N * K rows plus at most a block for each expert. Gale et al.
+  2022 (MegaBlocks), sec. 4, with dense blocks.
+  """
+  num_tokens, top_k = routing.expert.shape
+  plan = make_plan(routing.expert, experts.w_in.shape[0])
+  rows = _permute(x, plan.token_of_slot, plan.slot)
+  weight = _permute(
+    routing.weight.reshape(-1, 1),
+    plan.assignment_of_slot,
+    plan.slot.reshape(-1, 1),
+  )
+  of_block = Experts(*(_of_block(w, plan.expert_of_block) for w in experts))
+  shape = plan.expert_of_block.shape[0], -1
+  y = of_block(
+    rows.reshape(*shape, x.shape[-1]), weight.reshape(shape), precision
+  )
+  return _permute(
+    y.reshape(-1, x.shape[-1]),
+    plan.slot,
+    plan.token_of_slot[:, None],
+  )
+
+
+class Plan(NamedTuple):
+  """Where `dropless` puts N * K assignments; slots are rows of blocks.
+
+  Attributes:
+    slot: of an assignment; one past the last for padding.
+    token_of_slot: N if nothing is there.
+    assignment_of_slot: token * K + rank of the choice; N * K if nothing.
+    expert_of_block: whose rows a block holds.
+  """
+
+  slot: Int[Array, 'tokens k']
+  token_of_slot: Int[Array, ' slots']
+  assignment_of_slot: Int[Array, ' slots']
+  expert_of_block: Int[Array, ' blocks']
+
+
+def block_size(num_assignments: int, num_experts: int) -> int:
+  """Rows of a block: an eighth of an even load, to a power of 2 in 8..512.
+
+  Padding is then an eighth of the work at most, half of it in expectation,
+  and products are as large as that allows.
+  """
+  eighth = max(num_assignments // (8 * num_experts), 8)
+  return min(1 << (eighth.bit_length() - 1), 512)
+
+
+def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
+  """Sorts by counting: an assignment's rank is how many came before it."""
+  num_tokens, top_k = expert.shape
+  num_assignments = num_tokens * top_k
+  size = block_size(num_assignments, num_experts)
+  # sum_e ceil(n_e / size) is at most this, for all n with sum n_e = N * K.
+  num_blocks = (num_assignments + num_experts * (size - 1)) // size
+  num_slots = num_blocks * size
+
+  flat = expert.reshape(-1)
+  chosen = (flat[:, None] == jnp.arange(num_experts)).astype(jnp.int32)
+  running = jnp.cumsum(chosen, axis=0)
+  blocks = -(-running[-1] // size)  # Of each expert.
+  end = jnp.cumsum(blocks)
+  first_slot = (end - blocks) * size
+  slot = jnp.sum(chosen * (first_slot + running - 1), axis=1)
+  slot = jnp.where(flat < num_experts, slot, num_slots)
+  assignment_of_slot = (
+    jnp.full((num_slots,), num_assignments, jnp.int32)
+    .at[slot]
+    .set(
+      jnp.arange(num_assignments, dtype=jnp.int32),
+      mode='drop',
+      unique_indices=True,
+    )
+  )
+  expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= end, axis=1)
+  return Plan(
+    slot=slot.reshape(expert.shape),
+    token_of_slot=assignment_of_slot // top_k,
+    assignment_of_slot=assignment_of_slot,
+    expert_of_block=jnp.minimum(expert_of_block, num_experts - 1),
+  )
+
+
+@jax.custom_vjp
+def _permute(x, index, inverse):
+  """y[i] = x[index[i]], summed over a second axis of `index`; 0 past the end.
+
+  `inverse` says where a row of x went, as `index` says where one of y is from;
+  so the gradient is a gather too, where a scatter-add would be serial.
+  """
+  del inverse
+  rows = jnp.take(x, index, axis=0, mode='fill', fill_value=0)
+  return rows if index.ndim == 1 else rows.sum(axis=1)
+
+
+def _permute_forward(x, index, inverse):
+  return _permute(x, index, inverse), (index, inverse)
+
+
+def _permute_backward(residuals, g):
+  index, inverse = residuals
+  return _permute(g, inverse, index), None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+@jax.custom_vjp
+def _of_block(w, expert_of_block):
+  """w[expert_of_block]; its gradient is a product, not a scatter-add."""
+  return w[expert_of_block]
+
+
+def _of_block_forward(w, expert_of_block):
+  return w[expert_of_block], (expert_of_block, w.shape[0])
+
+
+def _of_block_backward(residuals, g):
+  expert_of_block, num_experts = residuals
+  own = jax.nn.one_hot(expert_of_block, num_experts, dtype=g.dtype)
+  summed = dot('be,bx->ex', own, g.reshape(g.shape[0], -1), 'float32')
+  return summed.reshape(num_experts, *g.shape[1:]), None
+
+
+_of_block.defvjp(_of_block_forward, _of_block_backward)
+
+
+DISPATCH = {'dense': dense, 'dropless': dropless}
+
+
+def resolve_dispatch(dispatch: str) -> str:
+  """'auto' -> the fastest that drops no token; others as they are."""
+  return 'dropless' if dispatch == 'auto' else dispatch

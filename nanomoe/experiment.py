@@ -1,0 +1,217 @@
+"""The composition root: where model, trainer and config meet."""
+
+import functools
+import logging
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from nanomoe import callbacks as text_callbacks
+from nanomoe import dispatch, numerics, optimizers, provenance, schema, workdir
+from nanomoe.data import corpus as corpus_lib
+from nanomoe.data.tokenizers import Characters
+from nanomoe.data.windows import Windows
+from nanomoe.model import Attention, Block, Transformer
+from nanomoe.moe import MoE
+from nanomoe.routers import ROUTERS
+from nanomoe.task import LanguageModel
+from trainers import callbacks, spec
+from trainers.checkpoint import Checkpointer
+from trainers.errors import UserError
+from trainers.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+TRAIN_SHARE = 0.9  # Of the text; the rest is the validation split.
+
+
+def build(config: ConfigDict, directory: pathlib.Path) -> Trainer:
+  """The trainer that `config` describes; `.fit()` runs it.
+
+  Writes config.json, with what is decided here, and vocabulary.json.
+
+  Raises:
+    UserError: what is wrong with the config, the data or the directory.
+  """
+  if lines := schema.problems(config):
+    raise UserError(lines)
+  config = decide(config)
+  corpus = corpus_lib.find(config.data.path, config.data.fallback)
+  tokenizer = Characters.of(corpus.text)
+  tokens = tokenizer.encode(corpus.text)
+  dataset = build_dataset(config, tokens)
+  task = build_task(config, tokenizer.vocab_size)
+  optimizer, schedule = optimizers.build(
+    config.optimizer, config.num_train_steps
+  )
+  batch = dataset.train_batch(0, slice(0, config.batch_size))
+  params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+  facts = {
+    'corpus': {
+      'name': corpus.name,
+      'sha256': corpus.fingerprint,
+      'num_characters': len(corpus.text),
+      'vocab_size': tokenizer.vocab_size,
+    },
+    **count_params(params, config),
+    **provenance.facts(),
+  }
+  trainer = Trainer(
+    task,
+    dataset,
+    optimizer,
+    schedule=schedule,
+    seed=config.seed,
+    num_train_steps=config.num_train_steps,
+    batch_size=config.batch_size,
+    log_interval=config.log_interval,
+    callbacks=build_callbacks(config, tokenizer, tokens, facts),
+    checkpointer=Checkpointer(
+      directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
+    ),
+    workdir=directory,
+  )
+  workdir.write_json(directory / 'config.json', config.to_dict())
+  workdir.write_json(directory / 'vocabulary.json', tokenizer.state_dict())
+  log.info(
+    'corpus: %s, %s characters, %d distinct, sha256 %s',
+    corpus.name,
+    f'{len(corpus.text):,}',
+    tokenizer.vocab_size,
+    corpus.fingerprint[:16],
+  )
+  log.info(
+    'model: %s parameters, %s of them active for a token; %s dispatch, '
+    '%s products, on %s',
+    f'{facts["num_params"]:,}',
+    f'{facts["num_active_params"]:,}',
+    config.moe.dispatch,
+    config.precision,
+    ', '.join(facts['devices']),
+  )
+  return trainer
+
+
+def decide(config: ConfigDict) -> ConfigDict:
+  """A copy without 'auto': what a resumed run must find decided."""
+  config = config.copy_and_resolve_references()
+  config.precision = numerics.resolve_precision(config.precision)
+  config.moe.dispatch = dispatch.resolve_dispatch(config.moe.dispatch)
+  if config.data.path:
+    config.data.path = os.path.abspath(config.data.path)
+  return config
+
+
+def build_dataset(config: ConfigDict, tokens: np.ndarray) -> Windows:
+  num_train = int(len(tokens) * TRAIN_SHARE)
+  return Windows(
+    {'train': tokens[:num_train], 'val': tokens[num_train:]},
+    seed=config.seed,
+    batch_size=config.batch_size,
+    block_size=config.block_size,
+    eval_iters=config.eval_iters,
+  )
+
+
+def build_task(config: ConfigDict, vocab_size: int) -> LanguageModel:
+  model, moe = config.model, config.moe
+  router = functools.partial(
+    spec.build,
+    'moe.router',
+    moe.router.to_dict(),
+    ROUTERS,
+    num_experts=moe.num_experts,
+    top_k=moe.top_k,
+    balance=moe.balance,
+  )
+  attention = functools.partial(
+    Attention,
+    num_heads=model.num_heads,
+    dropout_rate=model.dropout_rate,
+    precision=config.precision,
+    name='attention',
+  )
+  feed_forward = functools.partial(
+    MoE,
+    router=functools.partial(router, name='router'),
+    num_experts=moe.num_experts,
+    d_ff=moe.d_ff,
+    dispatch=moe.dispatch,
+    precision=config.precision,
+    name='moe',
+  )
+  transformer = Transformer(
+    vocab_size=vocab_size,
+    block_size=config.block_size,
+    d_model=model.d_model,
+    num_layers=model.num_layers,
+    dropout_rate=model.dropout_rate,
+    block=functools.partial(
+      Block,
+      attention=attention,
+      feed_forward=feed_forward,
+      dropout_rate=model.dropout_rate,
+    ),
+    precision=config.precision,
+  )
+  return LanguageModel(transformer, moe.aux_weight, moe.balance)
+
+
+def build_callbacks(
+  config: ConfigDict,
+  tokenizer: Characters,
+  tokens: np.ndarray,
+  facts: dict[str, Any],
+) -> list[callbacks.Callback]:
+  """In the order in which they are called."""
+  tokens_per_step = config.batch_size * config.block_size
+  plugins = [
+    spec.build(
+      f'callbacks.{name}', config.callbacks[name].to_dict(), vars(callbacks)
+    )
+    for name in config.callbacks
+  ]
+  return [
+    callbacks.ParameterOverview(),
+    callbacks.Progress(tokens_per_step),
+    callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
+    *plugins,
+    callbacks.Checkpoints(config.eval_interval),
+    text_callbacks.TextSample(
+      tokenizer,
+      prompt=[int(tokens[0])],
+      block_size=config.block_size,
+      seed=config.seed,
+      **config.sample.to_dict(),
+    ),
+    callbacks.Result(
+      facts,
+      tokens_per_step,
+      monitor='cross_entropy',
+      val_metrics={'val_bits_per_char': 'bits_per_char'},
+    ),
+  ]
+
+
+def count_params(params: Any, config: ConfigDict) -> dict[str, int]:
+  """All parameters, and those that one token meets: top_k experts a layer."""
+  sizes = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  total = sum(sizes.values())
+  experts = sum(
+    n
+    for name, n in sizes.items()
+    if name.rpartition('.')[2] in ('w_in', 'b_in', 'w_out', 'b_out')
+  )
+  idle = experts * (config.moe.num_experts - config.moe.top_k)
+  return {
+    'num_params': total,
+    'num_active_params': total - idle // config.moe.num_experts,
+  }

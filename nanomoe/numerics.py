@@ -1,0 +1,96 @@
+"""The one seam for every matrix product, and the precision it runs in."""
+
+import functools
+import pathlib
+
+import jax
+from jax.experimental import layout
+import jax.numpy as jnp
+
+PRECISIONS = ('float32', 'bfloat16')
+
+# CPUs whose matrix units multiply bfloat16 and add float32.
+_BFLOAT16_FLAGS = {'amx_bf16', 'avx512_bf16'}
+
+
+def resolve_precision(precision: str) -> str:
+  """'auto' -> what this machine multiplies fastest; others as they are."""
+  if precision != 'auto':
+    return precision
+  if jax.default_backend() != 'cpu':
+    return 'bfloat16'
+  return 'bfloat16' if _BFLOAT16_FLAGS & _cpu_flags() else 'float32'
+
+
+def _cpu_flags() -> set[str]:
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:  # Not Linux: unknown, so the safe answer.
+    return set()
+  return set(next((x for x in lines if x.startswith('flags')), '').split())
+
+
+def dot(
+  subscripts: str, x: jax.Array, w: jax.Array, precision: str
+) -> jax.Array:
+  """einsum of two operands; its result, and its gradients, are float32.
+
+  Args:
+    subscripts: such as 'nd,df->nf'. Each index is in two of the three terms.
+    x: any shape.
+    w: any shape.
+    precision: 'bfloat16' rounds operands (also the gradient's) to 8 bits of
+      mantissa, and adds in float32; 'float32' rounds nothing.
+  """
+  if precision == 'float32':
+    return jnp.einsum(subscripts, x, w, preferred_element_type=jnp.float32)
+  return _dot_bfloat16(subscripts, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot_bfloat16(subscripts, x, w):
+  return _einsum_bfloat16(subscripts, x, w)
+
+
+def _einsum_bfloat16(subscripts, x, w):
+  x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+  return jnp.einsum(subscripts, x, w, preferred_element_type=jnp.float32)
+
+
+def _forward(subscripts, x, w):
+  # Rounded once: the backward pass needs no other copy.
+  x16, w16 = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+  y = _einsum_bfloat16(subscripts, x16, w16)
+  return y, (x16, w16, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
+
+
+def _backward(subscripts, residuals, g):
+  x, w, x_like, w_like = residuals
+  operands, out = subscripts.split('->')
+  x_index, w_index = operands.split(',')
+  g = g.astype(jnp.bfloat16)
+  dx = _einsum_bfloat16(f'{out},{w_index}->{x_index}', g, w)
+  # XLA's fast product on CPUs wants the left operand summed over its last
+  # axis. Here both come summed over their rows, so one is transposed, for
+  # real: without a layout XLA folds the transposition back.
+  lone = next(i for i in w_index if (i in x_index) != (i in out))
+  left, right = (x_index, x), (out, g)
+  if lone not in x_index:
+    left, right = right, left
+  summed = [i for i in left[0] if i not in w_index]
+  order = [*(i for i in w_index if i in left[0]), *summed]
+  rows = _row_major(left[1].transpose([left[0].index(i) for i in order]))
+  dw = _einsum_bfloat16(
+    f'{"".join(order)},{right[0]}->{w_index}', rows, right[1]
+  )
+  return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+  if jax.default_backend() != 'cpu':
+    return x
+  order = tuple(range(x.ndim))
+  return layout.with_layout_constraint(x, layout.Layout(major_to_minor=order))
+
+
+_dot_bfloat16.defvjp(_forward, _backward)

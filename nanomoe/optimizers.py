@@ -1,0 +1,120 @@
+"""Optax chains and learning-rate schedules, from config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from trainers import spec
+
+
+def constant(learning_rate: float) -> optax.Schedule:
+  return optax.constant_schedule(learning_rate)
+
+
+def warmup_cosine(
+  learning_rate: float,
+  num_train_steps: int,
+  warmup_steps: int = 100,
+  final_fraction: float = 0.1,
+) -> optax.Schedule:
+  """Linear from 0, then half a cosine to final_fraction * learning_rate."""
+  return optax.warmup_cosine_decay_schedule(
+    0.0,
+    learning_rate,
+    warmup_steps,
+    max(num_train_steps, warmup_steps + 1),
+    end_value=final_fraction * learning_rate,
+  )
+
+
+def linear(
+  learning_rate: float,
+  num_train_steps: int,
+  warmup_steps: int = 100,
+  final_fraction: float = 0.0,
+) -> optax.Schedule:
+  """Linear from 0, then linear to final_fraction * learning_rate."""
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, learning_rate, warmup_steps),
+      optax.linear_schedule(
+        learning_rate,
+        final_fraction * learning_rate,
+        max(num_train_steps - warmup_steps, 1),
+      ),
+    ],
+    [warmup_steps],
+  )
+
+
+def wsd(
+  learning_rate: float,
+  num_train_steps: int,
+  warmup_steps: int = 100,
+  decay_steps: int = 1000,
+  final_fraction: float = 0.0,
+) -> optax.Schedule:
+  """Warm-up, stable, decay: linear, constant, linear. Hu et al. 2024."""
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, learning_rate, warmup_steps),
+      optax.constant_schedule(learning_rate),
+      optax.linear_schedule(
+        learning_rate, final_fraction * learning_rate, decay_steps
+      ),
+    ],
+    [warmup_steps, max(num_train_steps - decay_steps, warmup_steps)],
+  )
+
+
+SCHEDULES = {
+  'constant': constant,
+  'warmup_cosine': warmup_cosine,
+  'linear': linear,
+  'wsd': wsd,
+}
+
+
+def _matrices(params: Any) -> Any:
+  """True for what multiplies: not for biases, norms' scales or embeddings."""
+
+  def is_matrix(path, leaf):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return leaf.ndim >= 2 and not name.startswith('b_') and (
+      'embedding' not in name
+    )
+
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+DECAY_MASKS = {'all': None, 'matrices': _matrices}
+
+
+def build(
+  config: Mapping[str, Any], num_train_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """AdamW (Loshchilov and Hutter 2019) as `config.optimizer` says.
+
+  Raises:
+    UserError: the schedule is unknown, or has other arguments.
+  """
+  schedule = spec.build(
+    'optimizer.schedule',
+    config['schedule'],
+    SCHEDULES,
+    learning_rate=config['learning_rate'],
+    num_train_steps=num_train_steps,
+  )
+  adamw = optax.adamw(
+    schedule,
+    b1=config['beta1'],
+    b2=config['beta2'],
+    weight_decay=config['weight_decay'],
+    mask=DECAY_MASKS[config['decay_mask']],
+  )
+  if not config['clip_norm']:
+    return adamw, schedule
+  clip = optax.clip_by_global_norm(config['clip_norm'])
+  return optax.chain(clip, adamw), schedule

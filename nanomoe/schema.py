@@ -1,0 +1,166 @@
+"""Every config key: its type, what is allowed, what it means."""
+
+from collections.abc import Iterator, Mapping
+import math
+from typing import Any, NamedTuple
+
+from trainers.spec import did_you_mean
+
+
+class Field(NamedTuple):
+  """Of a number: low <= value, and value < below."""
+
+  kind: type
+  meaning: str
+  low: float | None = None
+  below: float | None = None
+  choices: tuple[str, ...] = ()
+
+  @property
+  def allowed(self) -> str:
+    if self.choices:
+      return f'one of {", ".join(map(repr, self.choices))}'
+    noun = {int: 'an integer', float: 'a number', str: 'a text'}[self.kind]
+    bounds = [] if self.low is None else [f'>= {self.low:g}']
+    bounds += [] if self.below is None else [f'< {self.below:g}']
+    return f'{noun} {" and ".join(bounds)}'.strip()
+
+
+FIELDS: dict[str, Field] = {
+  'seed': Field(int, 'of parameters, batches and dropout', 0, 2**32),
+  'num_train_steps': Field(int, 'updates', 1),
+  'batch_size': Field(int, 'windows in an update', 1),
+  'block_size': Field(int, 'tokens in a window', 1),
+  'eval_interval': Field(int, 'steps between evaluations, checkpoints', 1),
+  'eval_iters': Field(int, 'batches to evaluate on; 0: the whole split', 0),
+  'log_interval': Field(int, 'steps between progress lines', 1),
+  'precision': Field(
+    str, 'of matrix products', choices=('auto', 'float32', 'bfloat16')
+  ),
+  'data.path': Field(str, "a UTF-8 text; '': Tiny Shakespeare"),
+  'data.fallback': Field(
+    str,
+    "the text where Tiny Shakespeare cannot be had; '': an error",
+    choices=('pydoc_data.topics', ''),
+  ),
+  'model.d_model': Field(int, 'width of the residual stream', 1),
+  'model.num_layers': Field(int, 'blocks', 1),
+  'model.num_heads': Field(int, 'of attention; a divisor of d_model', 1),
+  'model.dropout_rate': Field(float, 'of every dropout', 0, 1),
+  'moe.num_experts': Field(int, 'experts in a layer', 1),
+  'moe.top_k': Field(int, 'experts for a token', 1),
+  'moe.d_ff': Field(int, "width of an expert's hidden layer", 1),
+  'moe.dispatch': Field(
+    str, 'how tokens reach experts', choices=('auto', 'dense', 'dropless')
+  ),
+  'moe.balance': Field(
+    str, 'definition of the balance loss', choices=('documented', 'mean')
+  ),
+  'moe.aux_weight': Field(float, 'of the balance loss', 0),
+  'optimizer.learning_rate': Field(float, 'at its highest', 0),
+  'optimizer.weight_decay': Field(float, 'decoupled', 0),
+  'optimizer.beta1': Field(float, 'of the first moment', 0, 1),
+  'optimizer.beta2': Field(float, 'of the second moment', 0, 1),
+  'optimizer.clip_norm': Field(float, 'of the gradient; 0: never', 0),
+  'optimizer.decay_mask': Field(
+    str, 'what weight decay applies to', choices=('all', 'matrices')
+  ),
+  'checkpoint.keep_latest': Field(int, 'checkpoints, beside the best', 1),
+  'sample.num_tokens': Field(int, 'generated at the end; 0: none', 0),
+  'sample.temperature': Field(float, 'of the sample; 0: the likeliest', 0),
+}
+
+# Sections with a `type`: their other keys are arguments of what it names.
+SPECS = {
+  'moe.router': 'which experts a token goes to',
+  'optimizer.schedule': 'learning rate over steps',
+}
+# Any number of specs, by any name.
+SPEC_GROUPS = {'callbacks': 'what else happens while training'}
+
+
+def spec_of(key: str) -> str | None:
+  """The spec that `key` is an argument (or the type) of, if it is."""
+  section, _, _ = key.rpartition('.')
+  in_group = section.count('.') == 1 and section.split('.')[0] in SPEC_GROUPS
+  return section if section in SPECS or in_group else None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple]:
+  """(dotted key, value) of every leaf."""
+  for key, value in config.items():
+    if isinstance(value, Mapping) or hasattr(value, 'to_dict'):
+      yield from flatten(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value
+
+
+def problems(config: Mapping[str, Any]) -> list[str]:
+  """Everything that is wrong with `config`, a line each."""
+  flat = dict(flatten(config))
+  lines = [unknown(key) for key in flat if not known(key)]
+  lines += [
+    f'{key} is missing: {field.meaning}; {field.allowed}'
+    for key, field in FIELDS.items()
+    if key not in flat
+  ]
+  specs = {*SPECS, *(s for k in flat if (s := spec_of(k)) is not None)}
+  lines += [
+    f'{spec}.type is missing: the name of a class, or its import path'
+    for spec in sorted(specs)
+    if not isinstance(flat.get(f'{spec}.type'), str)
+  ]
+  for key, field in FIELDS.items():
+    if key in flat and (reason := _violation(field, flat[key])):
+      lines.append(f'{key}={flat[key]!r}: {reason}')
+  if lines:
+    return lines  # What follows compares values that must be sound.
+  if flat['moe.top_k'] > flat['moe.num_experts']:
+    lines.append(
+      f'moe.top_k={flat["moe.top_k"]} is more than '
+      f'moe.num_experts={flat["moe.num_experts"]}'
+    )
+  if flat['model.d_model'] % flat['model.num_heads']:
+    lines.append(
+      f'model.num_heads={flat["model.num_heads"]} does not divide '
+      f'model.d_model={flat["model.d_model"]}'
+    )
+  return lines
+
+
+def known(key: str) -> bool:
+  return key in FIELDS or spec_of(key) is not None
+
+
+def unknown(key: str) -> str:
+  names = [*FIELDS, *(f'{s}.type' for s in SPECS)]
+  sections = {name.rpartition('.')[0] for name in names} - {''}
+  if key in sections or key in SPEC_GROUPS:
+    inside = [n for n in names if n.startswith(f'{key}.')]
+    return f'config.{key} is a section; its keys are {", ".join(inside)}'
+  hint = did_you_mean(key, names)
+  if not hint:  # The right name in the wrong section.
+    last = key.rpartition('.')[2]
+    close = [n for n in names if n.rpartition('.')[2] == last]
+    hint = f' Did you mean {close[0]!r}?' if close else ''
+  return f'config.{key} is no key of the config.{hint}'
+
+
+def _violation(field: Field, value: Any) -> str | None:
+  """What is wrong with `value`, or None."""
+  wrong = f'it must be {field.allowed}'
+  if field.kind is float and type(value) is int:
+    value = float(value)
+  if type(value) is not field.kind:
+    return wrong
+  if field.choices and value not in field.choices:
+    return wrong + did_you_mean(str(value), field.choices)
+  if field.kind is str:
+    return None
+  if not math.isfinite(value):
+    return wrong
+  if field.low is not None and value < field.low:
+    return wrong
+  if field.below is not None and value >= field.below:
+    return wrong
+  return None

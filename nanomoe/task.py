@@ -1,0 +1,89 @@
+"""Language modelling as a `trainers.task.Task`."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from nanomoe.routers import BALANCE
+from trainers.metrics import Mean
+from trainers.task import Aux, Batch, Total
+
+
+class LanguageModel:
+  """Next-token cross-entropy, plus the routers' weighted balance loss.
+
+  Batches: inputs and targets int32[B, T]; weights float32[B, T], 0 for padding.
+
+  Args:
+    model: a module (tokens, mask, train) -> (logits, MoEAux).
+    aux_weight: of the balance loss.
+    balance: how it is joined over layers: a name in routers.BALANCE.
+  """
+
+  def __init__(self, model: nn.Module, aux_weight: float, balance: str):
+    self.model = model
+    self.aux_weight = aux_weight
+    self.balance = balance
+
+  def init(self, key: jax.Array, batch: Batch) -> tuple[Any, Any]:
+    inputs = batch['inputs'][:1]
+    mask = jnp.ones(inputs.shape, bool)
+    return self.model.init(key, inputs, mask, train=False)['params'], {}
+
+  def logits(self, params: Any, tokens: Int[Array, 'batch time']):
+    """float32[batch, time, vocab], as evaluation sees them."""
+    mask = jnp.ones(tokens.shape, bool)
+    return self.model.apply({'params': params}, tokens, mask, train=False)[0]
+
+  def loss(
+    self,
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[Total, Aux]:
+    del model_state
+    weights = batch['weights']
+    logits, aux = self.model.apply(
+      {'params': params},
+      batch['inputs'],
+      weights > 0,
+      train=train,
+      rngs={'dropout': key},
+    )
+    nats = jnp.sum(cross_entropy(logits, batch['targets']) * weights)
+    weight = jnp.sum(weights)
+    aux_loss = BALANCE[self.balance].join(aux.losses['balance'])
+    metrics = {
+      'cross_entropy': Mean(nats, weight),
+      'bits_per_char': Mean(nats / np.log(2), weight),
+      'aux_loss': Mean(aux_loss * weight, weight),
+      'expert_load': Mean(
+        aux.load.astype(jnp.float32),
+        jnp.sum(aux.load, axis=-1, keepdims=True).astype(jnp.float32),
+      ),
+    }
+    total = Total(nats + self.aux_weight * aux_loss * weight, weight)
+    return total, Aux(metrics, {'expert_load': aux.load})
+
+  def advance(self, model_state: Any, statistics: Any) -> Any:
+    del statistics
+    return model_state
+
+
+def cross_entropy(
+  logits: Float[Array, 'batch time vocab'], targets: Int[Array, 'batch time']
+) -> Float[Array, 'batch time']:
+  """-log softmax(logits)[target], in nats.
+
+  The target is picked by a mask: the gradient of indexing is a scatter.
+  """
+  vocab = jnp.arange(logits.shape[-1])
+  target = jnp.sum(jnp.where(targets[..., None] == vocab, logits, 0), axis=-1)
+  return jax.nn.logsumexp(logits, axis=-1) - target

@@ -1,0 +1,133 @@
+"""A run's directory: its files, its log, and going on in it."""
+
+import datetime
+import json
+import logging
+import pathlib
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nanomoe import schema
+from trainers.errors import UserError
+from trainers.files import to_json, write_atomically
+
+log = logging.getLogger(__name__)
+
+_LOGGERS = ('nanomoe', 'trainers')
+
+# What a run in progress may change: when it ends and what it reports, and how
+# fast it learns. Anything else would make it another run.
+_MAY_CHANGE = (
+  'num_train_steps',
+  'eval_',
+  'log_interval',
+  'optimizer.',
+  'moe.aux_weight',
+  'checkpoint.',
+  'callbacks.',
+  'sample.',
+  'data.fallback',
+)
+
+
+def default_path(config_path: str) -> pathlib.Path:
+  now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
+  name = f'{pathlib.Path(config_path).stem}-{now}'
+  path = pathlib.Path('runs') / name
+  number = 2
+  while path.exists():  # Two starts within a second.
+    path = pathlib.Path('runs') / f'{name}-{number}'
+    number += 1
+  return path
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict | None:
+  """The config of the run in `workdir`, or None if there is no run."""
+  path = workdir / 'config.json'
+  try:
+    text = path.read_text(encoding='utf-8')
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except OSError as error:
+    raise UserError(f'{path}: {error.strerror}') from error
+  try:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+      raise ValueError('it is not an object')
+    return ConfigDict(values)
+  except ValueError as error:
+    raise UserError(f'{path} is damaged: {error}') from error
+
+
+def continued(old: ConfigDict, new: ConfigDict) -> ConfigDict:
+  """`new`, with what `old` had decided; the changes are logged.
+
+  Raises:
+    UserError: naming every key that may not change within a run.
+  """
+  before, after = dict(schema.flatten(old)), dict(schema.flatten(new))
+  decided = new.copy_and_resolve_references()
+  for key in ('precision', 'moe.dispatch'):
+    if after[key] == 'auto' and key in before:
+      after[key] = before[key]
+      with decided.unlocked():
+        decided.update_from_flattened_dict({key: before[key]})
+  changed = [
+    key
+    for key in {**before, **after}
+    if before.get(key) != after.get(key)
+  ]
+  refused = [key for key in changed if not key.startswith(_MAY_CHANGE)]
+  if refused:
+    raise UserError([
+      f'{key} was {before.get(key)!r} in this run, and is '
+      f'{after.get(key)!r} now: choose another --workdir'
+      for key in refused
+    ])
+  for key in changed:
+    log.info(
+      'changed: %s from %r to %r', key, before.get(key), after.get(key)
+    )
+  return decided
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  write_atomically(path, to_json(value, indent=2) + '\n')
+
+
+def log_to_terminal() -> None:
+  """Progress to stdout, a line as it is; warnings to stderr."""
+  out = logging.StreamHandler(sys.stdout)
+  out.setLevel(logging.INFO)
+  out.addFilter(lambda record: record.levelno < logging.WARNING)
+  err = logging.StreamHandler(sys.stderr)
+  err.setLevel(logging.WARNING)
+  for name in _LOGGERS:
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.handlers = [out, err]
+  # Libraries: what they warn of, not what they do.
+  logging.getLogger('absl').setLevel(logging.WARNING)
+
+
+def log_to(workdir: pathlib.Path) -> None:
+  """Makes the directory, and logs to its log.txt too.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(workdir / 'log.txt', encoding='utf-8')
+  except OSError as error:
+    raise UserError(
+      f'--workdir={workdir} cannot be written: {error.strerror}'
+    ) from error
+  handler.setFormatter(
+    logging.Formatter('%(asctime)s %(levelname)s %(message)s')
+  )
+  for name in _LOGGERS:
+    logging.getLogger(name).addHandler(handler)

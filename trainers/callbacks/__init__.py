@@ -1,0 +1,21 @@
+"""What happens periodically, or at the ends; one file each."""
+
+from trainers.callbacks.callback import Callback
+from trainers.callbacks.checkpoints import Checkpoints
+from trainers.callbacks.early_stopping import EarlyStopping
+from trainers.callbacks.evaluation import Evaluation
+from trainers.callbacks.non_finite import StopOnNonFinite
+from trainers.callbacks.overview import ParameterOverview
+from trainers.callbacks.progress import Progress
+from trainers.callbacks.result import Result
+
+__all__ = [
+  'Callback',
+  'Checkpoints',
+  'EarlyStopping',
+  'Evaluation',
+  'ParameterOverview',
+  'Progress',
+  'Result',
+  'StopOnNonFinite',
+]

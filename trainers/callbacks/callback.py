@@ -1,0 +1,57 @@
+"""The hooks, all optional, and CLU's periodic actions as one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clu import periodic_actions
+
+if TYPE_CHECKING:
+  from trainers.trainer import Trainer
+
+
+class Callback:
+  """Called by the trainer, in the order in which callbacks are listed."""
+
+  def on_fit_start(self, loop: Trainer) -> None:
+    """Parameters exist, or are restored; no step has run."""
+
+  def on_train_step_end(self, loop: Trainer) -> None:
+    """Once per step, exactly, also across a kill and a resume."""
+
+  def on_log(self, loop: Trainer, metrics: dict[str, Any]) -> None:
+    """Means since the last log. What is added here is written too.
+
+    `loop.state` may already be one step further on.
+    """
+
+  def on_eval_end(
+    self, loop: Trainer, split: str, metrics: dict[str, Any]
+  ) -> None:
+    """After a pass over `split`. What is added here is written too."""
+
+  def on_checkpoint(self, loop: Trainer, step: int) -> None:
+    """The state of `step` was copied, and is on its way to disk."""
+
+  def on_exception(self, loop: Trainer, error: BaseException) -> None:
+    """Training failed with `error`, which the caller of fit() will see."""
+
+  def on_fit_end(self, loop: Trainer) -> None:
+    """Always called, whatever happened: loop.status tells."""
+
+  def state_dict(self) -> dict[str, Any]:
+    """JSON values, saved with each checkpoint; {}: nothing to remember."""
+    return {}
+
+  def load_state_dict(self, state: dict[str, Any]) -> None:
+    """What `state_dict` returned when the checkpoint was saved."""
+
+
+class PeriodicActionCallback(Callback):
+  """Any clu.periodic_actions.PeriodicAction: ReportProgress, Profile, ..."""
+
+  def __init__(self, action: periodic_actions.PeriodicAction):
+    self.action = action
+
+  def on_train_step_end(self, loop: Trainer) -> None:
+    self.action(loop.step)

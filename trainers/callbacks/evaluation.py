@@ -1,0 +1,51 @@
+"""Periodic evaluation, and the best of it."""
+
+import logging
+import math
+
+from trainers.callbacks.callback import Callback
+from trainers.metrics import Score
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation(Callback):
+  """Evaluates every `every_steps` steps, and after the last one.
+
+  Sets loop.score and loop.best from the metric `monitor` (lower is better; a
+  value that is not finite is never the best).
+  """
+
+  def __init__(self, every_steps: int, monitor: str, split: str = 'val'):
+    self.every_steps = every_steps
+    self.monitor = monitor
+    self.split = split
+
+  def on_train_step_end(self, loop):
+    if loop.step % self.every_steps == 0 or loop.step == loop.num_train_steps:
+      loop.evaluate(self.split)
+
+  def on_eval_end(self, loop, split, metrics):
+    if split != self.split:
+      return
+    loop.score = Score(
+      loop.step, metrics[f'{split}/{self.monitor}']
+    )
+    best = math.isfinite(loop.score.value) and (
+      loop.best is None or loop.score.value < loop.best.value
+    )
+    if best:
+      loop.best = loop.score
+    scalars = '  '.join(
+      f'{name} {value:.4f}'
+      for name, value in metrics.items()
+      if isinstance(value, float)
+    )
+    log.info(
+      'step %*d/%d  %s%s',
+      len(str(loop.num_train_steps)),
+      loop.step,
+      loop.num_train_steps,
+      scalars,
+      '  ★' if best else '',
+    )

@@ -1,0 +1,110 @@
+"""result.json: what became of the run, for people and for other tools."""
+
+import logging
+import resource
+import sys
+from typing import Any
+
+import jax
+
+from trainers.callbacks.callback import Callback
+from trainers.files import to_json, write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class Result(Callback):
+  """Writes result.json at the start (status running) and on every exit.
+
+  List it last: what other callbacks do when training ends comes before it.
+
+  Args:
+    facts: what does not change: versions, devices, argv.
+    tokens_per_step: for tokens_per_sec.
+    monitor: the metric of the validation split that is `val_loss`.
+    val_metrics: further ones: {key of the result: metric}.
+  """
+
+  def __init__(
+    self,
+    facts: dict[str, Any],
+    tokens_per_step: int,
+    monitor: str,
+    val_metrics: dict[str, str],
+  ):
+    self.facts = facts
+    self.tokens_per_step = tokens_per_step
+    self.val_metrics = {'val_loss': monitor, **val_metrics}
+    self.latest: dict[str, Any] = {
+      'train_loss': None,
+      'skipped_updates': 0,
+      **dict.fromkeys(self.val_metrics),
+    }
+    self.earlier = {'train_seconds': 0.0, 'steps': 0}  # Before a resume.
+    self._loop = None
+
+  def on_fit_start(self, loop):
+    self._loop = loop
+    self._write(loop)
+
+  def on_log(self, loop, metrics):
+    self.latest['train_loss'] = metrics['train/loss']
+    self.latest['skipped_updates'] = metrics['skipped_updates']
+
+  def on_eval_end(self, loop, split, metrics):
+    if split == 'val':
+      for key, name in self.val_metrics.items():
+        self.latest[key] = metrics[f'val/{name}']
+
+  def on_exception(self, loop, error):
+    self.facts['error'] = f'{type(error).__name__}: {error}'
+
+  def on_fit_end(self, loop):
+    if self._loop:  # Else nothing began: what is there tells of another try.
+      self._write(loop)
+
+  def _timing(self, loop) -> dict[str, Any]:
+    return {
+      'train_seconds': self.earlier['train_seconds']
+      + loop.clock.read('train'),
+      'steps': self.earlier['steps'] + loop.num_timed_steps,
+    }
+
+  def _write(self, loop) -> None:
+    timing = self._timing(loop)
+    seconds, steps = timing['train_seconds'], timing['steps']
+    rate = steps / seconds if steps else None
+    result = {
+      'status': loop.status,
+      'stop_reason': loop.stop_reason,
+      'step': loop.step,
+      **self.latest,
+      'best_val_loss': loop.best and loop.best.value,
+      'best_step': loop.best and loop.best.step,
+      'train_seconds': seconds,
+      'steps_per_sec': rate,
+      'tokens_per_sec': rate and rate * self.tokens_per_step,
+      'seconds_by_phase': dict(loop.clock.seconds),
+      'peak_memory_bytes': peak_memory_bytes(),
+      **self.facts,
+    }
+    path = loop.workdir / 'result.json'
+    try:
+      write_atomically(path, to_json(result, indent=2) + '\n')
+    except OSError as error:
+      log.warning('%s could not be written: %s', path, error)
+
+  def state_dict(self):
+    return {'latest': self.latest, 'earlier': self._timing(self._loop)}
+
+  def load_state_dict(self, state):
+    self.latest, self.earlier = state['latest'], state['earlier']
+
+
+def peak_memory_bytes() -> int:
+  """Of the accelerator if it counts, else of this process."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    return stats['peak_bytes_in_use']
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,93 @@
+"""The pure steps: (state, batch, key) -> (state, metrics)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainers import metrics as metrics_lib
+from trainers.metrics import Last, Mean, Metrics
+from trainers.state import TrainState
+from trainers.task import Batch, Task
+
+StepFn = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+def all_finite(tree) -> jax.Array:
+  """bool[]: no leaf holds an infinity or a NaN."""
+  leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves))
+
+
+def make_train_step(
+  task: Task,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+) -> StepFn:
+  """One update. A non-finite one is counted and otherwise leaves no trace.
+
+  `schedule` is only reported: it is the learning rate at the number of updates
+  so far, as the optimizer's own counter sees it.
+  """
+
+  def train_step(state, batch, key):
+    def loss_fn(params):
+      total, aux = task.loss(
+        params,
+        state.model_state,
+        batch,
+        jax.random.fold_in(key, state.step),
+        train=True,
+      )
+      return total.sum / total.weight, (total, aux)
+
+    (loss, (total, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params
+    )
+    gradient_norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = (
+      optax.apply_updates(state.params, updates),
+      opt_state,
+      task.advance(state.model_state, aux.statistics),
+    )
+    old = (state.params, state.opt_state, state.model_state)
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    finite &= all_finite(updates)
+    params, opt_state, model_state = jax.tree.map(
+      lambda n, o: jnp.where(finite, n, o), new, old
+    )
+    skipped = state.skipped + (~finite).astype(jnp.int32)
+    metrics = {
+      'train/loss': Mean(total.sum, total.weight),
+      **metrics_lib.prefixed('train', aux.metrics),
+      'gradient_norm': Mean(gradient_norm, jnp.ones((), jnp.float32)),
+      'learning_rate': Last(
+        jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
+      ),
+      'skipped_updates': Last(skipped),
+    }
+    state = state.replace(
+      step=state.step + 1,
+      batch_index=state.batch_index + 1,
+      skipped=skipped,
+      params=params,
+      opt_state=opt_state,
+      model_state=model_state,
+    )
+    return state, metrics
+
+  return train_step
+
+
+def make_eval_step(task: Task) -> Callable[..., Metrics]:
+  """(state, metrics so far, batch, key) -> metrics so far, this batch too."""
+
+  def eval_step(state, running, batch, key):
+    _, aux = task.loss(
+      state.params, state.model_state, batch, key, train=False
+    )
+    return metrics_lib.merge(running, aux.metrics)
+
+  return eval_step

@@ -1,0 +1,162 @@
+"""TensorBoard event files, by TensorBoard's own protocol buffers."""
+
+from collections.abc import Iterator, Mapping
+import os
+import pathlib
+import socket
+import struct
+import time
+from typing import Any
+
+from clu.metric_writers import interface
+import numpy as np
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT
+from tensorboard.plugins.histogram import metadata as histogram_metadata
+from tensorboard.plugins.hparams import summary_v2 as hparams_summary
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.scalar import metadata as scalar_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
+
+Array = interface.Array
+
+
+class SummaryWriter(interface.MetricWriter):
+  """CLU's MetricWriter, to an event file of its own in `logdir`.
+
+  Scalars, histograms, images, texts and hyper-parameters are written as
+  TensorFlow's v2 summaries are; audio and video are left out.
+  """
+
+  def __init__(self, logdir: str | os.PathLike):
+    logdir = pathlib.Path(logdir)
+    logdir.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    name = f'events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}'
+    self._records = RecordWriter(open(logdir / name, 'wb'))
+    self._event(event_pb2.Event(wall_time=now, file_version='brain.Event:2'))
+
+  def start_session(self, step: int) -> None:
+    """Hides what earlier files say of steps after `step`: they are redone."""
+    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._event(
+      event_pb2.Event(
+        wall_time=time.time(), step=step + 1, session_log=session
+      )
+    )
+    self.flush()
+
+  def write_summaries(
+    self,
+    step: int,
+    values: Mapping[str, Array],
+    metadata: Mapping[str, Any] | None = None,
+  ) -> None:
+    for tag, value in values.items():
+      tensor = make_tensor_proto(np.asarray(value))
+      self._tensor(step, tag, tensor, metadata[tag] if metadata else None)
+
+  def write_scalars(
+    self, step: int, scalars: Mapping[str, interface.Scalar]
+  ) -> None:
+    metadata = scalar_metadata.create_summary_metadata('', '')
+    for tag, value in scalars.items():
+      tensor = TensorProto(
+        dtype=DT_FLOAT, float_val=[float(np.asarray(value))]
+      )
+      self._tensor(step, tag, tensor, metadata)
+
+  def write_histograms(
+    self,
+    step: int,
+    arrays: Mapping[str, Array],
+    num_buckets: Mapping[str, int] | None = None,
+  ) -> None:
+    metadata = histogram_metadata.create_summary_metadata('', '')
+    for tag, array in arrays.items():
+      values = np.asarray(array, np.float64).ravel()
+      values = values[np.isfinite(values)]
+      count = (num_buckets or {}).get(tag, 30)
+      sizes, edges = np.histogram(values, count)
+      rows = np.stack([edges[:-1], edges[1:], sizes], axis=1)
+      tensor = make_tensor_proto(rows.astype(np.float64))
+      tensor.dtype = DT_DOUBLE
+      self._tensor(step, tag, tensor, metadata)
+
+  def write_images(self, step: int, images: Mapping[str, Array]) -> None:
+    """Images [N, H, W, C] or [H, W, C]: uint8, or floats in [0, 1]."""
+    for tag, array in images.items():
+      pixels = np.asarray(array)
+      if pixels.dtype != np.uint8:
+        pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+      if pixels.ndim == 3:
+        pixels = pixels[None]
+      height, width = pixels.shape[1:3]
+      metadata = image_metadata.create_summary_metadata(
+        '', '', converted_to_tensor=None
+      )
+      strings = [str(width).encode(), str(height).encode()]
+      strings += [_png(image) for image in pixels]
+      self._tensor(step, tag, make_tensor_proto(strings), metadata)
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    metadata = text_metadata.create_summary_metadata('', '')
+    for tag, text in texts.items():
+      tensor = make_tensor_proto([text.encode()])
+      self._tensor(step, tag, tensor, metadata)
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    """Flat: numbers, booleans and strings."""
+    self._summary(0, hparams_summary.hparams_pb(dict(hparams)))
+
+  def write_audios(self, step, audios, *, sample_rate):
+    raise ValueError('audio is not supported')
+
+  def write_videos(self, step, videos):
+    raise ValueError('video is not supported')
+
+  def flush(self) -> None:
+    self._records.flush()
+
+  def close(self) -> None:
+    self._records.close()
+
+  def _tensor(self, step, tag, tensor, metadata) -> None:
+    value = summary_pb2.Summary.Value(
+      tag=tag, tensor=tensor, metadata=metadata
+    )
+    self._summary(step, summary_pb2.Summary(value=[value]))
+
+  def _summary(self, step: int, summary: summary_pb2.Summary) -> None:
+    self._event(
+      event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+    )
+
+  def _event(self, event: event_pb2.Event) -> None:
+    self._records.write(event.SerializeToString())
+
+
+def _png(pixels: np.ndarray) -> bytes:
+  """uint8[H, W, C] with C 1 or 3, as PNG."""
+  import zlib  # noqa: PLC0415
+
+  height, width, channels = pixels.shape
+  color = {1: 0, 3: 2}[channels]
+
+  def chunks() -> Iterator[tuple[bytes, bytes]]:
+    yield b'IHDR', struct.pack('>IIBBBBB', width, height, 8, color, 0, 0, 0)
+    # Each row follows the number of its filter: 0, none.
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))
+    yield b'IDAT', zlib.compress(rows.tobytes())
+    yield b'IEND', b''
+
+  return b'\x89PNG\r\n\x1a\n' + b''.join(
+    struct.pack('>I', len(data))
+    + kind
+    + data
+    + struct.pack('>I', zlib.crc32(kind + data))
+    for kind, data in chunks()
+  )

@@ -1,0 +1,335 @@
+"""The training loop. Reading order is execution order."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+import functools
+import logging
+import pathlib
+from typing import Any
+
+from clu import metric_writers
+from clu import periodic_actions
+import jax
+import optax
+
+from trainers import metrics as metrics_lib
+from trainers import step as step_lib
+from trainers.callbacks.callback import Callback, PeriodicActionCallback
+from trainers.checkpoint import Checkpointer, SaveError
+from trainers.clock import Clock
+from trainers.errors import Interrupted, UserError
+from trainers.metrics import Score
+from trainers.prefetch import prefetched
+from trainers.signals import Interrupt
+from trainers.state import TrainState
+from trainers.task import Batch, Dataset, Task
+from trainers.writers import Writers
+
+log = logging.getLogger(__name__)
+
+# Steps that may be queued on the device: enough to hide the host, few enough
+# to stop, and to notice a failure, soon.
+RUN_AHEAD = 2
+
+
+class Trainer:
+  """Trains `task` on `dataset`; callbacks do everything that is periodic.
+
+  Hooks get the trainer itself; what they may use is below.
+
+  Attributes:
+    task, dataset, callbacks, num_train_steps, batch_size, workdir: as given.
+    writer: a CLU MetricWriter, to TensorBoard and whatever was given.
+    step: steps done, a host integer: reading it waits for nothing.
+    state: the newest TrainState. Donated at the next step: keep no reference.
+    metrics: the newest step's, on the device; reading them waits for it.
+    score, best: the newest and the best `Score`, or None.
+    status: 'running', then 'done', 'interrupted', 'diverged', 'unsaved' (the
+      last state could not be saved) or 'failed' (an exception).
+    clock: seconds by phase: start, compile, train, evaluate, checkpoint.
+    num_timed_steps: the steps that took clock.read('train').
+  """
+
+  def __init__(
+    self,
+    task: Task,
+    dataset: Dataset,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_train_steps: int,
+    batch_size: int,
+    schedule: optax.Schedule,
+    seed: int = 0,
+    log_interval: int = 50,
+    callbacks: Sequence[Callback | periodic_actions.PeriodicAction] = (),
+    checkpointer: Checkpointer | None = None,
+    writers: Sequence[metric_writers.MetricWriter] = (),
+    workdir: pathlib.Path | None = None,
+  ):
+    self.task = task
+    self.dataset = dataset
+    self.num_train_steps = num_train_steps
+    self.batch_size = batch_size
+    self.log_interval = log_interval
+    self.workdir = workdir
+    self.checkpointer = checkpointer
+    self.callbacks: list[Callback] = [
+      PeriodicActionCallback(c)
+      if isinstance(c, periodic_actions.PeriodicAction)
+      else c
+      for c in callbacks
+    ]
+    self._writers = Writers(workdir, writers)
+    self.clock = Clock()
+    self.interrupt = Interrupt()
+    self.step, self.num_timed_steps = 0, 0
+    self.status, self.stop_reason = 'running', ''
+    self.score: Score | None = None
+    self.best: Score | None = None
+    self._optimizer = optimizer
+    self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
+    self._step_fn = step_lib.make_train_step(task, optimizer, schedule)
+    self._eval_fn = jax.jit(step_lib.make_eval_step(task))
+    self._in_flight: deque[metrics_lib.Metrics] = deque()
+    self._unlogged: metrics_lib.Metrics | None = None
+    self._next_hook = len(self.callbacks)  # of this step's; there is no step 0
+
+  def fit(self) -> str:
+    """Trains up to `num_train_steps`, from where a checkpoint left off.
+
+    Returns:
+      The status; the exceptions of tasks and callbacks pass through.
+    """
+    with self.interrupt.listening():
+      try:
+        with self.clock.phase('start'):
+          self._start()
+          self._each('on_fit_start')
+        self._train()
+        self._save_last()
+      except BaseException as error:
+        self.status = 'failed'
+        self._each('on_exception', error)
+        raise
+      finally:
+        self._close()
+    return self.status
+
+  def _train(self) -> None:
+    with prefetched(self._batch, int(self.state.batch_index)) as batches:
+      try:
+        self._run_hooks()  # Those that the checkpoint was saved before.
+        while self.step < self.num_train_steps and self.status == 'running':
+          self._train_step(next(batches))
+          self._run_hooks()
+          if self.interrupt:
+            raise Interrupted
+      except Interrupted:
+        self.stop(str(self.interrupt.name), 'interrupted')
+
+  def _train_step(self, batch: Batch) -> None:
+    first = 'compile' not in self.clock.seconds
+    with self.clock.phase('compile' if first else 'train'):
+      self.state, self._running, self.metrics = self._update(
+        self.state, self._running, batch, self._step_key
+      )
+      self._in_flight.append(self.metrics)
+      while len(self._in_flight) > (0 if first else RUN_AHEAD):
+        jax.block_until_ready(self._in_flight.popleft())
+    self._log()  # The step before is done, or nearly: reading costs no wait.
+    self.step += 1
+    self.num_timed_steps += not first
+    self._next_hook = 0
+    if self.step % self.log_interval == 0 or self.step == self.num_train_steps:
+      self._unlogged, self._running = self._running, self._zeros
+
+  def _run_hooks(self) -> None:
+    """Each callback once per step, whatever happens between two of them."""
+    while self._next_hook < len(self.callbacks):
+      self.callbacks[self._next_hook].on_train_step_end(self)
+      self._next_hook += 1
+
+  # What hooks may use.
+
+  @property
+  def writer(self) -> metric_writers.MetricWriter:
+    return self._writers.clu
+
+  def evaluate(self, split: str) -> dict[str, Any]:
+    """One pass over `split`; {'<split>/<metric>': value}, written and reported.
+
+    Raises:
+      Interrupted: a signal arrived; this step's hooks run again on resume.
+    """
+    self._log()
+    jax.block_until_ready(self.state)
+    with self.clock.phase('evaluate'):
+      running = None
+      for batch in self.dataset.eval_batches(split, slice(0, self.batch_size)):
+        if self.interrupt:
+          raise Interrupted
+        batch = jax.device_put(batch)
+        if running is None:
+          running = metrics_lib.zeros_like(self._eval_shapes(batch))
+        previous = running
+        running = self._eval_fn(self.state, running, batch, self._step_key)
+        jax.block_until_ready(previous)
+      if running is None:
+        raise ValueError(f'{split=} of {self.dataset} has no batches')
+      metrics = metrics_lib.prefixed(split, metrics_lib.compute(running))
+    self._each('on_eval_end', split, metrics)
+    self._write(metrics)
+    return metrics
+
+  def checkpoint(self) -> None:
+    """Saves this step, asynchronously. Call it from `on_train_step_end`."""
+    self._save(next_hook=self._next_hook + 1)
+
+  def update_state(self, fn: Callable[[TrainState], TrainState]) -> None:
+    """Replaces the state, between two steps, by fn(state)."""
+    self.state = fn(self.state)
+
+  def stop(self, reason: str, status: str = 'done') -> None:
+    """Ends training after this step; the first reason stands."""
+    if self.status == 'running':
+      self.status, self.stop_reason = status, reason
+
+  # Start and end.
+
+  def _start(self) -> None:
+    batch = self._batch(0)
+    create = jax.jit(
+      lambda key: TrainState.create(
+        *self.task.init(key, batch), self._optimizer
+      )
+    )
+    abstract = jax.eval_shape(create, self._init_key)
+    shapes = jax.eval_shape(self._step_fn, abstract, batch, self._step_key)[1]
+    self._zeros = metrics_lib.zeros_like(shapes)
+    self._running = self._zeros
+    self._update = jax.jit(
+      functools.partial(_accumulate, self._step_fn), donate_argnums=0
+    )
+    saved = self.checkpointer and self.checkpointer.restore(
+      {'state': abstract, 'running': shapes}
+    )
+    if saved:
+      self._resume(saved.tree, saved.meta)
+    else:
+      self.state = create(self._init_key)
+    self._writers.start(self.step, saved.meta['metrics_size'] if saved else 0)
+
+  def _resume(self, tree: dict[str, Any], meta: dict[str, Any]) -> None:
+    if meta['fingerprint'] != self.dataset.fingerprint:
+      raise UserError(
+        f'the data is not what this run was trained on: its fingerprint was '
+        f'{meta["fingerprint"]}, now it is {self.dataset.fingerprint}'
+      )
+    self.state, self._running = tree['state'], tree['running']
+    self.step, self._next_hook = meta['step'], meta['next_hook']
+    self.score = meta['score'] and Score(*meta['score'])
+    self.best = meta['best'] and Score(*meta['best'])
+    for name, callback in self._named_callbacks():
+      if name in meta['callbacks']:
+        callback.load_state_dict(meta['callbacks'][name])
+    log.info('resuming after step %d', self.step)
+
+  def _save_last(self) -> None:
+    """What was trained is kept, unless it diverged or is saved already."""
+    self._log()
+    if self.status == 'running':
+      self.status = 'done'
+    if not self.checkpointer or self.status == 'diverged' or not self.step:
+      return
+    if self.checkpointer.newest != self.step:
+      self._save(next_hook=self._next_hook)
+    try:
+      self.checkpointer.wait()
+    except SaveError as error:
+      log.error('step %d could not be saved: %s', self.step, error)
+      self.status, self.stop_reason = 'unsaved', str(error)
+
+  def _close(self) -> None:
+    """Every callback ends, then every file; the first error is the one told."""
+    closers = [functools.partial(c.on_fit_end, self) for c in self.callbacks]
+    closers.append(self._writers.close)
+    if self.checkpointer:
+      closers.append(self.checkpointer.close)
+    errors = []
+    for close in closers:
+      try:
+        close()
+      except Exception as error:  # Reported below; the others must still end.
+        errors.append(error)
+    if errors and self.status != 'failed':
+      self.status = 'failed'
+      raise errors[0]
+    for error in errors:
+      log.error('while ending: %s', error)
+
+  # Helpers.
+
+  def _save(self, next_hook: int) -> None:
+    if not self.checkpointer:
+      raise ValueError('this trainer was given no checkpointer')
+    self._log()
+    jax.block_until_ready(self.state)
+    with self.clock.phase('checkpoint'):
+      meta = {
+        'step': self.step,
+        'next_hook': next_hook,
+        'fingerprint': self.dataset.fingerprint,
+        'metrics_size': self._writers.file_size(),
+        'score': self.score,
+        'best': self.best,
+        'callbacks': {
+          name: state
+          for name, callback in self._named_callbacks()
+          if (state := callback.state_dict())
+        },
+      }
+      score = self.score
+      value = score.value if score and score.step == self.step else None
+      tree = {'state': self.state, 'running': self._running}
+      self.checkpointer.save(self.step, tree, meta, value)
+    self._each('on_checkpoint', self.step)
+
+  def _named_callbacks(self):
+    """(name, callback): the class name, numbered where it occurs again."""
+    seen: dict[str, int] = {}
+    for callback in self.callbacks:
+      name = type(callback).__name__
+      seen[name] = seen.get(name, 0) + 1
+      yield f'{name}:{seen[name]}' if seen[name] > 1 else name, callback
+
+  def _batch(self, index: int) -> Batch:
+    rows = slice(0, self.batch_size)
+    return jax.device_put(self.dataset.train_batch(index, rows))
+
+  def _eval_shapes(self, batch: Batch):
+    def metrics(state, batch, key):
+      return self.task.loss(
+        state.params, state.model_state, batch, key, train=False
+      )[1].metrics
+
+    return jax.eval_shape(metrics, self.state, batch, self._step_key)
+
+  def _log(self) -> None:
+    """Reports the metrics since the last time, if a report is due."""
+    if self._unlogged is None:
+      return
+    metrics, self._unlogged = metrics_lib.compute(self._unlogged), None
+    self._each('on_log', metrics)
+    self._write(metrics)
+
+  def _write(self, metrics: dict[str, Any]) -> None:
+    self._writers.write(self.step, metrics)
+
+  def _each(self, hook: str, *args: Any) -> None:
+    for callback in self.callbacks:
+      getattr(callback, hook)(self, *args)
+
+
+def _accumulate(step_fn, state, running, batch, key):
+  state, metrics = step_fn(state, batch, key)
+  return state, metrics_lib.merge(running, metrics), metrics
