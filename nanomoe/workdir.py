@@ -110,7 +110,8 @@ def log_to_terminal() -> None:
     logger.propagate = False
     logger.handlers = [out, err]
   # Libraries: what they warn of, not what they do.
-  logging.getLogger('absl').setLevel(logging.WARNING)
+  for name in ('absl', 'jax'):
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def log_to(workdir: pathlib.Path) -> None:

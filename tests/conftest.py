@@ -1,0 +1,96 @@
+"""Shapes are checked at run time, and compiled programs are shared."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jaxtyping
+
+# Before the first import of what it checks.
+jaxtyping.install_import_hook(['nanomoe', 'trainers'], 'beartype.beartype')
+
+# One cache for all processes of a session: equal programs compile once.
+_CACHE = tempfile.TemporaryDirectory(prefix='nanomoe-test-cache-')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# base.py, shrunk to seconds: every part is there.
+TINY = {
+  'num_train_steps': 12,
+  'batch_size': 4,
+  'block_size': 16,
+  'eval_interval': 4,
+  'eval_iters': 2,
+  'log_interval': 2,
+  'model.d_model': 16,
+  'model.num_layers': 2,
+  'model.num_heads': 2,
+  'moe.d_ff': 32,
+  'sample.num_tokens': 20,
+}
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory) -> pathlib.Path:
+  """A text of 5,000 characters, 20 of them distinct."""
+  letters = np.array(list('abcdefghijklmnopqrs\n'))
+  text = ''.join(np.random.default_rng(0).choice(letters, 5000))
+  path = tmp_path_factory.mktemp('corpus') / 'text.txt'
+  path.write_text(text)
+  return path
+
+
+@pytest.fixture
+def tiny(corpus):
+  """tiny(**changes) -> base.py's config, shrunk, on the small text."""
+  from configs import base
+  from nanomoe import config as config_lib
+
+  def make(changes: dict | None = None):
+    values = {**TINY, 'data.path': str(corpus), **(changes or {})}
+    overrides = [(key, str(value)) for key, value in values.items()]
+    return config_lib.apply(base.get_config(), overrides)
+
+  return make
+
+
+@pytest.fixture
+def command(corpus):
+  """command(*arguments) -> the words that start the tiny run as a process."""
+
+  def make(*arguments: str, changes: dict | None = None) -> list[str]:
+    values = {**TINY, 'data.path': str(corpus), **(changes or {})}
+    return [
+      sys.executable,
+      '-m',
+      'nanomoe.main',
+      '--config=configs/base.py',
+      *(f'--config.{key}={value}' for key, value in values.items()),
+      *arguments,
+    ]
+
+  return make
+
+
+@pytest.fixture
+def run():
+  """run(words) -> the finished process, its output as text."""
+
+  def start(words: list[str], **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      words,
+      cwd=kwargs.pop('cwd', ROOT),
+      capture_output=True,
+      text=True,
+      timeout=120,
+      **kwargs,
+    )
+
+  return start
