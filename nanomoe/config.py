@@ -15,6 +15,9 @@ from ml_collections import ConfigDict
 from nanomoe import schema
 from trainers.errors import UserError
 
+# A ConfigDict, whose attributes have no static types.
+Config = Any
+
 Override = tuple[str, str]  # key, value: both as given
 
 

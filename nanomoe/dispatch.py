@@ -65,7 +65,6 @@ def dropless(
   that the work is N * K rows plus at most a block for each expert. Gale et al.
   2022 (MegaBlocks), sec. 4, with dense blocks.
   """
-  num_tokens, top_k = routing.expert.shape
   plan = make_plan(routing.expert, experts.w_in.shape[0])
   rows = _permute(x, plan.token_of_slot, plan.slot)
   weight = _permute(
@@ -73,7 +72,7 @@ def dropless(
     plan.assignment_of_slot,
     plan.slot.reshape(-1, 1),
   )
-  of_block = Experts(*(_of_block(w, plan.expert_of_block) for w in experts))
+  of_block = Experts(*(w[plan.expert_of_block] for w in experts))
   shape = plan.expert_of_block.shape[0], -1
   y = of_block(
     rows.reshape(*shape, x.shape[-1]), weight.reshape(shape), precision
@@ -168,26 +167,6 @@ def _permute_backward(residuals, g):
 
 
 _permute.defvjp(_permute_forward, _permute_backward)
-
-
-@jax.custom_vjp
-def _of_block(w, expert_of_block):
-  """w[expert_of_block]; its gradient is a product, not a scatter-add."""
-  return w[expert_of_block]
-
-
-def _of_block_forward(w, expert_of_block):
-  return w[expert_of_block], (expert_of_block, w.shape[0])
-
-
-def _of_block_backward(residuals, g):
-  expert_of_block, num_experts = residuals
-  own = jax.nn.one_hot(expert_of_block, num_experts, dtype=g.dtype)
-  summed = dot('be,bx->ex', own, g.reshape(g.shape[0], -1), 'float32')
-  return summed.reshape(num_experts, *g.shape[1:]), None
-
-
-_of_block.defvjp(_of_block_forward, _of_block_backward)
 
 
 DISPATCH = {'dense': dense, 'dropless': dropless}

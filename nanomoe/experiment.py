@@ -4,15 +4,14 @@ import functools
 import logging
 import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 
 from nanomoe import callbacks as text_callbacks
 from nanomoe import dispatch, numerics, optimizers, provenance, schema, workdir
+from nanomoe.config import Config
 from nanomoe.data import corpus as corpus_lib
 from nanomoe.data.tokenizers import Characters
 from nanomoe.data.windows import Windows
@@ -30,7 +29,7 @@ log = logging.getLogger(__name__)
 TRAIN_SHARE = 0.9  # Of the text; the rest is the validation split.
 
 
-def build(config: ConfigDict, directory: pathlib.Path) -> Trainer:
+def build(config: Config, directory: pathlib.Path) -> Trainer:
   """The trainer that `config` describes; `.fit()` runs it.
 
   Writes config.json, with what is decided here, and vocabulary.json.
@@ -38,7 +37,7 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Trainer:
   Raises:
     UserError: what is wrong with the config, the data or the directory.
   """
-  if lines := schema.problems(config):
+  if lines := schema.problems(config.to_dict()):
     raise UserError(lines)
   config = decide(config)
   corpus = corpus_lib.find(config.data.path, config.data.fallback)
@@ -70,7 +69,9 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Trainer:
     num_train_steps=config.num_train_steps,
     batch_size=config.batch_size,
     log_interval=config.log_interval,
-    callbacks=build_callbacks(config, tokenizer, tokens, facts),
+    callbacks=build_callbacks(
+      config, directory, task, tokenizer, tokens, facts
+    ),
     checkpointer=Checkpointer(
       directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
     ),
@@ -97,7 +98,7 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Trainer:
   return trainer
 
 
-def decide(config: ConfigDict) -> ConfigDict:
+def decide(config: Config) -> Config:
   """A copy without 'auto': what a resumed run must find decided."""
   config = config.copy_and_resolve_references()
   config.precision = numerics.resolve_precision(config.precision)
@@ -107,7 +108,7 @@ def decide(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def build_dataset(config: ConfigDict, tokens: np.ndarray) -> Windows:
+def build_dataset(config: Config, tokens: np.ndarray) -> Windows:
   num_train = int(len(tokens) * TRAIN_SHARE)
   return Windows(
     {'train': tokens[:num_train], 'val': tokens[num_train:]},
@@ -118,7 +119,7 @@ def build_dataset(config: ConfigDict, tokens: np.ndarray) -> Windows:
   )
 
 
-def build_task(config: ConfigDict, vocab_size: int) -> LanguageModel:
+def build_task(config: Config, vocab_size: int) -> LanguageModel:
   model, moe = config.model, config.moe
   router = functools.partial(
     spec.build,
@@ -163,7 +164,9 @@ def build_task(config: ConfigDict, vocab_size: int) -> LanguageModel:
 
 
 def build_callbacks(
-  config: ConfigDict,
+  config: Config,
+  directory: pathlib.Path,
+  task: LanguageModel,
   tokenizer: Characters,
   tokens: np.ndarray,
   facts: dict[str, Any],
@@ -183,6 +186,8 @@ def build_callbacks(
     *plugins,
     callbacks.Checkpoints(config.eval_interval),
     text_callbacks.TextSample(
+      task.logits,
+      directory / 'sample.txt',
       tokenizer,
       prompt=[int(tokens[0])],
       block_size=config.block_size,
@@ -198,7 +203,7 @@ def build_callbacks(
   ]
 
 
-def count_params(params: Any, config: ConfigDict) -> dict[str, int]:
+def count_params(params: Any, config: Config) -> dict[str, int]:
   """All parameters, and those that one token meets: top_k experts a layer."""
   sizes = {
     jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size

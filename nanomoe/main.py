@@ -58,7 +58,7 @@ def _main(overrides: list[config_lib.Override]) -> int:
       else '--config=FILE is needed, such as --config=configs/base.py'
     )
   config = config_lib.apply(config, overrides)
-  workdir = workdir or workdir_lib.default_path(_CONFIG.value)
+  workdir = workdir or workdir_lib.default_path(str(_CONFIG.value))
   workdir_lib.log_to_terminal()
   workdir_lib.log_to(workdir)
   if old:
@@ -66,7 +66,7 @@ def _main(overrides: list[config_lib.Override]) -> int:
   log.info('workdir: %s', workdir)
   log.info('watch it: tensorboard --logdir %s', workdir.parent)
 
-  from nanomoe import experiment  # noqa: PLC0415. JAX takes seconds.
+  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
 
   status = experiment.build(config, workdir).fit()
   return EXIT_CODES[status]

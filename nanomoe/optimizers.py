@@ -1,11 +1,11 @@
 """Optax chains and learning-rate schedules, from config."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
+from nanomoe.config import Config
 from trainers import spec
 
 
@@ -82,8 +82,8 @@ def _matrices(params: Any) -> Any:
 
   def is_matrix(path, leaf):
     name = jax.tree_util.keystr(path[-1:], simple=True)
-    return leaf.ndim >= 2 and not name.startswith('b_') and (
-      'embedding' not in name
+    return (
+      leaf.ndim >= 2 and not name.startswith('b_') and ('embedding' not in name)
     )
 
   return jax.tree_util.tree_map_with_path(is_matrix, params)
@@ -93,7 +93,7 @@ DECAY_MASKS = {'all': None, 'matrices': _matrices}
 
 
 def build(
-  config: Mapping[str, Any], num_train_steps: int
+  config: Config, num_train_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """AdamW (Loshchilov and Hutter 2019) as `config.optimizer` says.
 
@@ -102,19 +102,19 @@ def build(
   """
   schedule = spec.build(
     'optimizer.schedule',
-    config['schedule'],
+    config.schedule.to_dict(),
     SCHEDULES,
-    learning_rate=config['learning_rate'],
+    learning_rate=config.learning_rate,
     num_train_steps=num_train_steps,
   )
   adamw = optax.adamw(
     schedule,
-    b1=config['beta1'],
-    b2=config['beta2'],
-    weight_decay=config['weight_decay'],
-    mask=DECAY_MASKS[config['decay_mask']],
+    b1=config.beta1,
+    b2=config.beta2,
+    weight_decay=config.weight_decay,
+    mask=DECAY_MASKS[config.decay_mask],
   )
-  if not config['clip_norm']:
+  if not config.clip_norm:
     return adamw, schedule
-  clip = optax.clip_by_global_norm(config['clip_norm'])
+  clip = optax.clip_by_global_norm(config.clip_norm)
   return optax.chain(clip, adamw), schedule

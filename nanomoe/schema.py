@@ -89,7 +89,7 @@ def spec_of(key: str) -> str | None:
 def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple]:
   """(dotted key, value) of every leaf."""
   for key, value in config.items():
-    if isinstance(value, Mapping) or hasattr(value, 'to_dict'):
+    if isinstance(value, Mapping):
       yield from flatten(value, f'{prefix}{key}.')
     else:
       yield f'{prefix}{key}', value

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from nanomoe.routers import BALANCE
-from trainers.metrics import Mean
+from trainers.metrics import Mean, Metrics
 from trainers.task import Aux, Batch, Total
 
 
@@ -50,17 +50,20 @@ class LanguageModel:
   ) -> tuple[Total, Aux]:
     del model_state
     weights = batch['weights']
-    logits, aux = self.model.apply(
+    output: Any = self.model.apply(
       {'params': params},
       batch['inputs'],
       weights > 0,
       train=train,
       rngs={'dropout': key},
     )
-    nats = jnp.sum(cross_entropy(logits, batch['targets']) * weights)
+    logits, aux = output
+    nats = jnp.sum(
+      cross_entropy(logits, jnp.asarray(batch['targets'])) * weights
+    )
     weight = jnp.sum(weights)
     aux_loss = BALANCE[self.balance].join(aux.losses['balance'])
-    metrics = {
+    metrics: Metrics = {
       'cross_entropy': Mean(nats, weight),
       'bits_per_char': Mean(nats / np.log(2), weight),
       'aux_loss': Mean(aux_loss * weight, weight),

@@ -67,7 +67,8 @@ def continued(old: ConfigDict, new: ConfigDict) -> ConfigDict:
   Raises:
     UserError: naming every key that may not change within a run.
   """
-  before, after = dict(schema.flatten(old)), dict(schema.flatten(new))
+  before = dict(schema.flatten(old.to_dict()))
+  after = dict(schema.flatten(new.to_dict()))
   decided = new.copy_and_resolve_references()
   for key in ('precision', 'moe.dispatch'):
     if after[key] == 'auto' and key in before:
@@ -75,21 +76,19 @@ def continued(old: ConfigDict, new: ConfigDict) -> ConfigDict:
       with decided.unlocked():
         decided.update_from_flattened_dict({key: before[key]})
   changed = [
-    key
-    for key in {**before, **after}
-    if before.get(key) != after.get(key)
+    key for key in {**before, **after} if before.get(key) != after.get(key)
   ]
   refused = [key for key in changed if not key.startswith(_MAY_CHANGE)]
   if refused:
-    raise UserError([
-      f'{key} was {before.get(key)!r} in this run, and is '
-      f'{after.get(key)!r} now: choose another --workdir'
-      for key in refused
-    ])
-  for key in changed:
-    log.info(
-      'changed: %s from %r to %r', key, before.get(key), after.get(key)
+    raise UserError(
+      [
+        f'{key} was {before.get(key)!r} in this run, and is '
+        f'{after.get(key)!r} now: choose another --workdir'
+        for key in refused
+      ]
     )
+  for key in changed:
+    log.info('changed: %s from %r to %r', key, before.get(key), after.get(key))
   return decided
 
 

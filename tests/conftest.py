@@ -9,7 +9,7 @@ import tempfile
 import jaxtyping
 
 # Before the first import of what it checks.
-jaxtyping.install_import_hook(['nanomoe', 'trainers'], 'beartype.beartype')
+jaxtyping.install_import_hook('nanomoe', 'beartype.beartype')
 
 # One cache for all processes of a session: equal programs compile once.
 _CACHE = tempfile.TemporaryDirectory(prefix='nanomoe-test-cache-')
@@ -18,6 +18,9 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from configs import base  # noqa: E402
+from nanomoe import config as config_lib  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -50,8 +53,6 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def tiny(corpus):
   """tiny(**changes) -> base.py's config, shrunk, on the small text."""
-  from configs import base
-  from nanomoe import config as config_lib
 
   def make(changes: dict | None = None):
     values = {**TINY, 'data.path': str(corpus), **(changes or {})}
@@ -94,3 +95,8 @@ def run():
     )
 
   return start
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)

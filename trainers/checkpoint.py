@@ -33,15 +33,17 @@ class Checkpointer:
 
   def __init__(self, directory: pathlib.Path, keep_latest: int = 2):
     self._directory = directory
-    policy = checkpoint_managers.AnyPreservationPolicy([
-      checkpoint_managers.LatestN(keep_latest),
-      checkpoint_managers.BestN(
-        get_metric_fn=_score,
-        reverse=True,  # Lower is better.
-        n=1,
-        keep_checkpoints_without_metrics=False,
-      ),
-    ])
+    policy = checkpoint_managers.AnyPreservationPolicy(
+      [
+        checkpoint_managers.LatestN(keep_latest),
+        checkpoint_managers.BestN(
+          get_metric_fn=_score,
+          reverse=True,  # Lower is better.
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        ),
+      ]
+    )
     self._manager = ocp.CheckpointManager(
       directory,
       options=ocp.CheckpointManagerOptions(
@@ -117,16 +119,15 @@ class Checkpointer:
       self.newest = step
       return saved
     if failures:
-      raise UserError([
-        *failures,
-        f'no checkpoint in {self._directory} is intact; to start anew, choose '
-        'another --workdir',
-      ])
+      hint = 'to start anew, choose another --workdir'
+      failures.append(f'none in {self._directory} is intact; {hint}')
+      raise UserError(failures)
     return None
 
   def _restore(self, step: int, abstract: Any) -> Saved:
     meta = self._manager.restore(
-      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())  # pyright: ignore
+      step,
+      args=ocp.args.Composite(meta=ocp.args.JsonRestore()),  # pyright: ignore
     )['meta']
     wanted = _by_name(abstract)
     _check_leaves(step, meta['leaves'], _leaves(wanted))
@@ -165,9 +166,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _leaves(arrays: dict[str, Any]) -> dict[str, str]:
-  return {
-    name: f'{x.dtype.name}{list(x.shape)}' for name, x in arrays.items()
-  }
+  return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in arrays.items()}
 
 
 def _check_leaves(step: int, saved: dict[str, str], wanted: dict[str, str]):
@@ -181,6 +180,4 @@ def _check_leaves(step: int, saved: dict[str, str], wanted: dict[str, str]):
   ]
   if len(names) > 5:
     lines.append(f'... and {len(names) - 5} more')
-  raise UserError(
-    [f'checkpoint {step} is of another architecture:', *lines]
-  )
+  raise UserError([f'checkpoint {step} is of another architecture:', *lines])

@@ -10,7 +10,7 @@ class Clock:
 
   def __init__(self):
     self.seconds: defaultdict[str, float] = defaultdict(float)
-    self._phase = 'train'
+    self._phase = 'start'
     self._since = time.perf_counter()
 
   def _switch(self, phase: str) -> None:

@@ -52,7 +52,7 @@ def zeros_like(metrics: Metrics) -> Metrics:
 
 
 def merge(old: Metrics, new: Metrics) -> Metrics:
-  return {name: old[name].merge(new[name]) for name in new}
+  return {name: old[name].merge(new[name]) for name in new}  # pyright: ignore
 
 
 def compute(metrics: Metrics) -> dict[str, float | list]:

@@ -31,7 +31,9 @@ class Interrupt:
     if threading.current_thread() is not threading.main_thread():
       yield self
       return
-    previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+    previous = {
+      number: signal.signal(number, self._handle) for number in _SIGNALS
+    }
     try:
       yield self
     finally:

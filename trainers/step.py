@@ -85,9 +85,7 @@ def make_eval_step(task: Task) -> Callable[..., Metrics]:
   """(state, metrics so far, batch, key) -> metrics so far, this batch too."""
 
   def eval_step(state, running, batch, key):
-    _, aux = task.loss(
-      state.params, state.model_state, batch, key, train=False
-    )
+    _, aux = task.loss(state.params, state.model_state, batch, key, train=False)
     return metrics_lib.merge(running, aux.metrics)
 
   return eval_step

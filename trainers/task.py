@@ -35,9 +35,7 @@ class Aux(NamedTuple):
 class Task(Protocol):
   """What is trained. Its functions are pure, and traced."""
 
-  def init(
-    self, key: jax.Array, batch: Batch
-  ) -> tuple[Params, ModelState]: ...
+  def init(self, key: jax.Array, batch: Batch) -> tuple[Params, ModelState]: ...
 
   def loss(
     self,

@@ -1,5 +1,8 @@
 """TensorBoard event files, by TensorBoard's own protocol buffers."""
 
+# Their names are made when they are imported.
+# pyright: reportAttributeAccessIssue=false
+
 from collections.abc import Iterator, Mapping
 import os
 import pathlib
@@ -7,6 +10,7 @@ import socket
 import struct
 import time
 from typing import Any
+import zlib
 
 from clu.metric_writers import interface
 import numpy as np
@@ -36,16 +40,14 @@ class SummaryWriter(interface.MetricWriter):
     logdir.mkdir(parents=True, exist_ok=True)
     now = time.time()
     name = f'events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}'
-    self._records = RecordWriter(open(logdir / name, 'wb'))
+    self._records = RecordWriter((logdir / name).open('wb'))
     self._event(event_pb2.Event(wall_time=now, file_version='brain.Event:2'))
 
   def start_session(self, step: int) -> None:
     """Hides what earlier files say of steps after `step`: they are redone."""
     session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._event(
-      event_pb2.Event(
-        wall_time=time.time(), step=step + 1, session_log=session
-      )
+      event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=session)
     )
     self.flush()
 
@@ -64,9 +66,7 @@ class SummaryWriter(interface.MetricWriter):
   ) -> None:
     metadata = scalar_metadata.create_summary_metadata('', '')
     for tag, value in scalars.items():
-      tensor = TensorProto(
-        dtype=DT_FLOAT, float_val=[float(np.asarray(value))]
-      )
+      tensor = TensorProto(dtype=DT_FLOAT, float_val=[float(np.asarray(value))])
       self._tensor(step, tag, tensor, metadata)
 
   def write_histograms(
@@ -125,9 +125,7 @@ class SummaryWriter(interface.MetricWriter):
     self._records.close()
 
   def _tensor(self, step, tag, tensor, metadata) -> None:
-    value = summary_pb2.Summary.Value(
-      tag=tag, tensor=tensor, metadata=metadata
-    )
+    value = summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
     self._summary(step, summary_pb2.Summary(value=[value]))
 
   def _summary(self, step: int, summary: summary_pb2.Summary) -> None:
@@ -141,8 +139,6 @@ class SummaryWriter(interface.MetricWriter):
 
 def _png(pixels: np.ndarray) -> bytes:
   """uint8[H, W, C] with C 1 or 3, as PNG."""
-  import zlib  # noqa: PLC0415
-
   height, width, channels = pixels.shape
   color = {1: 0, 3: 2}[channels]
 

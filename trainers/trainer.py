@@ -2,13 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 import functools
 import logging
 import pathlib
 from typing import Any
 
-from clu import metric_writers
-from clu import periodic_actions
+from clu import metric_writers, periodic_actions
 import jax
 import optax
 
@@ -46,7 +46,7 @@ class Trainer:
     score, best: the newest and the best `Score`, or None.
     status: 'running', then 'done', 'interrupted', 'diverged', 'unsaved' (the
       last state could not be saved) or 'failed' (an exception).
-    clock: seconds by phase: start, compile, train, evaluate, checkpoint.
+    clock: seconds by phase: start, compile, train, evaluate, checkpoint, end.
     num_timed_steps: the steps that took clock.read('train').
   """
 
@@ -102,17 +102,19 @@ class Trainer:
     """
     with self.interrupt.listening():
       try:
-        with self.clock.phase('start'):
-          self._start()
-          self._each('on_fit_start')
-        self._train()
-        self._save_last()
+        self._start()
+        self._each('on_fit_start')
+        with self.clock.phase('train'):
+          self._train()
+        with self.clock.phase('end'):
+          self._save_last()
       except BaseException as error:
         self.status = 'failed'
         self._each('on_exception', error)
         raise
       finally:
-        self._close()
+        with self.clock.phase('end'):
+          self._close()
     return self.status
 
   def _train(self) -> None:
@@ -129,7 +131,7 @@ class Trainer:
 
   def _train_step(self, batch: Batch) -> None:
     first = 'compile' not in self.clock.seconds
-    with self.clock.phase('compile' if first else 'train'):
+    with self.clock.phase('compile') if first else nullcontext():
       self.state, self._running, self.metrics = self._update(
         self.state, self._running, batch, self._step_key
       )
@@ -206,12 +208,12 @@ class Trainer:
     abstract = jax.eval_shape(create, self._init_key)
     shapes = jax.eval_shape(self._step_fn, abstract, batch, self._step_key)[1]
     self._zeros = metrics_lib.zeros_like(shapes)
-    self._running = self._zeros
+    self._running = self.metrics = self._zeros
     self._update = jax.jit(
       functools.partial(_accumulate, self._step_fn), donate_argnums=0
     )
     saved = self.checkpointer and self.checkpointer.restore(
-      {'state': abstract, 'running': shapes}
+      {'state': abstract, 'running': shapes, 'metrics': shapes}
     )
     if saved:
       self._resume(saved.tree, saved.meta)
@@ -226,6 +228,7 @@ class Trainer:
         f'{meta["fingerprint"]}, now it is {self.dataset.fingerprint}'
       )
     self.state, self._running = tree['state'], tree['running']
+    self.metrics = tree['metrics']
     self.step, self._next_hook = meta['step'], meta['next_hook']
     self.score = meta['score'] and Score(*meta['score'])
     self.best = meta['best'] and Score(*meta['best'])
@@ -251,7 +254,9 @@ class Trainer:
 
   def _close(self) -> None:
     """Every callback ends, then every file; the first error is the one told."""
-    closers = [functools.partial(c.on_fit_end, self) for c in self.callbacks]
+    closers: list[Callable[[], None]] = [
+      functools.partial(c.on_fit_end, self) for c in self.callbacks
+    ]
     closers.append(self._writers.close)
     if self.checkpointer:
       closers.append(self.checkpointer.close)
@@ -290,7 +295,11 @@ class Trainer:
       }
       score = self.score
       value = score.value if score and score.step == self.step else None
-      tree = {'state': self.state, 'running': self._running}
+      tree = {
+        'state': self.state,
+        'running': self._running,
+        'metrics': self.metrics,
+      }
       self.checkpointer.save(self.step, tree, meta, value)
     self._each('on_checkpoint', self.step)
 

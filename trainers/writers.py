@@ -21,7 +21,7 @@ class MetricsFile:
   """
 
   def __init__(self, path: pathlib.Path, size: int):
-    self._file = open(path, 'ab')
+    self._file = path.open('ab')
     if self._file.tell() > size:
       self._file.truncate(size)
 

@@ -1,7 +1,10 @@
 """Text from the trained model."""
 
+from collections.abc import Callable
 import functools
 import logging
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class TextSample(Callback):
-  """Generates text when training is done: printed, and in sample.txt.
+  """Generates text when training is done: printed, and in a file.
 
   Args:
+    logits: (params, tokens) -> [batch, time, vocab].
+    path: of the file.
     tokenizer: of the run.
     prompt: tokens that the text continues: at least one.
     block_size: of the model.
@@ -28,6 +33,8 @@ class TextSample(Callback):
 
   def __init__(
     self,
+    logits: Callable[[Any, jax.Array], jax.Array],
+    path: pathlib.Path,
     tokenizer: Characters,
     prompt: list[int],
     block_size: int,
@@ -35,13 +42,14 @@ class TextSample(Callback):
     temperature: float,
     seed: int,
   ):
+    self.logits = logits
+    self.path = path
     self.tokenizer = tokenizer
     self.prompt = prompt
     self.seed = seed
     self.num_tokens = num_tokens
-    self.settings = dict(
-      num_tokens=num_tokens, block_size=block_size, temperature=temperature
-    )
+    self.block_size = block_size
+    self.temperature = temperature
 
   def on_fit_end(self, loop):
     if loop.status != 'done' or not self.num_tokens:
@@ -49,14 +57,18 @@ class TextSample(Callback):
 
     @jax.jit
     def sample(params, prompt, key):
-      logits = functools.partial(loop.task.logits, params)
-      return generate(logits, prompt, key, **self.settings)
+      return generate(
+        functools.partial(self.logits, params),
+        prompt,
+        key,
+        num_tokens=self.num_tokens,
+        block_size=self.block_size,
+        temperature=self.temperature,
+      )
 
-    tokens = sample(
-      loop.state.params,
-      jnp.asarray([self.prompt], jnp.int32),
-      jax.random.key(self.seed),
-    )
-    text = self.tokenizer.decode(jax.device_get(tokens)[0])
-    write_atomically(loop.workdir / 'sample.txt', text)
-    log.info('sample (%d tokens):\n%s', len(tokens[0]), text)
+    prompt = jnp.asarray([self.prompt], jnp.int32)
+    key = jax.random.key(self.seed)
+    [tokens] = jax.device_get(sample(loop.state.params, prompt, key))
+    text = self.tokenizer.decode(tokens)
+    write_atomically(self.path, text)
+    log.info('sample (%d tokens):\n%s', len(tokens), text)

@@ -101,5 +101,5 @@ def _fingerprint(splits: dict[str, np.ndarray]) -> str:
   digest = hashlib.sha256()
   for name, tokens in splits.items():
     digest.update(f'{name}:{len(tokens)}:'.encode())
-    digest.update(np.ascontiguousarray(tokens, np.int32))
+    digest.update(tokens.astype(np.int32).tobytes())
   return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@ from trainers.callbacks.callback import Callback
 
 
 class EarlyStopping(Callback):
-  """Stops after `patience` evaluations in a row without a new best; 0: never."""
+  """Stops after `patience` evaluations without a new best; 0: never."""
 
   def __init__(self, patience: int):
     self.patience = patience
@@ -15,8 +15,11 @@ class EarlyStopping(Callback):
       return  # An evaluation that is not monitored.
     self.num_worse = 0 if loop.best == loop.score else self.num_worse + 1
     if self.patience and self.num_worse >= self.patience:
-      loop.stop(f'no better than step {loop.best.step} for {self.num_worse} '
-                'evaluations' if loop.best else 'no finite evaluation')
+      loop.stop(
+        f'no better than step {loop.best.step} for {self.num_worse} evaluations'
+        if loop.best
+        else 'no finite evaluation'
+      )
 
   def state_dict(self):
     return {'num_worse': self.num_worse}

@@ -28,9 +28,7 @@ class Evaluation(Callback):
   def on_eval_end(self, loop, split, metrics):
     if split != self.split:
       return
-    loop.score = Score(
-      loop.step, metrics[f'{split}/{self.monitor}']
-    )
+    loop.score = Score(loop.step, metrics[f'{split}/{self.monitor}'])
     best = math.isfinite(loop.score.value) and (
       loop.best is None or loop.score.value < loop.best.value
     )

@@ -65,8 +65,7 @@ class Result(Callback):
 
   def _timing(self, loop) -> dict[str, Any]:
     return {
-      'train_seconds': self.earlier['train_seconds']
-      + loop.clock.read('train'),
+      'train_seconds': self.earlier['train_seconds'] + loop.clock.read('train'),
       'steps': self.earlier['steps'] + loop.num_timed_steps,
     }
 

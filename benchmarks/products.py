@@ -1,0 +1,80 @@
+"""Floating-point work of the matrix products in a traced program: exact."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def count(fn: Callable[..., Any], *args: Any) -> int:
+  """2 * multiply-adds of every dot_general in fn(*args), as traced.
+
+  A scan's body counts as often as it runs, a conditional's dearest branch
+  counts. Loops of unknown length are refused.
+  """
+  return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+  return sum(_count_equation(e) for e in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> int:
+  name, params = equation.primitive.name, equation.params
+  if name == 'dot_general':
+    return _dot(equation)
+  inner = [_count(j) for j in _jaxprs(params)]
+  if name == 'cond':
+    return max(inner)
+  if name == 'scan':
+    return params['length'] * sum(inner)
+  if name == 'while' and sum(inner):
+    raise ValueError('products in a loop of unknown length')
+  return sum(inner)
+
+
+def _dot(equation: Any) -> int:
+  (contracted, _), (batch, _) = equation.params['dimension_numbers']
+  left, right = (v.aval for v in equation.invars)
+  shared = math.prod(left.shape[i] for i in (*contracted, *batch))
+  batches = math.prod(left.shape[i] for i in batch)
+  free_left = left.size // shared
+  free_right = right.size // shared
+  depth = shared // batches
+  return 2 * batches * depth * free_left * free_right
+
+
+def _jaxprs(params: dict[str, Any]):
+  for value in jax.tree.leaves(
+    list(params.values()),
+    is_leaf=lambda x: isinstance(x, (core.Jaxpr, core.ClosedJaxpr)),
+  ):
+    if isinstance(value, core.ClosedJaxpr):
+      yield value.jaxpr
+    elif isinstance(value, core.Jaxpr):
+      yield value
+
+
+def ideal(
+  *,
+  num_tokens: int,
+  block_size: int,
+  vocab_size: int,
+  d_model: int,
+  num_layers: int,
+  num_experts: int,
+  experts_per_token: int,
+  d_ff: int,
+) -> int:
+  """A training step's products if an expert computes its own tokens only.
+
+  6 per parameter and token: 2 forward, 4 backward; attention's scores and sums
+  over the whole window, as a masked product computes them.
+  """
+  attention = 4 * d_model * d_model + 2 * block_size * d_model
+  router = d_model * num_experts
+  experts = experts_per_token * 2 * d_model * d_ff
+  layers = num_layers * (attention + router + experts)
+  return 6 * num_tokens * (layers + d_model * vocab_size)

@@ -1,0 +1,83 @@
+"""Products against float64, in every form that the model uses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanomoe import numerics
+
+SUBSCRIPTS = {
+  'nd,df->nf': ({'n': 33, 'd': 8, 'f': 12}),
+  'gnd,gdf->gnf': ({'g': 3, 'n': 16, 'd': 8, 'f': 12}),
+  'gnf,gfd->gnd': ({'g': 3, 'n': 16, 'd': 8, 'f': 12}),
+  'bhtd,bhsd->bhts': ({'b': 2, 'h': 3, 't': 5, 's': 7, 'd': 4}),
+  'bhts,bhsd->bhtd': ({'b': 2, 'h': 3, 't': 5, 's': 7, 'd': 4}),
+}
+
+
+def _operands(subscripts, sizes, rng):
+  """Numbers that bfloat16 holds exactly: only sums can be inexact."""
+  x, w = subscripts.split('->')[0].split(',')
+
+  def draw(index):
+    values = rng.integers(-8, 9, [sizes[i] for i in index])
+    return jnp.asarray(values, jnp.float32)
+
+  return draw(x), draw(w)
+
+
+@pytest.mark.parametrize('precision', numerics.PRECISIONS)
+@pytest.mark.parametrize('subscripts', SUBSCRIPTS)
+def test_value_and_gradients_equal_float64(subscripts, precision, rng):
+  x, w = _operands(subscripts, SUBSCRIPTS[subscripts], rng)
+  expected = np.einsum(subscripts, np.float64(x), np.float64(w))
+  g = jnp.asarray(rng.integers(-8, 9, expected.shape), jnp.float32)
+
+  y, vjp = jax.vjp(lambda x, w: numerics.dot(subscripts, x, w, precision), x, w)
+  dx, dw = vjp(g)
+
+  operands, out = subscripts.split('->')
+  x_index, w_index = operands.split(',')
+  np.testing.assert_array_equal(y, expected)
+  np.testing.assert_array_equal(
+    dx, np.einsum(f'{out},{w_index}->{x_index}', g, np.float64(w))
+  )
+  np.testing.assert_array_equal(
+    dw, np.einsum(f'{x_index},{out}->{w_index}', np.float64(x), g)
+  )
+  assert y.dtype == dx.dtype == dw.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('size', [1, 2, 31, 64])
+def test_every_size_compiles_in_bfloat16(size, rng):
+  """XLA's CPU products refuse some layouts; not those that are asked for."""
+  x = jnp.asarray(rng.normal(size=(2, size, size)), jnp.float32)
+
+  @jax.jit
+  def loss(x, w):
+    return jnp.sum(numerics.dot('gnd,gdf->gnf', x, w, 'bfloat16') ** 2)
+
+  dx, dw = jax.grad(loss, argnums=(0, 1))(x, x)
+  y = np.einsum('gnd,gdf->gnf', x, x)
+  expected = 2 * np.einsum('gnd,gnf->gdf', x, y)
+  np.testing.assert_allclose(dw, expected, atol=0.02 * np.abs(expected).max())
+  assert np.isfinite(dx).all()
+
+
+def test_bfloat16_rounds_operands_and_float32_does_not():
+  x = jnp.float32([[1 + 2**-12]])
+  one = jnp.ones((1, 1))
+  assert numerics.dot('nd,df->nf', x, one, 'float32')[0, 0] == x[0, 0]
+  assert numerics.dot('nd,df->nf', x, one, 'bfloat16')[0, 0] == 1
+
+
+def test_auto_follows_the_machine(monkeypatch):
+  for flags, expected in [
+    ({'avx2'}, 'float32'),
+    ({'avx2', 'amx_bf16'}, 'bfloat16'),
+    (set(), 'float32'),
+  ]:
+    monkeypatch.setattr(numerics, '_cpu_flags', lambda f=flags: f)
+    assert numerics.resolve_precision('auto') == expected
+    assert numerics.resolve_precision('float32') == 'float32'

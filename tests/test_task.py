@@ -1,0 +1,116 @@
+"""The loss: what is in it, what is not, and what padding counts for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import products
+from configs import base
+from nanomoe import experiment, optimizers
+from nanomoe.task import cross_entropy
+from trainers import metrics as metrics_lib
+from trainers import step as step_lib
+from trainers.state import TrainState
+
+VOCAB = 11
+
+
+@pytest.fixture
+def task_and_params(tiny):
+  config = experiment.decide(tiny({'precision': 'float32'}))
+  task = experiment.build_task(config, VOCAB)
+  batch = {'inputs': jnp.zeros((1, 16), jnp.int32)}
+  params, _ = task.init(jax.random.key(0), batch)
+  return task, jax.tree.map(lambda x: 3 * x, params)
+
+
+def _batch(rng, rows=4):
+  tokens = rng.integers(0, VOCAB, (rows, 17)).astype(np.int32)
+  return {
+    'inputs': jnp.asarray(tokens[:, :-1]),
+    'targets': jnp.asarray(tokens[:, 1:]),
+    'weights': jnp.ones((rows, 16)),
+  }
+
+
+def _evaluate(task, params, batch):
+  total, aux = jax.jit(
+    lambda p, b: task.loss(p, {}, b, jax.random.key(0), train=False)
+  )(params, batch)
+  return float(total.sum / total.weight), metrics_lib.compute(aux.metrics)
+
+
+def test_cross_entropy_is_the_definition(rng):
+  logits = rng.normal(size=(2, 3, VOCAB)).astype(np.float32) * 5
+  targets = rng.integers(0, VOCAB, (2, 3)).astype(np.int32)
+  probs = np.exp(np.float64(logits))
+  probs /= probs.sum(-1, keepdims=True)
+  expected = -np.log(np.take_along_axis(probs, targets[..., None], -1))[..., 0]
+  actual = cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+  np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def test_parts_of_the_loss(task_and_params, rng):
+  """total = cross-entropy + aux_weight * aux_loss; bits are nats / ln 2."""
+  task, params = task_and_params
+  batch = _batch(rng)
+  total, metrics = _evaluate(task, params, batch)
+  logits = np.float64(task.logits(params, batch['inputs']))
+  log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  nats = -np.take_along_axis(log_probs, batch['targets'][..., None], -1).mean()
+  assert metrics['cross_entropy'] == pytest.approx(nats, rel=1e-4)
+  assert metrics['bits_per_char'] == pytest.approx(nats / np.log(2), rel=1e-4)
+  assert metrics['aux_loss'] > 1  # Two layers: 2 if uniform.
+  assert total == pytest.approx(nats + 0.01 * metrics['aux_loss'], rel=1e-4)
+  np.testing.assert_allclose(np.sum(metrics['expert_load'], axis=1), 1, 1e-5)
+
+
+def test_padding_counts_in_nothing(task_and_params, rng):
+  """Metrics of 4 rows, one of them padding, are those of the other 3."""
+  task, params = task_and_params
+  batch = _batch(rng)
+  padded = {**batch, 'weights': batch['weights'].at[3].set(0.0)}
+  fewer = {name: x[:3] for name, x in batch.items()}
+  total, metrics = _evaluate(task, params, padded)
+  expected_total, expected = _evaluate(task, params, fewer)
+  assert total == pytest.approx(expected_total, rel=1e-5)
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_products_of_a_documented_step_are_near_the_sparse_ideal():
+  """At most 30 % above 35.7 GFLOP; every expert for every token is 61.5."""
+  config = experiment.decide(base.get_config())
+  task = experiment.build_task(config, 65)
+  shape = (config.batch_size, config.block_size)
+  batch = {
+    'inputs': jnp.zeros(shape, jnp.int32),
+    'targets': jnp.zeros(shape, jnp.int32),
+    'weights': jnp.ones(shape),
+  }
+  step, state = _abstract_step(config, task, batch)
+  counted = products.count(step, state, batch, jax.random.key(0))
+  sizes = dict(
+    num_tokens=shape[0] * shape[1],
+    block_size=shape[1],
+    vocab_size=65,
+    d_model=config.model.d_model,
+    num_layers=config.model.num_layers,
+    num_experts=config.moe.num_experts,
+    d_ff=config.moe.d_ff,
+  )
+  sparse = products.ideal(**sizes, experts_per_token=config.moe.top_k)
+  every = products.ideal(**sizes, experts_per_token=config.moe.num_experts)
+  assert round(sparse / 1e9, 1) == 35.7
+  assert round(every / 1e9, 1) == 61.5
+  assert 0.99 * sparse < counted < 1.3 * sparse
+
+
+def _abstract_step(config, task, batch):
+  optimizer, schedule = optimizers.build(config.optimizer, 100)
+  state = jax.eval_shape(
+    lambda key: TrainState.create(*task.init(key, batch), optimizer),
+    jax.random.key(0),
+  )
+  return step_lib.make_train_step(task, optimizer, schedule), state
