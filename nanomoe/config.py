@@ -6,6 +6,8 @@ told at once, a line each, and a spec's own arguments can be given too.
 
 import ast
 import importlib.util
+import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -51,7 +53,11 @@ def load_file(path: str) -> ConfigDict:
     UserError: there is no such file, or it is no config.
   """
   file = pathlib.Path(path)
-  if not file.is_file():
+  try:
+    is_file = file.is_file()
+  except OSError as error:  # A name that is too long, for example.
+    raise UserError(f'--config={path}: {error.strerror}') from error
+  if not is_file:
     near = sorted(str(p) for p in file.parent.glob('*.py'))
     near = [p for p in near if not p.endswith('__init__.py')]
     hint = f'; there are {", ".join(near[:8])}' if near else ''
@@ -62,7 +68,7 @@ def load_file(path: str) -> ConfigDict:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except (SyntaxError, ImportError) as error:
+  except (SyntaxError, ImportError, OSError, ValueError) as error:
     raise UserError(f'--config={path}: {error}') from error
   if not hasattr(module, 'get_config'):
     raise UserError(f'--config={path}: it has no function get_config()')
@@ -80,13 +86,14 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
   """
   values = config.to_dict()
   lines = []
-  for key, text in overrides:
+  # Types first: another type comes with arguments of its own.
+  for key, text in sorted(overrides, key=lambda o: not o[0].endswith('.type')):
     if not schema.known(key):
       lines.append(schema.unknown(key))
       continue
     try:
       value = _parse(key, text)
-    except ValueError:
+    except (ValueError, OverflowError):
       field = schema.FIELDS[key]
       lines.append(f'config.{key}={text!r}: it must be {field.allowed}')
       continue
@@ -94,31 +101,46 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
     section = values
     for part in sections:
       section = section.setdefault(part, {})
-    if name == 'type' and section.get('type') != value:
-      section.clear()  # The arguments were those of another type.
-    section[name] = value
+      if not isinstance(section, dict):
+        break  # A value where a section belongs: told below.
+    else:
+      _assign(section, name, value)
   lines += schema.problems(values)
   if lines:
     raise UserError(lines)
   for key, field in schema.FIELDS.items():
-    if field.kind is float:  # 1 is a number, and its place wants a float.
-      *sections, name = key.split('.')
-      section = values
-      for part in sections:
-        section = section[part]
-      section[name] = float(section[name])
+    *sections, name = key.split('.')
+    section = values
+    for part in sections:
+      section = section[part]
+    section[name] = field.kind(section[name])  # 1 is a number too.
+  path = values['data']['path']
+  values['data']['path'] = path and os.path.abspath(path)
   return ConfigDict(values)
+
+
+def _assign(section: dict[str, Any], name: str, value: Any) -> None:
+  if name == 'type' and section.get('type') != value:
+    section.clear()  # The arguments were those of another type.
+  section[name] = value
+
+
+def _literal(text: str) -> Any:
+  """A number, list, word or quoted text that JSON can hold; else the text."""
+  words = {'true': True, 'false': False, 'null': None}
+  if text in words:
+    return words[text]
+  try:
+    value = ast.literal_eval(text)
+    return json.loads(json.dumps(value, allow_nan=False))
+  except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+    return text
 
 
 def _parse(key: str, text: str) -> Any:
   """Raises ValueError if `text` is not of the key's type."""
-  if key not in schema.FIELDS:  # An argument of a spec: a literal, or text.
-    if key.endswith('.type'):
-      return text
-    try:
-      return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      return text
+  if key not in schema.FIELDS:  # Of a spec.
+    return text if key.endswith('.type') else _literal(text)
   kind = schema.FIELDS[key].kind
   if kind is int:
     try:

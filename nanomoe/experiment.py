@@ -2,9 +2,8 @@
 
 import functools
 import logging
-import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,13 +18,13 @@ from nanomoe.model import Attention, Block, Transformer
 from nanomoe.moe import MoE
 from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
-from trainers import callbacks, spec
-from trainers.checkpoint import Checkpointer
+from trainers import callbacks, checkpoint, spec
 from trainers.errors import UserError
 from trainers.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+CALLBACKS = {name: getattr(callbacks, name) for name in callbacks.__all__}
 TRAIN_SHARE = 0.9  # Of the text; the rest is the validation split.
 
 
@@ -72,7 +71,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     callbacks=build_callbacks(
       config, directory, task, tokenizer, tokens, facts
     ),
-    checkpointer=Checkpointer(
+    checkpointer=checkpoint.Checkpointer(
       directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
     ),
     workdir=directory,
@@ -98,13 +97,46 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
   return trainer
 
 
+class Restored(NamedTuple):
+  """A trained model, and what it was trained on."""
+
+  task: LanguageModel
+  dataset: Windows
+  tokenizer: Characters
+  params: Any
+  model_state: Any
+  step: int
+
+
+def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
+  """What `step` (a number, best or latest) of the run in `directory` holds.
+
+  Raises:
+    UserError: there is no such checkpoint, or the data has changed.
+  """
+  arrays, meta = checkpoint.read(directory / 'checkpoints', step)
+  corpus = corpus_lib.find(config.data.path, config.data.fallback)
+  tokenizer = Characters.of(corpus.text)
+  dataset = build_dataset(config, tokenizer.encode(corpus.text))
+  checkpoint.check_fingerprint(meta, dataset.fingerprint)
+  task = build_task(config, tokenizer.vocab_size)
+  batch = dataset.train_batch(0, slice(0, 1))
+  params, model_state = jax.eval_shape(task.init, jax.random.key(0), batch)
+  return Restored(
+    task,
+    dataset,
+    tokenizer,
+    checkpoint.select(arrays, 'state.params', params),
+    checkpoint.select(arrays, 'state.model_state', model_state),
+    meta['step'],
+  )
+
+
 def decide(config: Config) -> Config:
   """A copy without 'auto': what a resumed run must find decided."""
   config = config.copy_and_resolve_references()
   config.precision = numerics.resolve_precision(config.precision)
   config.moe.dispatch = dispatch.resolve_dispatch(config.moe.dispatch)
-  if config.data.path:
-    config.data.path = os.path.abspath(config.data.path)
   return config
 
 
@@ -174,9 +206,7 @@ def build_callbacks(
   """In the order in which they are called."""
   tokens_per_step = config.batch_size * config.block_size
   plugins = [
-    spec.build(
-      f'callbacks.{name}', config.callbacks[name].to_dict(), vars(callbacks)
-    )
+    spec.build(f'callbacks.{name}', config.callbacks[name].to_dict(), CALLBACKS)
     for name in config.callbacks
   ]
   return [

@@ -4,13 +4,12 @@ Flags are parsed before JAX is imported: a mistake is answered at once.
 """
 
 import logging
-import os
 import pathlib
-import signal
-import sys
+import shlex
 
-from absl import app, flags
+from absl import flags
 
+from nanomoe import command
 from nanomoe import config as config_lib
 from nanomoe import workdir as workdir_lib
 from trainers.errors import UserError
@@ -27,25 +26,24 @@ _WORKDIR = flags.DEFINE_string(
   'if --config is not given. Default: runs/<config>-<date>-<time>.',
 )
 
-EXIT_CODES = {'done': 0, 'diverged': 3, 'unsaved': 4, 'interrupted': 75}
-USER_ERROR = 2
+EXIT_CODES = {
+  'done': 0,
+  'diverged': 3,
+  'unsaved': 4,
+  'interrupted': command.INTERRUPTED,
+}
 
 
-def _read_flags(argv: list[str]) -> list[config_lib.Override]:
-  """Parses argv; returns the config's overrides, which absl does not know."""
+def _parse(argv: list[str]) -> list[config_lib.Override]:
+  """The overrides. Absl does not know the config's keys: it gets the rest."""
   argv, overrides = config_lib.split_arguments(argv)
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    raise UserError(str(error)) from error
-  if rest[1:]:
-    raise UserError(f'what is {rest[1]!r}? Options are --name=value')
+  command.parse_flags(argv)
   return overrides
 
 
-def _main(overrides: list[config_lib.Override]) -> int:
+def main(overrides: list[config_lib.Override]) -> int:
   """Trains; returns the exit code."""
-  workdir = _WORKDIR.value and pathlib.Path(_WORKDIR.value)
+  workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
   old = workdir_lib.read_config(workdir) if workdir else None
   if _CONFIG.value:
     config = config_lib.load_file(_CONFIG.value)
@@ -68,44 +66,29 @@ def _main(overrides: list[config_lib.Override]) -> int:
 
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
 
-  status = experiment.build(config, workdir).fit()
+  trainer = experiment.build(config, workdir)
+  status = trainer.fit()
+  _report(trainer, workdir)
   return EXIT_CODES[status]
 
 
-def _run(overrides: list[config_lib.Override] | UserError) -> int:
-  # Until the trainer listens, there is nothing to save.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
-    if isinstance(overrides, UserError):
-      raise overrides
-    return _main(overrides)
-  except UserError as error:
-    for line in error.problems:
-      print(f'error: {line}', file=sys.stderr)
-    return USER_ERROR
-  except KeyboardInterrupt:
-    print('interrupted before the first step', file=sys.stderr)
-    return EXIT_CODES['interrupted']
-
-
-def _parse(argv: list[str]):
-  try:
-    return _read_flags(argv)
-  except UserError as error:
-    return error
-
-
-def _exec_with_huge_pages() -> None:
-  """Starts this process again, once, with an allocator that suits XLA.
-
-  Large buffers then come in huge pages: a fault for 2 MB instead of 4 kB, which
-  is a fifth of a step's time. glibc reads its tunables only at the start.
-  """
-  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+def _report(trainer, workdir: pathlib.Path) -> None:
+  """One line: what became of the run, and what to type next."""
+  status, step = trainer.status, f'{trainer.step}/{trainer.num_train_steps}'
+  best = trainer.best
+  if status == 'done':
+    reason = f' ({trainer.stop_reason})' if trainer.stop_reason else ''
+    tell = f'; best val {best.value:.4f} at step {best.step}' if best else ''
+    log.info(
+      'done: step %s%s%s; all of it is in %s', step, reason, tell, workdir
+    )
+  elif status == 'interrupted':
+    words = ['python', '-m', 'nanomoe.main', f'--workdir={workdir}']
+    log.info('interrupted by %s; step %s is saved', trainer.stop_reason, step)
+    log.info('go on with: %s', shlex.join(words))
+  else:
+    log.error('%s at step %s: %s', status, step, trainer.stop_reason)
 
 
 if __name__ == '__main__':
-  _exec_with_huge_pages()
-  app.run(_run, flags_parser=_parse)
+  command.run(main, _parse)

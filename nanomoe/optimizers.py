@@ -114,7 +114,10 @@ def build(
     weight_decay=config.weight_decay,
     mask=DECAY_MASKS[config.decay_mask],
   )
-  if not config.clip_norm:
-    return adamw, schedule
-  clip = optax.clip_by_global_norm(config.clip_norm)
+  # Present or not, it has a place in the state: clipping may change in a run.
+  clip = (
+    optax.clip_by_global_norm(config.clip_norm)
+    if config.clip_norm
+    else optax.identity()
+  )
   return optax.chain(clip, adamw), schedule

@@ -8,7 +8,7 @@ from trainers.spec import did_you_mean
 
 
 class Field(NamedTuple):
-  """Of a number: low <= value, and value < below."""
+  """Of a number: low <= value, and value < below (of integers, 2**31)."""
 
   kind: type
   meaning: str
@@ -133,16 +133,20 @@ def known(key: str) -> bool:
 
 
 def unknown(key: str) -> str:
+  """What to say of a key that is none."""
   names = [*FIELDS, *(f'{s}.type' for s in SPECS)]
-  sections = {name.rpartition('.')[0] for name in names} - {''}
-  if key in sections or key in SPEC_GROUPS:
+  group = key.split('.')[0]
+  if group in SPEC_GROUPS and key.count('.') < 2:
+    name = key if '.' in key else f'{group}.NAME'
+    return (
+      f'config.{key} is a section; its keys are {name}.type and {name}.ARGUMENT'
+    )
+  if any(name.startswith(f'{key}.') for name in names):
     inside = [n for n in names if n.startswith(f'{key}.')]
     return f'config.{key} is a section; its keys are {", ".join(inside)}'
-  hint = did_you_mean(key, names)
-  if not hint:  # The right name in the wrong section.
-    last = key.rpartition('.')[2]
-    close = [n for n in names if n.rpartition('.')[2] == last]
-    hint = f' Did you mean {close[0]!r}?' if close else ''
+  last = key.rpartition('.')[2]
+  same = [n for n in names if n.rpartition('.')[2] == last]
+  hint = f' Did you mean {same[0]!r}?' if same else did_you_mean(key, names)
   return f'config.{key} is no key of the config.{hint}'
 
 
@@ -150,6 +154,8 @@ def _violation(field: Field, value: Any) -> str | None:
   """What is wrong with `value`, or None."""
   wrong = f'it must be {field.allowed}'
   if field.kind is float and type(value) is int:
+    if abs(value) > 2**1000:
+      return wrong  # No float is as large.
     value = float(value)
   if type(value) is not field.kind:
     return wrong
@@ -157,10 +163,11 @@ def _violation(field: Field, value: Any) -> str | None:
     return wrong + did_you_mean(str(value), field.choices)
   if field.kind is str:
     return None
-  if not math.isfinite(value):
+  if isinstance(value, float) and not math.isfinite(value):
     return wrong
   if field.low is not None and value < field.low:
     return wrong
-  if field.below is not None and value >= field.below:
-    return wrong
+  below = 2**31 if field.kind is int and field.below is None else field.below
+  if below is not None and value >= below:
+    return f'{wrong} and < {below}' if field.below is None else wrong
   return None

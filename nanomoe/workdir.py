@@ -47,18 +47,24 @@ def read_config(workdir: pathlib.Path) -> ConfigDict | None:
   """The config of the run in `workdir`, or None if there is no run."""
   path = workdir / 'config.json'
   try:
-    text = path.read_text(encoding='utf-8')
+    values = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(values, dict) or not values:
+      raise ValueError('it is not an object with keys')
+    return ConfigDict(values)
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
     raise UserError(f'{path}: {error.strerror}') from error
-  try:
-    values = json.loads(text)
-    if not isinstance(values, dict):
-      raise ValueError('it is not an object')
-    return ConfigDict(values)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is damaged: {error}') from error
+
+
+def config_of(workdir: pathlib.Path) -> ConfigDict:
+  """As `read_config`; raises UserError if there is no run."""
+  config = read_config(workdir)
+  if config is None:
+    raise UserError(f'--workdir={workdir}: no run is there (no config.json)')
+  return config
 
 
 def continued(old: ConfigDict, new: ConfigDict) -> ConfigDict:

@@ -53,6 +53,11 @@ def _metrics(workdir):
   return [json.loads(line) for line in lines]
 
 
+def _num_lines(workdir):
+  path = workdir / 'metrics.jsonl'
+  return path.read_text().count('\n') if path.exists() else 0
+
+
 def _result(workdir):
   return json.loads((workdir / 'result.json').read_text())
 
@@ -151,7 +156,7 @@ def test_metrics_are_flat_and_once_per_step_and_kind(finished):
   assert [m['step'] for m in train] == [2, 4, 6, 8, 10, 12]
   assert [m['step'] for m in val] == [4, 8, 12]
   assert len(metrics) == 9
-  assert METRIC_KEYS <= {key for m in metrics for key in m}
+  assert {key for m in metrics for key in m} >= METRIC_KEYS
   for m in val:
     nats, bits = m['val/cross_entropy'], m['val/bits_per_char']
     assert bits == pytest.approx(nats / np.log(2), rel=1e-5)
@@ -226,13 +231,9 @@ def test_killed_three_times_ends_bitwise_equal(finished, command, tmp_path):
   words = command(f'--workdir={workdir}')
   for kill in range(3):
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-    path = workdir / 'metrics.jsonl'
-    lines = path.read_text().count('\n') if path.exists() else 0
-    goal = chance.randint(lines, min(lines + 3, 8))
-    _wait_for(
-      lambda goal=goal: path.exists() and path.read_text().count('\n') >= goal,
-      process,
-    )
+    done = _num_lines(workdir)
+    goal = chance.randint(done, min(done + 3, 8))
+    _wait_for(lambda goal=goal: _num_lines(workdir) >= goal, process)
     time.sleep(chance.uniform(0, 0.2))
     process.kill()
     process.wait()
@@ -241,9 +242,7 @@ def test_killed_three_times_ends_bitwise_equal(finished, command, tmp_path):
   subprocess.run(
     words, cwd=ROOT, check=True, timeout=100, stdout=subprocess.DEVNULL
   )
-  assert _without_clock(_metrics(workdir)) == _without_clock(
-    _metrics(expected)
-  )
+  assert _without_clock(_metrics(workdir)) == _without_clock(_metrics(expected))
   actual, wanted = _checkpoint(workdir, 12), _checkpoint(expected, 12)
   assert actual.keys() == wanted.keys()
   for name, leaf in wanted.items():

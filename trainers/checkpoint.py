@@ -1,8 +1,8 @@
 """Checkpoints: Orbax, behind four verbs: save, wait, restore, close."""
 
 import logging
-import math
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,84 @@ class Saved(NamedTuple):
   meta: dict[str, Any]
 
 
+def read(
+  directory: pathlib.Path, step: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """({name: array}, meta) of a checkpoint, as saved; writes nothing.
+
+  Args:
+    directory: with the checkpoints of a run.
+    step: a number, 'best' (by the monitored metric) or 'latest'.
+
+  Raises:
+    UserError: there is no such checkpoint, or it is damaged.
+  """
+  steps = sorted(
+    int(path.name) for path in directory.glob('*') if path.name.isdigit()
+  )
+  if not steps:
+    raise UserError(f'{directory}: there is no checkpoint')
+  have = ', '.join(map(str, steps))
+  number = steps[-1]
+  if step == 'best':
+    best = _read_item(directory, number, 'meta', ocp.args.JsonRestore())['best']
+    number = best[0] if best else None
+  elif step != 'latest':
+    number = int(step) if step.isdecimal() else None
+  if number not in steps:
+    raise UserError(
+      f'--step={step}: there is no such checkpoint in {directory}; there are '
+      f'{have}, best and latest'
+    )
+  return (
+    _read_item(directory, number, 'arrays', ocp.args.StandardRestore()),
+    _read_item(directory, number, 'meta', ocp.args.JsonRestore()),
+  )
+
+
+def _read_item(directory, step, name, args):
+  handler = {
+    'arrays': ocp.StandardCheckpointHandler,
+    'meta': ocp.JsonCheckpointHandler,
+  }[name]
+  try:
+    with ocp.Checkpointer(handler()) as checkpointer:
+      return checkpointer.restore(
+        directory.absolute() / str(step) / name, args=args
+      )
+  except Exception as error:  # Whatever damage does to a decoder.
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    raise UserError(f'checkpoint {step} is damaged: {reason}') from error
+
+
+def select(arrays: dict[str, Any], prefix: str, like: Any) -> Any:
+  """The part of `arrays` under `prefix`, as a tree `like` another.
+
+  Raises:
+    UserError: naming the arrays that are missing or of another shape.
+  """
+  wanted = _by_name(like)
+  start = f'{prefix}.'
+  found = {
+    name.removeprefix(start): x
+    for name, x in arrays.items()
+    if name.startswith(start)
+  }
+  _check_leaves(_leaves(found), _leaves(wanted))
+  return jax.tree.unflatten(
+    jax.tree.structure(like), [found[name] for name in wanted]
+  )
+
+
+def check_fingerprint(meta: dict[str, Any], fingerprint: str) -> None:
+  """Raises UserError if the checkpoint is of a run on other data."""
+  if meta['fingerprint'] != fingerprint:
+    raise UserError(
+      'the data is not what this run was trained on: its fingerprint was '
+      f'{meta["fingerprint"]}, now it is {fingerprint}'
+    )
+
+
 class Checkpointer:
   """<directory>/<step>/: arrays by name, and JSON.
 
@@ -33,37 +111,32 @@ class Checkpointer:
 
   def __init__(self, directory: pathlib.Path, keep_latest: int = 2):
     self._directory = directory
-    policy = checkpoint_managers.AnyPreservationPolicy(
-      [
-        checkpoint_managers.LatestN(keep_latest),
-        checkpoint_managers.BestN(
-          get_metric_fn=_score,
-          reverse=True,  # Lower is better.
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        ),
-      ]
-    )
+    self._policy = _LatestAndBest(keep_latest)
     self._manager = ocp.CheckpointManager(
       directory,
       options=ocp.CheckpointManagerOptions(
-        best_fn=_score,  # Without it, Orbax does not store the scores.
-        preservation_policy=policy,
+        preservation_policy=self._policy,
         cleanup_tmp_directories=True,
+        # Otherwise a save that fails leaves threads that wait for 20 minutes
+        # for a directory, and the process with them.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         step_name_format=ocp.path.step.standard_name_format(),
       ),
     )
     self.newest: int | None = None  # Saved, or restored, by this object.
 
   def save(
-    self, step: int, tree: Any, meta: dict[str, Any], score: float | None
+    self, step: int, tree: Any, meta: dict[str, Any], best: int | None
   ) -> None:
     """Copies, and writes in the background. Replaces a checkpoint of `step`.
+
+    `best` is the step that must be kept, whatever its age.
 
     Raises:
       SaveError: the one before did not reach the disk, or this cannot start.
     """
     self.wait()
+    self._policy.best = best
     arrays = _by_name(tree)
     meta = {'leaves': _leaves(arrays), **meta}
     try:
@@ -75,7 +148,6 @@ class Checkpointer:
           arrays=ocp.args.StandardSave(arrays),  # pyright: ignore
           meta=ocp.args.JsonSave(meta),  # pyright: ignore
         ),
-        metrics={'score': score},
         force=True,
       )
     except Exception as error:  # Orbax raises what its storage raises.
@@ -116,6 +188,7 @@ class Checkpointer:
         continue
       for failure in failures:
         log.warning('%s; using %d', failure, step)
+      self._set_aside([s for s in steps if s > step])
       self.newest = step
       return saved
     if failures:
@@ -124,13 +197,24 @@ class Checkpointer:
       raise UserError(failures)
     return None
 
+  def _set_aside(self, steps: list[int]) -> None:
+    """Moves what is damaged out of the way: else it counts as the newest."""
+    for step in steps:
+      aside = self._directory.with_name('damaged_checkpoints') / str(step)
+      shutil.rmtree(aside, ignore_errors=True)
+      aside.parent.mkdir(exist_ok=True)
+      (self._directory / str(step)).rename(aside)
+      log.info('checkpoint %d was moved to %s', step, aside)
+    if steps:
+      self._manager.reload()
+
   def _restore(self, step: int, abstract: Any) -> Saved:
     meta = self._manager.restore(
       step,
       args=ocp.args.Composite(meta=ocp.args.JsonRestore()),  # pyright: ignore
     )['meta']
     wanted = _by_name(abstract)
-    _check_leaves(step, meta['leaves'], _leaves(wanted))
+    _check_leaves(meta['leaves'], _leaves(wanted))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -151,9 +235,21 @@ class Checkpointer:
     self._manager.close()
 
 
-def _score(metrics: dict[str, Any]) -> float:
-  score = metrics['score']
-  return score if score is not None and math.isfinite(score) else math.inf
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+  """Keeps the newest few, and the best as the trainer knows it.
+
+  Not by scores stored with Orbax: it reads them all when it starts, and a
+  damaged one keeps it from starting.
+  """
+
+  def __init__(self, num_latest: int):
+    self.num_latest = num_latest
+    self.best: int | None = None
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    newest = sorted(c.step for c in checkpoints)[-self.num_latest :]
+    return [c.step in newest or c.step == self.best for c in checkpoints]
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -169,7 +265,7 @@ def _leaves(arrays: dict[str, Any]) -> dict[str, str]:
   return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in arrays.items()}
 
 
-def _check_leaves(step: int, saved: dict[str, str], wanted: dict[str, str]):
+def _check_leaves(saved: dict[str, str], wanted: dict[str, str]) -> None:
   if saved == wanted:
     return
   names = [n for n in saved | wanted if saved.get(n) != wanted.get(n)]
@@ -180,4 +276,4 @@ def _check_leaves(step: int, saved: dict[str, str], wanted: dict[str, str]):
   ]
   if len(names) > 5:
     lines.append(f'... and {len(names) - 5} more')
-  raise UserError([f'checkpoint {step} is of another architecture:', *lines])
+  raise UserError(['the checkpoint is of another architecture:', *lines])

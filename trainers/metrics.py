@@ -26,7 +26,7 @@ class Mean(NamedTuple):
 class Last(NamedTuple):
   """The most recent value: a learning rate, for example."""
 
-  value: jax.Array
+  value: jax.Array | np.generic
 
   def merge(self, other: 'Last') -> 'Last':
     return other

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import difflib
 import importlib
 import inspect
+import math
 from typing import Any
 
 from trainers.errors import UserError
@@ -19,27 +20,26 @@ def resolve(where: str, name: str, table: Mapping[str, Any]) -> Any:
   """A bare name from `table`, a dotted one by import.
 
   Raises:
-    UserError: naming `where`, when there is no such thing.
+    UserError: naming `where`, when there is no such class or function.
   """
   if '.' not in name:
-    if name in table:
-      return table[name]
-    raise UserError(
-      f'{where}.type={name!r} is unknown; it is one of '
-      f'{", ".join(sorted(table))}, or an import path such as '
-      f'my_module.Thing.{did_you_mean(name, table)}'
-    )
-  module_name, _, attribute = name.rpartition('.')
-  try:
-    return getattr(importlib.import_module(module_name), attribute)
-  except ImportError as e:
-    raise UserError(f'{where}.type={name!r}: {e}') from e
-  except AttributeError:
-    module = importlib.import_module(module_name)
-    raise UserError(
-      f'{where}.type={name!r}: module {module_name} has no {attribute!r}.'
-      f'{did_you_mean(attribute, vars(module))}'
-    ) from None
+    found, place = table.get(name), 'this table'
+    names = [key for key, value in table.items() if callable(value)]
+  else:
+    module_name, _, attribute = name.rpartition('.')
+    try:
+      module = importlib.import_module(module_name)
+    except (ImportError, ValueError, TypeError) as error:
+      raise UserError(f'{where}.type={name!r}: {error}') from error
+    found, place = getattr(module, attribute, None), f'module {module_name}'
+    names = [f'{module_name}.{key}' for key in vars(module)]
+  if callable(found):
+    return found
+  known = f' ({", ".join(sorted(names))})' if '.' not in name else ''
+  raise UserError(
+    f'{where}.type={name!r}: {place}{known} has no such class or function; an '
+    f'import path, my_module.Thing, is allowed.{did_you_mean(name, names)}'
+  )
 
 
 def build(
@@ -57,10 +57,12 @@ def build(
   Raises:
     UserError: an unknown type, an unknown or a missing argument.
   """
+  if not isinstance(spec.get('type'), str):
+    raise UserError(f'{where}.type is missing: a name, or an import path')
   target: Callable[..., Any] = resolve(where, spec['type'], table)
   arguments = {k: v for k, v in spec.items() if k != 'type'}
   signature = inspect.signature(target)
-  names = [n for n in signature.parameters if n not in ('name', 'parent')]
+  names = list(signature.parameters)
   takes_any = any(
     p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
   )
@@ -72,6 +74,12 @@ def build(
       for key in arguments
       if key not in names
     ]
+  hints = _annotations(target)
+  problems += [
+    f'{where}.{key}={value!r}: {spec["type"]} wants {hints[key]} there'
+    for key, value in arguments.items()
+    if key in hints and not _fits(value, hints[key])
+  ]
   arguments = {
     **{k: v for k, v in context.items() if k in names},
     **arguments,
@@ -87,3 +95,26 @@ def build(
   if problems:
     raise UserError(problems)
   return target(**arguments)
+
+
+_SIMPLE = {'int': int, 'float': float, 'str': str, 'bool': bool, 'None': None}
+
+
+def _annotations(target: Callable[..., Any]) -> dict[str, str]:
+  """{parameter: 'int | None'}: those that are unions of simple types only."""
+  hints = {}
+  for name, parameter in inspect.signature(target).parameters.items():
+    hint = parameter.annotation
+    text = hint if isinstance(hint, str) else getattr(hint, '__name__', '')
+    if not isinstance(hint, (str, type)):
+      text = str(hint)  # A union.
+    if text and all(part.strip() in _SIMPLE for part in text.split('|')):
+      hints[name] = text
+  return hints
+
+
+def _fits(value: Any, hint: str) -> bool:
+  kinds = [_SIMPLE[part.strip()] for part in hint.split('|')]
+  if float in kinds and type(value) in (int, float):
+    return math.isfinite(value)
+  return value in kinds if value is None else type(value) in kinds

@@ -45,7 +45,7 @@ def make_train_step(
     (loss, (total, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
       state.params
     )
-    gradient_norm = optax.global_norm(grads)
+    gradient_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = (
       optax.apply_updates(state.params, updates),
@@ -79,13 +79,3 @@ def make_train_step(
     return state, metrics
 
   return train_step
-
-
-def make_eval_step(task: Task) -> Callable[..., Metrics]:
-  """(state, metrics so far, batch, key) -> metrics so far, this batch too."""
-
-  def eval_step(state, running, batch, key):
-    _, aux = task.loss(state.params, state.model_state, batch, key, train=False)
-    return metrics_lib.merge(running, aux.metrics)
-
-  return eval_step

@@ -15,9 +15,14 @@ import optax
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
 from trainers.callbacks.callback import Callback, PeriodicActionCallback
-from trainers.checkpoint import Checkpointer, SaveError
+from trainers.checkpoint import (
+  Checkpointer,
+  SaveError,
+  check_fingerprint,
+)
 from trainers.clock import Clock
-from trainers.errors import Interrupted, UserError
+from trainers.errors import Interrupted
+from trainers.evaluator import Evaluator
 from trainers.metrics import Score
 from trainers.prefetch import prefetched
 from trainers.signals import Interrupt
@@ -89,7 +94,7 @@ class Trainer:
     self._optimizer = optimizer
     self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
     self._step_fn = step_lib.make_train_step(task, optimizer, schedule)
-    self._eval_fn = jax.jit(step_lib.make_eval_step(task))
+    self._evaluator = Evaluator(task)
     self._in_flight: deque[metrics_lib.Metrics] = deque()
     self._unlogged: metrics_lib.Metrics | None = None
     self._next_hook = len(self.callbacks)  # of this step's; there is no step 0
@@ -100,21 +105,19 @@ class Trainer:
     Returns:
       The status; the exceptions of tasks and callbacks pass through.
     """
+    error: BaseException | None = None
     with self.interrupt.listening():
       try:
         self._start()
         self._each('on_fit_start')
         with self.clock.phase('train'):
           self._train()
-        with self.clock.phase('end'):
-          self._save_last()
-      except BaseException as error:
-        self.status = 'failed'
-        self._each('on_exception', error)
-        raise
-      finally:
-        with self.clock.phase('end'):
-          self._close()
+        self._save_last()
+      except BaseException as raised:
+        error = self._fail(raised)
+      error = self._close(error)
+    if error:
+      raise error
     return self.status
 
   def _train(self) -> None:
@@ -124,8 +127,7 @@ class Trainer:
         while self.step < self.num_train_steps and self.status == 'running':
           self._train_step(next(batches))
           self._run_hooks()
-          if self.interrupt:
-            raise Interrupted
+          self._poll()
       except Interrupted:
         self.stop(str(self.interrupt.name), 'interrupted')
 
@@ -166,19 +168,12 @@ class Trainer:
     self._log()
     jax.block_until_ready(self.state)
     with self.clock.phase('evaluate'):
-      running = None
-      for batch in self.dataset.eval_batches(split, slice(0, self.batch_size)):
-        if self.interrupt:
-          raise Interrupted
-        batch = jax.device_put(batch)
-        if running is None:
-          running = metrics_lib.zeros_like(self._eval_shapes(batch))
-        previous = running
-        running = self._eval_fn(self.state, running, batch, self._step_key)
-        jax.block_until_ready(previous)
-      if running is None:
-        raise ValueError(f'{split=} of {self.dataset} has no batches')
-      metrics = metrics_lib.prefixed(split, metrics_lib.compute(running))
+      batches = self.dataset.eval_batches(split, slice(0, self.batch_size))
+      state = self.state
+      metrics = self._evaluator(
+        state.params, state.model_state, batches, self._poll
+      )
+      metrics = metrics_lib.prefixed(split, metrics)
     self._each('on_eval_end', split, metrics)
     self._write(metrics)
     return metrics
@@ -222,11 +217,7 @@ class Trainer:
     self._writers.start(self.step, saved.meta['metrics_size'] if saved else 0)
 
   def _resume(self, tree: dict[str, Any], meta: dict[str, Any]) -> None:
-    if meta['fingerprint'] != self.dataset.fingerprint:
-      raise UserError(
-        f'the data is not what this run was trained on: its fingerprint was '
-        f'{meta["fingerprint"]}, now it is {self.dataset.fingerprint}'
-      )
+    check_fingerprint(meta, self.dataset.fingerprint)
     self.state, self._running = tree['state'], tree['running']
     self.metrics = tree['metrics']
     self.step, self._next_hook = meta['step'], meta['next_hook']
@@ -244,33 +235,44 @@ class Trainer:
       self.status = 'done'
     if not self.checkpointer or self.status == 'diverged' or not self.step:
       return
-    if self.checkpointer.newest != self.step:
-      self._save(next_hook=self._next_hook)
-    try:
-      self.checkpointer.wait()
-    except SaveError as error:
-      log.error('step %d could not be saved: %s', self.step, error)
-      self.status, self.stop_reason = 'unsaved', str(error)
+    for attempt in range(2):  # The first may report the save before this one.
+      try:
+        if self.checkpointer.newest != self.step:
+          self._save(next_hook=self._next_hook)
+        self.checkpointer.wait()
+        return
+      except SaveError as error:
+        log.error('a checkpoint could not be saved: %s', error)
+        if attempt:
+          self.status, self.stop_reason = 'unsaved', str(error)
 
-  def _close(self) -> None:
-    """Every callback ends, then every file; the first error is the one told."""
+  def _close(self, error: BaseException | None) -> BaseException | None:
+    """Every callback ends, then every file. The first error is the one told."""
     closers: list[Callable[[], None]] = [
       functools.partial(c.on_fit_end, self) for c in self.callbacks
     ]
     closers.append(self._writers.close)
     if self.checkpointer:
       closers.append(self.checkpointer.close)
-    errors = []
-    for close in closers:
+    with self.clock.phase('end'):
+      for close in closers:
+        try:
+          close()
+        except Exception as raised:
+          if error:
+            log.error('while ending: %r', raised)
+          error = error or self._fail(raised)
+    return error
+
+  def _fail(self, error: BaseException) -> BaseException:
+    """Tells every callback; what they raise does not hide `error`."""
+    self.status = 'failed'
+    for callback in self.callbacks:
       try:
-        close()
-      except Exception as error:  # Reported below; the others must still end.
-        errors.append(error)
-    if errors and self.status != 'failed':
-      self.status = 'failed'
-      raise errors[0]
-    for error in errors:
-      log.error('while ending: %s', error)
+        callback.on_exception(self, error)
+      except Exception as other:
+        log.error('in on_exception of %s: %r', type(callback).__name__, other)
+    return error
 
   # Helpers.
 
@@ -293,14 +295,14 @@ class Trainer:
           if (state := callback.state_dict())
         },
       }
-      score = self.score
-      value = score.value if score and score.step == self.step else None
       tree = {
         'state': self.state,
         'running': self._running,
         'metrics': self.metrics,
       }
-      self.checkpointer.save(self.step, tree, meta, value)
+      self.checkpointer.save(
+        self.step, tree, meta, self.best and self.best.step
+      )
     self._each('on_checkpoint', self.step)
 
   def _named_callbacks(self):
@@ -315,13 +317,9 @@ class Trainer:
     rows = slice(0, self.batch_size)
     return jax.device_put(self.dataset.train_batch(index, rows))
 
-  def _eval_shapes(self, batch: Batch):
-    def metrics(state, batch, key):
-      return self.task.loss(
-        state.params, state.model_state, batch, key, train=False
-      )[1].metrics
-
-    return jax.eval_shape(metrics, self.state, batch, self._step_key)
+  def _poll(self) -> None:
+    if self.interrupt:
+      raise Interrupted
 
   def _log(self) -> None:
     """Reports the metrics since the last time, if a report is due."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 import hashlib
+import http.client
 import importlib
 import logging
 import os
 import pathlib
+import stat
 import threading
 import time
 from typing import NamedTuple
@@ -74,15 +76,15 @@ def cache_directory() -> pathlib.Path:
 
 def _read_file(path: str) -> bytes:
   file = pathlib.Path(path)
-  if not file.exists():
-    raise UserError(f'data.path={path!r}: no such file')
-  if not file.is_file():
-    kind = 'a directory' if file.is_dir() else 'not a regular file'
-    raise UserError(f'data.path={path!r} is {kind}; it must be a text file')
   try:
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode):  # Reading a FIFO would wait for ever.
+      kind = 'a directory' if stat.S_ISDIR(mode) else 'not a regular file'
+      raise UserError(f'data.path={path!r} is {kind}; it must be a text file')
     raw = file.read_bytes()
   except OSError as error:
-    raise UserError(f'data.path={path!r}: {error.strerror}') from error
+    reason = str(error.strerror).lower()
+    raise UserError(f'data.path={path!r}: {reason}') from error
   if not raw:
     raise UserError(f'data.path={path!r} is empty')
   return raw
@@ -153,11 +155,11 @@ def _download(url: str) -> bytes | None:
   def read():
     try:
       with urllib.request.urlopen(url, timeout=GIVE_UP_SECONDS) as response:
-        while chunk := response.read(1 << 16):
+        while chunk := response.read1(1 << 16):
           chunks.append(chunk)
           arrived[0] = time.monotonic()
         done.set()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
       log.info('no download: %s', error)
       arrived[0] = -GIVE_UP_SECONDS
 

@@ -30,8 +30,7 @@ class Characters:
     """
     codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
     tokens = np.searchsorted(self._codes, codes)
-    tokens = np.minimum(tokens, self.vocab_size - 1)
-    unknown = np.flatnonzero(self._codes[tokens] != codes)
+    unknown = np.flatnonzero(~np.isin(codes, self._codes))
     if unknown.size:
       at = int(unknown[0])
       raise UserError(

@@ -19,7 +19,8 @@ class Checkpoints(Callback):
     self.every_steps = every_steps
 
   def on_train_step_end(self, loop):
-    if loop.step % self.every_steps == 0 or loop.step == loop.num_train_steps:
+    due = loop.step % self.every_steps == 0 or loop.step == loop.num_train_steps
+    if due and loop.status != 'diverged':
       try:
         loop.checkpoint()
       except SaveError as error:

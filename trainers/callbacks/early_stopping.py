@@ -14,12 +14,15 @@ class EarlyStopping(Callback):
     if loop.score is None or loop.score.step != loop.step:
       return  # An evaluation that is not monitored.
     self.num_worse = 0 if loop.best == loop.score else self.num_worse + 1
+    self._maybe_stop(loop)
+
+  def on_fit_start(self, loop):
+    self._maybe_stop(loop)  # A run that stopped early has nothing to do.
+
+  def _maybe_stop(self, loop) -> None:
     if self.patience and self.num_worse >= self.patience:
-      loop.stop(
-        f'no better than step {loop.best.step} for {self.num_worse} evaluations'
-        if loop.best
-        else 'no finite evaluation'
-      )
+      best = f'step {loop.best.step}' if loop.best else 'the start'
+      loop.stop(f'{self.num_worse} evaluations were no better than {best}')
 
   def state_dict(self):
     return {'num_worse': self.num_worse}

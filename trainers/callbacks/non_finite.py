@@ -4,8 +4,10 @@ from collections import deque
 import logging
 
 import jax
+import numpy as np
 
 from trainers.callbacks.callback import Callback
+from trainers.metrics import Last, Metric
 
 log = logging.getLogger(__name__)
 
@@ -20,13 +22,14 @@ class StopOnNonFinite(Callback):
     self.patience = patience
     self.num_in_a_row = 0
     self.num_skipped = 0
-    self._pending = deque()
+    self._pending: deque[tuple[int, Metric]] = deque()
 
   def on_train_step_end(self, loop):
-    self._pending.append((loop.step, loop.metrics['skipped_updates'].value))
-    while len(self._pending) > self.DELAY:
+    self._pending.append((loop.step, loop.metrics['skipped_updates']))
+    last = loop.step == loop.num_train_steps
+    while len(self._pending) > (0 if last else self.DELAY):
       step, num_skipped = self._pending.popleft()
-      num_skipped = int(jax.device_get(num_skipped))
+      num_skipped = _number(num_skipped)
       refused = num_skipped > self.num_skipped
       self.num_skipped = num_skipped
       self.num_in_a_row = self.num_in_a_row + 1 if refused else 0
@@ -42,10 +45,16 @@ class StopOnNonFinite(Callback):
     return {
       'num_in_a_row': self.num_in_a_row,
       'num_skipped': self.num_skipped,
-      'pending': [[s, int(jax.device_get(n))] for s, n in self._pending],
+      'pending': [[step, _number(n)] for step, n in self._pending],
     }
 
   def load_state_dict(self, state):
     self.num_in_a_row = state['num_in_a_row']
     self.num_skipped = state['num_skipped']
-    self._pending = deque(map(tuple, state['pending']))
+    self._pending = deque(
+      (step, Last(np.int32(n))) for step, n in state['pending']
+    )
+
+
+def _number(metric: Metric) -> int:
+  return int(jax.device_get(metric).compute())

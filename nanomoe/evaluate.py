@@ -1,0 +1,58 @@
+"""python -m nanomoe.evaluate --workdir=DIR --split=val --step=best
+
+Prints, as JSON, the exact cross-entropy of a run's checkpoint: one pass over
+the split, each target once.
+"""
+
+import pathlib
+import time
+from typing import Any
+
+from absl import flags
+
+from nanomoe import command
+from nanomoe import workdir as workdir_lib
+from trainers.files import to_json
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
+_SPLIT = flags.DEFINE_enum('split', 'val', ['train', 'val'], 'What to read.')
+_STEP = flags.DEFINE_string('step', 'best', 'A step, best, or latest.')
+
+
+def evaluate(workdir: pathlib.Path, split: str, step: str) -> dict[str, Any]:
+  """JSON values: the task's metrics over one pass, and what was evaluated.
+
+  Raises:
+    UserError: there is no such run, or no such checkpoint.
+  """
+  config = workdir_lib.config_of(workdir)
+
+  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  from trainers.evaluator import Evaluator  # noqa: PLC0415
+
+  config.eval_iters = 0  # Each target of the split, once.
+  run = experiment.restore(config, workdir, step)
+  batches = run.dataset.eval_batches(split, slice(0, config.batch_size))
+  start = time.perf_counter()
+  metrics = Evaluator(run.task)(run.params, run.model_state, batches)
+  num_tokens = len(run.dataset.splits[split]) - 1
+  return {
+    'workdir': str(workdir),
+    'step': run.step,
+    'split': split,
+    **metrics,
+    'num_tokens': num_tokens,
+    'tokens_per_sec': num_tokens / (time.perf_counter() - start),
+  }
+
+
+def main(argv: list[str]) -> int:
+  del argv
+  workdir_lib.log_to_terminal()
+  result = evaluate(pathlib.Path(_WORKDIR.value), _SPLIT.value, _STEP.value)
+  print(to_json(result, indent=2))
+  return 0
+
+
+if __name__ == '__main__':
+  command.run(main)

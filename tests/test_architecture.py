@@ -1,0 +1,175 @@
+"""Who may import whom, what the configs hold, and that each key matters."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from nanomoe import config as config_lib
+from nanomoe import experiment, schema
+from tests.conftest import ROOT, TINY
+
+CONFIGS = sorted(
+  path.stem
+  for path in (ROOT / 'configs').glob('*.py')
+  if path.stem != '__init__'
+)
+
+# package: what none of its modules may import.
+FORBIDDEN = {
+  'trainers': ('nanomoe', 'configs', 'flax.linen', 'benchmarks', 'tests'),
+  'nanomoe': ('configs', 'benchmarks', 'tests'),
+  'configs': ('nanomoe', 'trainers', 'jax', 'flax', 'optax', 'numpy'),
+}
+
+
+def _imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield node.module
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+@pytest.mark.parametrize('package', FORBIDDEN)
+def test_imports_go_one_way(package):
+  paths = list((ROOT / package).rglob('*.py'))
+  assert paths
+  found = [
+    f'{path.relative_to(ROOT)} imports {name}'
+    for path in paths
+    for name in _imports(path)
+    for forbidden in FORBIDDEN[package]
+    if name == forbidden or name.startswith(f'{forbidden}.')
+  ]
+  assert not found
+
+
+def test_every_package_is_listed_for_installation():
+  setup = (ROOT / 'setup.cfg').read_text()
+  for package in FORBIDDEN:
+    for path in (ROOT / package).rglob('__init__.py'):
+      name = '.'.join(path.parent.relative_to(ROOT).parts)
+      assert f'\n  {name}\n' in setup
+
+
+def test_main_is_light_and_answers_before_jax():
+  code = (
+    'import sys, nanomoe.main\n'
+    'print([m for m in ("jax", "flax", "orbax") if m in sys.modules])'
+  )
+  out = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert out.stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_takes_a_step(name, corpus, tmp_path):
+  """Each config, shrunk, trains; its file says what it is for, and how."""
+  module = importlib.import_module(f'configs.{name}')
+  command = f'python -m nanomoe.main --config=configs/{name}.py'
+  assert command in module.__doc__
+  changes = {**TINY, 'num_train_steps': 2, 'data.path': corpus}
+  config = config_lib.apply(
+    module.get_config(), [(k, str(v)) for k, v in changes.items()]
+  )
+  trainer = experiment.build(config, tmp_path)
+  assert trainer.fit() == 'done'
+  assert trainer.step == 2
+
+
+# A second value for every key of base.py, and what must then differ.
+OTHER = {
+  'seed': 1,
+  'num_train_steps': 3,
+  'batch_size': 3,
+  'block_size': 8,
+  'eval_interval': 1,
+  'eval_iters': 1,
+  'log_interval': 1,
+  'precision': 'float32',
+  'data.path': 'OTHER',
+  'model.d_model': 32,
+  'model.num_layers': 1,
+  'model.num_heads': 4,
+  'model.dropout_rate': 0.5,
+  'moe.num_experts': 3,
+  'moe.top_k': 1,
+  'moe.d_ff': 16,
+  'moe.balance': 'mean',
+  'moe.aux_weight': 0.5,
+  'optimizer.learning_rate': 1e-2,
+  'optimizer.weight_decay': 0.5,
+  'optimizer.beta1': 0.5,
+  'optimizer.beta2': 0.5,
+  'optimizer.schedule.type': 'linear',
+  'optimizer.clip_norm': 0.01,
+  'optimizer.decay_mask': 'matrices',
+  'checkpoint.keep_latest': 1,
+  'sample.num_tokens': 7,
+  'sample.temperature': 0.1,
+}
+# Shown elsewhere: what a fallback is for, that dispatches agree, and what the
+# callbacks do.
+ELSEWHERE = {
+  'data.fallback',
+  'moe.dispatch',
+  'moe.router.type',
+  'callbacks.early_stopping.type',
+  'callbacks.early_stopping.patience',
+  'callbacks.non_finite.type',
+  'callbacks.non_finite.patience',
+}
+
+
+def test_the_table_names_every_key_of_base():
+  keys = {key for key, _ in schema.flatten(base.get_config().to_dict())}
+  assert keys == {*OTHER, *ELSEWHERE}
+  assert keys >= set(schema.FIELDS)
+
+
+def _left_behind(changes, workdir):
+  """What a run leaves that does not depend on the clock."""
+  start = {**TINY, 'precision': 'bfloat16', 'num_train_steps': 4}
+  start |= {'eval_interval': 2, 'moe.balance': 'documented'}
+  overrides = [(k, str(v)) for k, v in (start | changes).items()]
+  config = config_lib.apply(base.get_config(), overrides)
+  trainer = experiment.build(config, workdir)
+  trainer.fit()
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  metrics = [
+    {k: v for k, v in json.loads(line).items() if 'sec' not in k}
+    for line in lines
+  ]
+  steps = sorted(p.name for p in (workdir / 'checkpoints').iterdir())
+  return (
+    json.dumps(metrics),
+    steps,
+    (workdir / 'sample.txt').read_text(),
+    [np.asarray(x).tobytes() for x in jax.tree.leaves(trainer.state)],
+  )
+
+
+@pytest.mark.slow
+def test_every_key_changes_something(corpus, tmp_path):
+  other = tmp_path / 'other.txt'
+  other.write_text(corpus.read_text()[::-1])
+  reference = _left_behind({'data.path': corpus}, tmp_path / 'reference')
+  assert reference == _left_behind({'data.path': corpus}, tmp_path / 'again')
+  for key, value in OTHER.items():
+    changes = {'data.path': corpus, key: value}
+    if key == 'data.path':
+      changes = {key: other}
+    assert _left_behind(changes, tmp_path / key) != reference, key

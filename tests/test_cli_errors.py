@@ -1,0 +1,199 @@
+"""A user's mistake: exit code 2, a line each on stderr, no traceback."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nanomoe import experiment
+from nanomoe import main as main_lib
+from trainers.errors import UserError
+
+MAIN = [sys.executable, '-m', 'nanomoe.main']
+
+
+def mistakes(process: subprocess.CompletedProcess) -> list[str]:
+  """What a process told, having checked how."""
+  assert 'Traceback' not in process.stderr
+  assert process.returncode == 2, process.stderr
+  lines = process.stderr.splitlines()
+  assert lines
+  assert all(line.startswith('error: ') for line in lines), process.stderr
+  assert process.stdout == ''  # Nothing was started.
+  return lines
+
+
+def test_many_mistakes_are_a_line_each(run, command, tmp_path):
+  lines = mistakes(
+    run(
+      command(
+        '--config.optimizer.learning_rte=0.1',
+        '--config.moe.top_k=two',
+        '--config.batch_size=-3',
+        '--config.optimizer.beta1=nan',
+        '--config.model.num_layers',
+        '1.5',
+        f'--workdir={tmp_path / "run"}',
+      )
+    )
+  )
+  assert len(lines) == 5
+  for words in [
+    ('learning_rte', "'optimizer.learning_rate'"),
+    ('moe.top_k', 'two'),
+    ('batch_size', '-3'),
+    ('optimizer.beta1', 'nan'),
+    ('model.num_layers', '1.5'),
+  ]:
+    assert sum(all(w in line for w in words) for line in lines) == 1, words
+  assert not (tmp_path / 'run').exists()
+
+
+def test_values_that_contradict_each_other(run, command):
+  changes = {'moe.top_k': 5, 'model.d_model': 30, 'model.num_heads': 4}
+  experts, heads = mistakes(run(command(changes=changes)))
+  assert 'moe.top_k=5' in experts
+  assert 'moe.num_experts=4' in experts
+  assert 'model.d_model=30' in heads
+  assert 'model.num_heads=4' in heads
+
+
+def test_no_config(run, tmp_path):
+  (line,) = mistakes(run(MAIN))
+  assert '--config' in line
+  # A directory without a run is no config either.
+  (line,) = mistakes(run([*MAIN, f'--workdir={tmp_path}']))
+  assert '--config' in line
+  assert str(tmp_path) in line
+
+
+def test_a_missing_config_file(run):
+  (line,) = mistakes(run([*MAIN, '--config=configs/bse.py']))
+  assert 'configs/bse.py' in line
+  assert 'configs/base.py' in line  # That is there.
+
+
+@pytest.mark.parametrize('below', [False, True])
+def test_a_workdir_that_cannot_be_written(run, command, tmp_path, below):
+  path = tmp_path / 'file'
+  path.write_text('mine')
+  workdir = path / 'run' if below else path
+  (line,) = mistakes(run(command(f'--workdir={workdir}')))
+  assert '--workdir' in line
+  assert str(workdir) in line
+  assert path.read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+  'words, told',
+  [
+    (['--confg=configs/base.py'], ['confg', 'config']),
+    (['--config=configs/base.py', '--config.seed'], ['config.seed']),
+    (['--config=configs/base.py', '--workdir'], ['workdir']),
+    (['--config=configs/base.py', 'seed=3'], ['seed=3']),
+  ],
+  ids=lambda words: words[-1],
+)
+def test_a_flag_that_is_none(run, words, told):
+  (line,) = mistakes(run([*MAIN, *words]))
+  for word in told:
+    assert word in line.removeprefix('error: ')
+
+
+def test_a_damaged_run(run, tmp_path):
+  (tmp_path / 'config.json').write_text('{"seed": ')
+  (line,) = mistakes(run([*MAIN, f'--workdir={tmp_path}']))
+  assert str(tmp_path / 'config.json') in line
+
+
+def test_a_mistake_is_told_before_jax_is_imported(run, command):
+  words = command('--config.seed=-1')
+  # stderr then names all imports.
+  process = run([words[0], '-X', 'importtime', *words[1:]])
+  assert process.returncode == 2
+  imported = {
+    line.rpartition('|')[2].strip()
+    for line in process.stderr.splitlines()
+    if line.startswith('import time:')
+  }
+  assert 'absl.flags' in imported
+  assert not imported & {'jax', 'flax', 'optax', 'orbax', 'clu'}
+
+
+def test_exit_codes_are_those_of_the_contract():
+  assert main_lib.EXIT_CODES == {
+    'done': 0,
+    'diverged': 3,
+    'unsaved': 4,
+    'interrupted': 75,
+  }
+
+
+# Data. It is read when JAX is there: a process for one of them.
+
+
+def test_bad_data_as_a_process(run, command, tmp_path):
+  process = run(
+    command(f'--workdir={tmp_path}/run', changes={'data.path': tmp_path})
+  )
+  assert process.returncode == 2, process.stderr
+  (line,) = process.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert str(tmp_path) in line
+  assert 'directory' in line
+
+
+BAD_DATA = {
+  'missing': (lambda path: None, 'no such file'),
+  'empty': (lambda path: path.touch(), 'empty'),
+  'directory': (lambda path: path.mkdir(), 'directory'),
+  'binary': (lambda path: path.write_bytes(b'text\x80'), 'byte 4 '),
+  'pipe': (os.mkfifo, 'regular'),
+  # 90 characters, and 9 of them to evaluate on: less than a window of 17.
+  'short': (lambda path: path.write_text('ab\n' * 30), 'block_size=16'),
+}
+
+
+@pytest.mark.parametrize('kind', BAD_DATA)
+def test_bad_data(tiny, tmp_path, kind):
+  make, told = BAD_DATA[kind]
+  path = tmp_path / 'text.txt'
+  make(path)
+  run = tmp_path / 'run'
+  run.mkdir()
+  with pytest.raises(UserError) as error:
+    experiment.build(tiny({'data.path': path}), run)
+  (line,) = error.value.problems
+  assert told in line
+  assert kind == 'short' or str(path) in line
+  assert list(run.iterdir()) == []  # No run was begun.
+
+
+def test_bad_specs_are_told_by_the_key(tiny, tmp_path):
+  for key, told in [
+    ('moe.router.type', 'TopK'),
+    ('optimizer.schedule.type', 'warmup_cosine'),
+    ('callbacks.early_stopping.type', 'EarlyStopping'),
+  ]:
+    with pytest.raises(UserError) as error:
+      experiment.build(tiny({key: f'{told[:-1]}'}), tmp_path)
+    (line,) = error.value.problems
+    assert key in line
+    assert repr(told) in line
+
+
+def test_an_argument_of_a_callback_of_the_wrong_type(tiny, tmp_path):
+  """Not after the first evaluation, when it is compared with a number."""
+  changes = {'callbacks.early_stopping.patience': 'never'}
+  with pytest.raises(UserError, match=r'callbacks\.early_stopping\.patience'):
+    experiment.build(tiny(changes), tmp_path)
+
+
+def test_a_split_as_long_as_a_window_is_enough(tiny, tmp_path):
+  """170 characters: 153 to train, and 17 = block_size + 1 to evaluate on."""
+  path = tmp_path / 'text.txt'
+  letters = np.array(list('ab\n'))
+  path.write_text(''.join(np.resize(letters, 170)))
+  assert experiment.build(tiny({'data.path': path}), tmp_path)

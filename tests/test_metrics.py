@@ -1,0 +1,91 @@
+"""Metrics merge as sums do, whatever the order; and the small modules."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainers import metrics
+from trainers.clock import Clock
+from trainers.files import to_json, write_atomically
+from trainers.metrics import Last, Mean
+
+
+def of(total, count, last):
+  return {
+    'mean': Mean(jnp.asarray(total), jnp.asarray(count)),
+    'last': Last(jnp.asarray(last)),
+  }
+
+
+def test_a_mean_of_parts_is_the_mean_of_the_whole():
+  values, weights = [4.0, 1.0, 7.0], [1.0, 5.0, 2.0]
+  merged = metrics.zeros_like(of(0.0, 0.0, 0.0))
+  for value, weight in zip(values, weights, strict=True):
+    merged = metrics.merge(merged, of(value * weight, weight, value))
+  computed = metrics.compute(merged)
+  # (4 + 5 + 14) / 8, not (4 + 1 + 7) / 3.
+  assert computed == {'mean': 2.875, 'last': 7.0}
+
+
+def test_arrays_are_means_by_element():
+  total, count = np.array([2.0, 9.0, 0.0]), np.array([1.0, 3.0, 0.0])
+  computed = metrics.compute(
+    {'load': Mean(jnp.asarray(total), jnp.asarray(count))}
+  )
+  assert computed['load'][:2] == [2.0, 3.0]
+  assert np.isnan(computed['load'][2])  # Nothing was counted.
+
+
+def test_zeros_need_only_shapes():
+  shapes = jax.eval_shape(lambda: of(np.ones(3, np.float32), 2, 1.0))
+  zeros = metrics.zeros_like(shapes)
+  assert zeros['mean'].total.shape == (3,)
+  assert not np.any(zeros['mean'].total)
+  assert zeros['mean'].count.dtype == np.int32
+
+
+def test_prefixed():
+  assert metrics.prefixed('val', {'x': 1}) == {'val/x': 1}
+
+
+# Clock.
+
+
+def test_an_inner_phase_pauses_the_outer_one():
+  clock = Clock()
+  start = time.perf_counter()
+  with clock.phase('outer'):
+    time.sleep(0.01)
+    with pytest.raises(KeyError), clock.phase('inner'):
+      time.sleep(0.05)
+      raise KeyError
+    time.sleep(0.01)
+  elapsed = time.perf_counter() - start
+  assert clock.read('inner') >= 0.05
+  assert clock.read('outer') >= 0.02
+  # No second is counted twice, and none is lost.
+  assert clock.read('inner') + clock.read('outer') <= elapsed
+  total = sum(clock.seconds.values())
+  assert elapsed <= total <= time.perf_counter() - start + 0.01
+
+
+# Files.
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'result.json'
+  write_atomically(path, 'old\n')
+  write_atomically(path, 'new ★\n')
+  assert path.read_bytes() == 'new ★\n'.encode()
+  with pytest.raises(UnicodeEncodeError):
+    write_atomically(path, 'half' * 10_000 + '\ud800')
+  assert path.read_text(encoding='utf-8') == 'new ★\n'
+  assert [p.name for p in tmp_path.iterdir()] == ['result.json']
+
+
+def test_json_has_null_for_what_is_no_number():
+  value = {'a': [1.5, float('nan')], 'b': (float('-inf'), True), 'c': 'é'}
+  assert to_json(value) == '{"a": [1.5, null], "b": [null, true], "c": "é"}'

@@ -1,0 +1,239 @@
+"""Schedules at points that are computed by hand, and AdamW by its equations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from nanomoe import config as config_lib
+from nanomoe import experiment, optimizers
+from trainers.errors import UserError
+
+PEAK = 0.5
+STEPS = 1000
+
+
+def built(changes):
+  """(optimizer, schedule) of base.py with `changes`, for `STEPS` updates."""
+  overrides = [(f'optimizer.{k}', str(v)) for k, v in changes.items()]
+  config = config_lib.apply(base.get_config(), overrides)
+  return optimizers.build(config.optimizer, STEPS)
+
+
+def schedule(kind, **arguments):
+  arguments = {f'schedule.{k}': v for k, v in arguments.items()}
+  changes = {'learning_rate': PEAK, 'schedule.type': kind, **arguments}
+  return built(changes)[1]
+
+
+@pytest.mark.parametrize(
+  'kind, arguments, points',
+  [
+    ('constant', {}, {0: 1, 500: 1, 1000: 1, 2000: 1}),
+    (
+      # Half a cosine from 200 to 1000: at 400, (1 + cos(pi / 4)) / 2 of it.
+      'warmup_cosine',
+      dict(warmup_steps=200, final_fraction=0.2),
+      {
+        0: 0,
+        50: 0.25,
+        200: 1,
+        400: 0.2 + 0.8 * (1 + 0.5**0.5) / 2,
+        600: 0.6,
+        1000: 0.2,
+        1500: 0.2,
+      },
+    ),
+    (
+      'linear',
+      dict(warmup_steps=200, final_fraction=0.2),
+      {0: 0, 50: 0.25, 200: 1, 400: 0.8, 600: 0.6, 1000: 0.2, 1500: 0.2},
+    ),
+    (
+      'wsd',
+      dict(warmup_steps=200, decay_steps=400, final_fraction=0.2),
+      {0: 0, 50: 0.25, 200: 1, 400: 1, 600: 1, 700: 0.8, 800: 0.6, 1000: 0.2},
+    ),
+    ('linear', dict(warmup_steps=0), {0: 1, 500: 0.5, 1000: 0}),
+    ('warmup_cosine', dict(warmup_steps=0), {0: 1, 500: 0.55, 1000: 0.1}),
+    # All of it is warm-up, or there is no room for the stable part.
+    ('warmup_cosine', dict(warmup_steps=2000), {0: 0, 500: 0.25, 1000: 0.5}),
+    ('linear', dict(warmup_steps=2000), {0: 0, 500: 0.25, 1000: 0.5}),
+    ('wsd', dict(warmup_steps=2000), {0: 0, 500: 0.25, 1000: 0.5}),
+  ],
+)
+def test_schedules(kind, arguments, points):
+  rate = schedule(kind, **arguments)
+  for step, share in points.items():
+    got = float(rate(jnp.int32(step)))
+    assert got == pytest.approx(share * PEAK, abs=1e-6), step
+
+
+@pytest.mark.parametrize('kind', optimizers.SCHEDULES)
+def test_a_schedule_never_exceeds_the_learning_rate(kind):
+  rates = jax.vmap(schedule(kind))(jnp.arange(STEPS + 100))
+  rates = np.broadcast_to(rates, STEPS + 100)
+  assert rates.max() == pytest.approx(PEAK)
+  assert rates.min() >= 0
+
+
+def test_mistakes_in_a_schedule_are_told_together():
+  with pytest.raises(UserError) as error:
+    schedule('wsd', warmup=10, final_fracton=0.1)
+  one, other = sorted(error.value.problems)
+  assert 'optimizer.schedule.final_fracton' in one
+  assert "'final_fraction'" in one
+  assert 'optimizer.schedule.warmup' in other
+  assert "'warmup_steps'" in other
+  with pytest.raises(UserError, match=r'optimizer\.schedule.*warmup_cosine'):
+    schedule('warmup_cosin')
+
+
+@pytest.mark.parametrize('value', ['ten', '1e999', 'None', '[1]'])
+def test_an_argument_of_the_wrong_type_is_told(value):
+  with pytest.raises(UserError, match=r'optimizer\.schedule\.warmup_steps'):
+    schedule('wsd', warmup_steps=value)
+
+
+# AdamW.
+
+
+def adamw(params, grads, rates, *, beta1, beta2, decay, clip=0.0):
+  """Loshchilov and Hutter 2019, algorithm 2; `decay` is per parameter."""
+  params = {k: np.array(v, np.float64) for k, v in params.items()}
+  m = {k: np.zeros_like(v) for k, v in params.items()}
+  v = {k: np.zeros_like(v) for k, v in params.items()}
+  for t, (grad, rate) in enumerate(zip(grads, rates, strict=True), start=1):
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in grad.values()))
+    scale = min(1.0, clip / norm) if clip else 1.0
+    for k, g in grad.items():
+      g = scale * np.array(g, np.float64)
+      m[k] = beta1 * m[k] + (1 - beta1) * g
+      v[k] = beta2 * v[k] + (1 - beta2) * g**2
+      m_hat, v_hat = m[k] / (1 - beta1**t), v[k] / (1 - beta2**t)
+      update = m_hat / (np.sqrt(v_hat) + 1e-8) + decay[k] * params[k]
+      params[k] -= rate * update
+  return params
+
+
+def trained(optimizer, params, grads):
+  @jax.jit
+  def step(params, state, grads):
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = optimizer.init(params)
+  for g in grads:
+    params, state = step(params, state, g)
+  return params
+
+
+@pytest.fixture
+def problem():
+  """Parameters, and four gradients whose norms differ a thousandfold."""
+  rng = np.random.default_rng(0)
+  shapes = {'kernel': (3, 4), 'bias': (4,), 'b_in': (2, 4)}
+
+  def draw(size):
+    return {
+      k: (size * rng.standard_normal(s)).astype(np.float32)
+      for k, s in shapes.items()
+    }
+
+  return draw(1), [draw(size) for size in (0.1, 10, 0.01, 1)]
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'beta1': 0.5, 'beta2': 0.9, 'weight_decay': 0.3},
+    {'beta1': 0, 'beta2': 0, 'weight_decay': 0},
+    {'clip_norm': 1.5, 'beta1': 0.8, 'beta2': 0.95},
+    {'decay_mask': 'matrices', 'weight_decay': 0.7},
+  ],
+  ids=str,
+)
+def test_four_steps_of_adamw(problem, changes):
+  params, grads = problem
+  changes = {'learning_rate': 0.01, **changes}
+  optimizer, _ = built(changes)
+  decay = dict.fromkeys(params, changes.get('weight_decay', 0.1))
+  if 'decay_mask' in changes:
+    decay.update(bias=0, b_in=0)
+  expected = adamw(
+    params,
+    grads,
+    [0.01] * 4,
+    beta1=changes.get('beta1', 0.9),
+    beta2=changes.get('beta2', 0.999),
+    decay=decay,
+    clip=changes.get('clip_norm', 0.0),
+  )
+  got = trained(optimizer, params, grads)
+  for k in params:
+    np.testing.assert_allclose(got[k], expected[k], rtol=2e-5, atol=2e-6)
+
+
+def test_a_schedule_sets_the_rate_of_each_update(problem):
+  """Update t is made at rate(t), t = 0, 1, ...; decay is scaled by it too."""
+  params, grads = problem
+  optimizer, rate = built(
+    {
+      'learning_rate': 0.01,
+      'schedule.type': 'linear',
+      'schedule.warmup_steps': 2,
+    }
+  )
+  rates = [0.0, 0.005, 0.01, 0.01 * 997 / 998]
+  np.testing.assert_allclose([rate(t) for t in range(4)], rates, rtol=1e-6)
+  decay = dict.fromkeys(params, 0.1)
+  expected = adamw(params, grads, rates, beta1=0.9, beta2=0.999, decay=decay)
+  got = trained(optimizer, params, grads)
+  for k in params:
+    np.testing.assert_allclose(got[k], expected[k], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize('mask', optimizers.DECAY_MASKS)
+def test_what_decays_in_the_model(tiny, mask):
+  """With no gradient an update is the decay alone."""
+  config = experiment.decide(tiny())
+  task = experiment.build_task(config, vocab_size=20)
+  inputs = np.zeros((1, config.block_size), np.int32)
+  shapes, _ = jax.eval_shape(task.init, jax.random.key(0), {'inputs': inputs})
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+  optimizer, _ = built(
+    {'decay_mask': mask, 'weight_decay': 0.5, 'learning_rate': 0.1}
+  )
+  grads = jax.tree.map(np.zeros_like, params)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  decayed = set()
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    assert np.ptp(update) == 0
+    amount = float(np.ravel(update)[0])
+    if amount:
+      assert amount == pytest.approx(-0.05)  # -0.1 * 0.5 * 1
+      decayed.add(jax.tree_util.keystr(path[-1:], simple=True))
+  matrices = {'kernel', 'w_in', 'w_out'}
+  others = {'bias', 'scale', 'b_in', 'b_out'} | {
+    'token_embedding',
+    'position_embedding',
+  }
+  assert decayed == (matrices if mask == 'matrices' else matrices | others)
+
+
+def test_what_a_run_may_change_does_not_rename_the_saved_state():
+  """optimizer.* may be changed on resume: its arrays are found by name."""
+
+  def names(**changes):
+    optimizer, _ = built(changes)
+    state = optimizer.init({'kernel': np.ones((2, 2), np.float32)})
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+
+  plain = names()
+  assert names(learning_rate=1, weight_decay=0, beta1=0.5) == plain
+  assert names(**{'schedule.type': 'wsd'}) == plain
+  assert names(decay_mask='matrices') == plain
+  assert names(clip_norm=1.0) == plain

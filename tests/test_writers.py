@@ -1,0 +1,236 @@
+"""metrics.jsonl and TensorBoard's files, read back by TensorBoard."""
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.util import tensor_util
+
+from trainers.tensorboard import SummaryWriter
+from trainers.writers import MetricsFile, Writers
+
+PLUGINS = ('scalars', 'histograms', 'images', 'text')
+
+
+def read(logdir):
+  accumulator = plugin_event_accumulator
+  events = accumulator.EventAccumulator(
+    str(logdir), tensor_size_guidance=dict.fromkeys(PLUGINS, 0)
+  )
+  return events.Reload()
+
+
+def tensors(logdir, tag) -> list[tuple[int, np.ndarray]]:
+  """[(step, value)]."""
+  return [
+    (event.step, tensor_util.make_ndarray(event.tensor_proto))
+    for event in read(logdir).Tensors(tag)
+  ]
+
+
+def plugin(logdir, tag) -> str:
+  return read(logdir).SummaryMetadata(tag).plugin_data.plugin_name
+
+
+@pytest.fixture
+def writer(tmp_path):
+  writer = SummaryWriter(tmp_path / 'log')
+  yield writer
+  writer.close()
+
+
+# TensorBoard.
+
+
+def test_scalars(tmp_path, writer):
+  values = [1.5, np.float32(-2.25), np.array(3), float('nan')]
+  for step, value in enumerate(values):
+    writer.write_scalars(step, {'a/loss': value, 'other': 0.0})
+  writer.flush()
+  found = tensors(tmp_path / 'log', 'a/loss')
+  assert [step for step, _ in found] == [0, 1, 2, 3]
+  np.testing.assert_array_equal(
+    [value for _, value in found], [1.5, -2.25, 3, np.nan]
+  )
+  assert plugin(tmp_path / 'log', 'a/loss') == 'scalars'
+
+
+def test_histograms(tmp_path, writer):
+  """Rows of left edge, right edge, count: all of the finite values."""
+  array = np.array([[0.0, 1.0, 2.0, 2.5], [3.0, np.nan, np.inf, 4.0]])
+  writer.write_histograms(5, {'load': array}, num_buckets={'load': 4})
+  writer.write_histograms(6, {'load': np.full(7, 2)})
+  writer.close()
+  (step, rows), (_, equal) = tensors(tmp_path / 'log', 'load')
+  assert step == 5
+  np.testing.assert_array_equal(
+    rows, [[0, 1, 1], [1, 2, 1], [2, 3, 2], [3, 4, 2]]
+  )
+  assert equal[:, 2].sum() == 7
+  inside = (equal[:, 0] <= 2) & (equal[:, 1] >= 2) & (equal[:, 2] > 0)
+  assert inside.sum() == 1
+  assert plugin(tmp_path / 'log', 'load') == 'histograms'
+
+
+def test_a_histogram_of_nothing_finite_is_empty(tmp_path, writer):
+  writer.write_histograms(1, {'load': np.full(3, np.nan)})
+  writer.close()
+  ((_, rows),) = tensors(tmp_path / 'log', 'load')
+  assert rows[:, 2].sum() == 0
+
+
+def decode_png(data: bytes) -> np.ndarray:
+  """uint8[H, W, C] of a PNG without interlacing, its rows unfiltered."""
+  assert data[:8] == b'\x89PNG\r\n\x1a\n'
+  chunks, position = {}, 8
+  while position < len(data):
+    (length,) = struct.unpack_from('>I', data, position)
+    kind = data[position + 4 : position + 8]
+    body = data[position + 8 : position + 8 + length]
+    (check,) = struct.unpack_from('>I', data, position + 8 + length)
+    assert check == zlib.crc32(kind + body)
+    chunks[kind] = body
+    position += 12 + length
+  assert list(chunks) == [b'IHDR', b'IDAT', b'IEND']
+  width, height, depth, color, *methods = struct.unpack(
+    '>IIBBBBB', chunks[b'IHDR']
+  )
+  assert (depth, methods) == (8, [0, 0, 0])
+  channels = {0: 1, 2: 3}[color]
+  rows = np.frombuffer(zlib.decompress(chunks[b'IDAT']), np.uint8)
+  rows = rows.reshape(height, 1 + width * channels)
+  assert not rows[:, 0].any()
+  return rows[:, 1:].reshape(height, width, channels)
+
+
+@pytest.mark.parametrize('shape', [(2, 5, 3, 1), (2, 5, 3, 3), (5, 3, 3)])
+def test_images(tmp_path, writer, shape):
+  pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  writer.write_images(4, {'picture': pixels})
+  writer.close()
+  ((step, strings),) = tensors(tmp_path / 'log', 'picture')
+  assert step == 4
+  assert [int(strings[0]), int(strings[1])] == [3, 5]  # Width, height.
+  images = np.stack([decode_png(data) for data in strings[2:]])
+  np.testing.assert_array_equal(images, pixels.reshape(-1, *shape[-3:]))
+  assert plugin(tmp_path / 'log', 'picture') == 'images'
+
+
+def test_floats_are_shades(tmp_path, writer):
+  pixels = np.array([-1.0, 0.0, 0.2, 1.0, 7.0]).reshape(1, 5, 1)
+  writer.write_images(0, {'picture': pixels})
+  writer.close()
+  ((_, strings),) = tensors(tmp_path / 'log', 'picture')
+  np.testing.assert_array_equal(
+    decode_png(strings[2]).ravel(), [0, 0, 51, 255, 255]
+  )
+
+
+def test_texts(tmp_path, writer):
+  writer.write_texts(3, {'sample': 'Who is there?\n— Ἕλλην ★'})
+  writer.close()
+  ((step, strings),) = tensors(tmp_path / 'log', 'sample')
+  assert step == 3
+  assert [s.decode() for s in strings] == ['Who is there?\n— Ἕλλην ★']
+  assert plugin(tmp_path / 'log', 'sample') == 'text'
+
+
+def test_hyper_parameters(tmp_path, writer):
+  hparams = {'lr': 0.1, 'layers': 4, 'bias': True, 'router': 'TopK'}
+  writer.write_hparams(hparams)
+  writer.close()
+  events = read(tmp_path / 'log')
+  content = events.SummaryMetadata('_hparams_/session_start_info').plugin_data
+  data = plugin_data_pb2.HParamsPluginData.FromString(content.content)
+  found = {
+    name: getattr(value, value.WhichOneof('kind'))
+    for name, value in data.session_start_info.hparams.items()
+  }
+  assert found == hparams
+
+
+def test_a_session_supersedes_the_steps_after_its_start(tmp_path):
+  """Resumed after step 2: what the first file says of 3 and 4 is gone."""
+  for values, start in (({1: 1, 2: 2, 3: 3, 4: 4}, 0), ({3: 30, 5: 50}, 2)):
+    writer = SummaryWriter(tmp_path)
+    writer.start_session(start)
+    for step, value in values.items():
+      writer.write_scalars(step, {'loss': value})
+    writer.close()
+  found = [(step, float(value)) for step, value in tensors(tmp_path, 'loss')]
+  assert found == [(1, 1.0), (2, 2.0), (3, 30.0), (5, 50.0)]
+
+
+@pytest.mark.parametrize(
+  ('method', 'arguments'),
+  [
+    ('write_audios', {'audios': {}, 'sample_rate': 8000}),
+    ('write_videos', {'videos': {}}),
+  ],
+)
+def test_what_is_left_out_is_refused(writer, method, arguments):
+  with pytest.raises(ValueError, match=method[6:11]):
+    getattr(writer, method)(0, **arguments)
+
+
+# metrics.jsonl.
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_are_whole_at_once_and_hold_no_nan(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  file = MetricsFile(path, 0)
+  file.write(1, {'loss': float('nan'), 'load': [1.0, float('inf')]})
+  assert lines(path) == [{'step': 1, 'loss': None, 'load': [1.0, None]}]
+  file.write(2, {'loss': 0.1})
+  assert lines(path)[1] == {'step': 2, 'loss': 0.1}
+  assert file.tell() == path.stat().st_size
+  file.close()
+
+
+def test_superseded_lines_are_cut(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  file = MetricsFile(path, 0)
+  file.write(1, {'loss': 1.0})
+  size = file.tell()
+  file.write(2, {'loss': 2.0})
+  file.close()
+  with open(path, 'a') as f:
+    f.write('{"step": 3, "lo')  # As a kill leaves it.
+  file = MetricsFile(path, size)
+  assert file.tell() == size
+  file.write(2, {'loss': 20.0})
+  file.close()
+  assert [(m['step'], m['loss']) for m in lines(path)] == [(1, 1.0), (2, 20.0)]
+
+
+def test_writers_sort_metrics_by_kind(tmp_path):
+  writers = Writers(tmp_path)
+  writers.start(0, 0)
+  writers.write(3, {'loss': 0.5, 'load': [1.0, 2.0, 2.0]})
+  size = writers.file_size()
+  writers.close()
+  metrics = [{'step': 3, 'loss': 0.5, 'load': [1.0, 2.0, 2.0]}]
+  assert lines(tmp_path / 'metrics.jsonl') == metrics
+  assert size == (tmp_path / 'metrics.jsonl').stat().st_size
+  assert plugin(tmp_path, 'loss') == 'scalars'
+  assert plugin(tmp_path, 'load') == 'histograms'
+  ((_, rows),) = tensors(tmp_path, 'load')
+  assert rows[:, 2].sum() == 3
+
+
+def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  writers = Writers(None)
+  writers.start(0, 0)
+  writers.write(1, {'loss': 0.5})
+  assert writers.file_size() == 0
+  writers.close()
+  assert not list(tmp_path.iterdir())

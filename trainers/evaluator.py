@@ -1,0 +1,52 @@
+"""One pass over a split: compiled once, whatever is evaluated how often."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from trainers import metrics as metrics_lib
+from trainers.state import ModelState, Params
+from trainers.task import Batch, Task
+
+
+class Evaluator:
+  """(params, model_state, batches) -> {metric: value}, totals over counts."""
+
+  def __init__(self, task: Task):
+    def metrics(params, model_state, batch):
+      key = jax.random.key(0)  # Evaluation draws nothing.
+      _, aux = task.loss(params, model_state, batch, key, train=False)
+      return aux.metrics
+
+    def add(running, params, model_state, batch):
+      return metrics_lib.merge(running, metrics(params, model_state, batch))
+
+    self._metrics = metrics
+    self._add = jax.jit(add)
+
+  def __call__(
+    self,
+    params: Params,
+    model_state: ModelState,
+    batches: Iterable[Batch],
+    poll: Callable[[], None] = lambda: None,
+  ) -> dict[str, Any]:
+    """Calls `poll` before each batch: it may raise.
+
+    Raises:
+      ValueError: there are no batches.
+    """
+    running = None
+    for batch in batches:
+      poll()
+      batch = jax.device_put(batch)
+      if running is None:
+        shapes = jax.eval_shape(self._metrics, params, model_state, batch)
+        running = metrics_lib.zeros_like(shapes)
+      previous = running
+      running = self._add(running, params, model_state, batch)
+      jax.block_until_ready(previous)  # One batch ahead, no more.
+    if running is None:
+      raise ValueError('there is no batch to evaluate on')
+    return metrics_lib.compute(running)
