@@ -1,9 +1,9 @@
 """From the command line to a checked config, and a run's own config."""
 
 import json
-import os
 import logging
 import math
+import os
 import re
 
 from hypothesis import example, given, settings
