@@ -12,6 +12,7 @@ from nanomoe import callbacks as text_callbacks
 from nanomoe import dispatch, numerics, optimizers, provenance, schema, workdir
 from nanomoe.config import Config
 from nanomoe.data import corpus as corpus_lib
+from nanomoe.data.corpus import Corpus
 from nanomoe.data.tokenizers import Characters
 from nanomoe.data.windows import Windows
 from nanomoe.model import Attention, Block, Transformer
@@ -39,10 +40,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
   if lines := schema.problems(config.to_dict()):
     raise UserError(lines)
   config = decide(config)
-  corpus = corpus_lib.find(config.data.path, config.data.fallback)
-  tokenizer = Characters.of(corpus.text)
-  tokens = tokenizer.encode(corpus.text)
-  dataset = build_dataset(config, tokens)
+  corpus, tokenizer, dataset = read_data(config)
   task = build_task(config, tokenizer.vocab_size)
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps
@@ -50,12 +48,10 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
   batch = dataset.train_batch(0, slice(0, config.batch_size))
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
   facts = {
-    'corpus': {
-      'name': corpus.name,
-      'sha256': corpus.fingerprint,
-      'num_characters': len(corpus.text),
-      'vocab_size': tokenizer.vocab_size,
-    },
+    'corpus': corpus.name,
+    'corpus_sha256': corpus.fingerprint,
+    'num_characters': len(corpus.text),
+    'vocab_size': tokenizer.vocab_size,
     **count_params(params, config),
     **provenance.facts(),
   }
@@ -69,7 +65,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     batch_size=config.batch_size,
     log_interval=config.log_interval,
     callbacks=build_callbacks(
-      config, directory, task, tokenizer, tokens, facts
+      config, directory, task, tokenizer, dataset, facts
     ),
     checkpointer=checkpoint.Checkpointer(
       directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
@@ -115,9 +111,7 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
     UserError: there is no such checkpoint, or the data has changed.
   """
   arrays, meta = checkpoint.read(directory / 'checkpoints', step)
-  corpus = corpus_lib.find(config.data.path, config.data.fallback)
-  tokenizer = Characters.of(corpus.text)
-  dataset = build_dataset(config, tokenizer.encode(corpus.text))
+  _, tokenizer, dataset = read_data(config)
   checkpoint.check_fingerprint(meta, dataset.fingerprint)
   task = build_task(config, tokenizer.vocab_size)
   batch = dataset.train_batch(0, slice(0, 1))
@@ -138,6 +132,16 @@ def decide(config: Config) -> Config:
   config.precision = numerics.resolve_precision(config.precision)
   config.moe.dispatch = dispatch.resolve_dispatch(config.moe.dispatch)
   return config
+
+
+def read_data(config: Config) -> tuple[Corpus, Characters, Windows]:
+  """The text, its tokenizer, and the batches that are cut from it."""
+  corpus = corpus_lib.find(config.data.path, config.data.fallback)
+  tokenizer = Characters.of(corpus.text)
+  dataset = build_dataset(config, tokenizer.encode(corpus.text))
+  # Checkpoints hold it: they tell what they were trained on.
+  dataset.fingerprint = f'{corpus.name} {dataset.fingerprint}'
+  return corpus, tokenizer, dataset
 
 
 def build_dataset(config: Config, tokens: np.ndarray) -> Windows:
@@ -200,7 +204,7 @@ def build_callbacks(
   directory: pathlib.Path,
   task: LanguageModel,
   tokenizer: Characters,
-  tokens: np.ndarray,
+  dataset: Windows,
   facts: dict[str, Any],
 ) -> list[callbacks.Callback]:
   """In the order in which they are called."""
@@ -219,7 +223,7 @@ def build_callbacks(
       task.logits,
       directory / 'sample.txt',
       tokenizer,
-      prompt=[int(tokens[0])],
+      prompt=[int(dataset.splits['train'][0])],
       block_size=config.block_size,
       seed=config.seed,
       **config.sample.to_dict(),

@@ -185,7 +185,7 @@ def test_result_agrees_with_the_metrics(finished):
     if name.startswith('state.params.')
   )
   assert 1e7 < result['peak_memory_bytes'] < 1e11
-  assert result['corpus']['name'] == 'text.txt'
+  assert result['corpus'] == 'text.txt'
 
 
 def test_neither_tensorflow_nor_torch_is_imported(finished):

@@ -93,7 +93,8 @@ class Trainer:
     self.best: Score | None = None
     self._optimizer = optimizer
     self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
-    self._step_fn = step_lib.make_train_step(task, optimizer, schedule)
+    # Jitted by itself too: it is traced once for its shapes and its program.
+    self._step_fn = jax.jit(step_lib.make_train_step(task, optimizer, schedule))
     self._evaluator = Evaluator(task)
     self._in_flight: deque[metrics_lib.Metrics] = deque()
     self._unlogged: metrics_lib.Metrics | None = None

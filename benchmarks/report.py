@@ -1,0 +1,122 @@
+"""python -m benchmarks.report --workdir=DIR [--name=base] [--exact=FILE]
+
+Writes benchmarks/results/<name>.json from a run's metrics.jsonl and
+result.json, and from it the table in README.md between its two markers.
+"""
+
+import json
+import pathlib
+import re
+
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
+_NAME = flags.DEFINE_string('name', 'base', 'Of the figures and the table.')
+_EXACT = flags.DEFINE_string(
+  'exact', None, 'What python -m nanomoe.evaluate --step=best printed.'
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def figures(workdir: pathlib.Path, exact: pathlib.Path) -> dict:
+  """What the table shows: evaluations, and the run's result."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  metrics = [json.loads(line) for line in lines]
+  train = {m['step']: m for m in metrics if 'train/loss' in m}
+  rows = [
+    {
+      'step': m['step'],
+      'train/cross_entropy': train[m['step']]['train/cross_entropy'],
+      'val/cross_entropy': m['val/cross_entropy'],
+      'val/bits_per_char': m['val/bits_per_char'],
+      'val/aux_loss': m['val/aux_loss'],
+    }
+    for m in metrics
+    if 'val/cross_entropy' in m
+  ]
+  result = json.loads((workdir / 'result.json').read_text())
+  kept = (
+    'status',
+    'step',
+    'num_params',
+    'num_active_params',
+    'corpus',
+    'best_val_loss',
+    'best_step',
+    'train_seconds',
+    'steps_per_sec',
+    'tokens_per_sec',
+    'seconds_by_phase',
+    'peak_memory_bytes',
+    'versions',
+    'revision',
+  )
+  return {
+    'rows': rows,
+    'exact': json.loads(exact.read_text()),
+    'result': {key: result[key] for key in kept},
+    'max_aux_loss': max(
+      m['train/aux_loss']
+      for m in metrics
+      if 'train/loss' in m and m['step'] >= 250
+    ),
+  }
+
+
+def table(data: dict) -> str:
+  """Markdown: a row an evaluation, and a line that sums up."""
+  lines = [
+    '| step | train cross-entropy | val cross-entropy | bits per character '
+    '| aux loss |',
+    '|---:|---:|---:|---:|---:|',
+  ]
+  best = None
+  for row in data['rows']:
+    better = best is None or row['val/cross_entropy'] < best
+    best = row['val/cross_entropy'] if better else best
+    lines.append(
+      f'| {row["step"]} | {row["train/cross_entropy"]:.4f} '
+      f'| {row["val/cross_entropy"]:.4f}{" ★" if better else ""} '
+      f'| {row["val/bits_per_char"]:.4f} | {row["val/aux_loss"]:.4f} |'
+    )
+  result, exact = data['result'], data['exact']
+  wall = sum(result['seconds_by_phase'].values()) / 60
+  lines += [
+    '',
+    f'Validation cross-entropy of step {exact["step"]} on the whole split, '
+    f'each of {exact["num_tokens"]:,} targets once: '
+    f'**{exact["cross_entropy"]:.4f}** ({exact["bits_per_char"]:.4f} bits per '
+    f'character). Largest auxiliary loss from step 250 on: '
+    f'{data["max_aux_loss"]:.3f} (4 is uniform routing). '
+    f'{wall:.0f} minutes on 2 cores, of them '
+    f'{result["seconds_by_phase"]["evaluate"] / 60:.0f} of evaluation; '
+    f'{1 / result["steps_per_sec"]:.3f} s a step, '
+    f'{result["peak_memory_bytes"] / 1e9:.2f} GB at most.',
+  ]
+  return '\n'.join(lines)
+
+
+def main(argv):
+  del argv
+  path = ROOT / 'benchmarks' / 'results' / f'{_NAME.value}.json'
+  path.parent.mkdir(exist_ok=True)
+  if _WORKDIR.value:
+    data = figures(pathlib.Path(_WORKDIR.value), pathlib.Path(_EXACT.value))
+    path.write_text(json.dumps(data, indent=1) + '\n')
+  data = json.loads(path.read_text())
+  readme = ROOT / 'README.md'
+  begin, end = f'<!-- {_NAME.value} -->', f'<!-- /{_NAME.value} -->'
+  text, count = re.subn(
+    f'{begin}.*?{end}',
+    lambda _: f'{begin}\n{table(data)}\n{end}',
+    readme.read_text(),
+    flags=re.DOTALL,
+  )
+  if count != 1:
+    raise SystemExit(f'README.md needs one {begin} ... {end}, has {count}')
+  readme.write_text(text)
+
+
+if __name__ == '__main__':
+  app.run(main)
