@@ -14,30 +14,40 @@ USER_ERROR = 2
 INTERRUPTED = 75
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Absl's flags from argv, which must hold nothing else.
+def parse_flags(argv: list[str], values: flags.FlagValues, usage: str) -> None:
+  """Sets a command's own flags from argv, which must hold nothing else.
+
+  --help prints `usage` and the flags, and exits.
 
   Raises:
     UserError: an unknown flag, a bad value, or a stray word.
   """
+  if {'--help', '-help', '-h'} & set(argv):
+    print(usage.strip(), values.get_help(), sep='\n\n')
+    sys.exit(0)
   try:
-    rest = flags.FLAGS(argv)
+    rest = values(argv)
   except flags.Error as error:
     raise UserError(str(error)) from error
   if rest[1:]:
     raise UserError(f'what is {rest[1]!r}? Options are --name=value')
-  return rest
 
 
-def run(
-  main: Callable[[Any], int],
-  parse: Callable[[list[str]], Any] = parse_flags,
-) -> None:
-  """Exits with main(parse(sys.argv)), or with 2 and a line for each mistake."""
+def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
+  """Exits with main(parse(sys.argv)), or with 2 and a line for each mistake.
+
+  A command has FlagValues of its own: absl's global ones cannot hold those of
+  two commands, and a notebook imports several.
+  """
   _exec_with_huge_pages()
   # Until a trainer listens, there is nothing to save.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  app.run(_guarded(main), flags_parser=_guarded(parse))
+
+  def parser(argv):
+    flags.FLAGS(argv[:1])  # Absl wants them parsed.
+    return _guarded(parse)(argv)
+
+  app.run(_guarded(main), flags_parser=parser)
 
 
 def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:

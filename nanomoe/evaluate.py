@@ -5,6 +5,7 @@ the split, each target once.
 """
 
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -14,9 +15,16 @@ from nanomoe import command
 from nanomoe import workdir as workdir_lib
 from trainers.files import to_json
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
-_SPLIT = flags.DEFINE_enum('split', 'val', ['train', 'val'], 'What to read.')
-_STEP = flags.DEFINE_string('step', 'best', 'A step, best, or latest.')
+_FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Of the run.', required=True, flag_values=_FLAGS
+)
+_SPLIT = flags.DEFINE_enum(
+  'split', 'val', ['train', 'val'], 'What to read.', flag_values=_FLAGS
+)
+_STEP = flags.DEFINE_string(
+  'step', 'best', 'A step, best, or latest.', flag_values=_FLAGS
+)
 
 
 def evaluate(workdir: pathlib.Path, split: str, step: str) -> dict[str, Any]:
@@ -28,14 +36,17 @@ def evaluate(workdir: pathlib.Path, split: str, step: str) -> dict[str, Any]:
   config = workdir_lib.config_of(workdir)
 
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  from trainers.checkpoint import check_fingerprint  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
 
   config.eval_iters = 0  # Each target of the split, once.
   run = experiment.restore(config, workdir, step)
-  batches = run.dataset.eval_batches(split, slice(0, config.batch_size))
+  _, _, dataset = experiment.read_data(config)
+  check_fingerprint(run.fingerprint, dataset.fingerprint)
+  batches = dataset.eval_batches(split, slice(0, config.batch_size))
   start = time.perf_counter()
   metrics = Evaluator(run.task)(run.params, run.model_state, batches)
-  num_tokens = len(run.dataset.splits[split]) - 1
+  num_tokens = len(dataset.splits[split]) - 1
   return {
     'workdir': str(workdir),
     'step': run.step,
@@ -46,13 +57,16 @@ def evaluate(workdir: pathlib.Path, split: str, step: str) -> dict[str, Any]:
   }
 
 
-def main(argv: list[str]) -> int:
-  del argv
-  workdir_lib.log_to_terminal()
+def _parse(argv: list[str]) -> None:
+  command.parse_flags(argv, _FLAGS, str(__doc__))
+
+
+def main(_: None) -> int:
+  workdir_lib.log_to_terminal(sys.stderr)
   result = evaluate(pathlib.Path(_WORKDIR.value), _SPLIT.value, _STEP.value)
   print(to_json(result, indent=2))
   return 0
 
 
 if __name__ == '__main__':
-  command.run(main)
+  command.run(main, _parse)

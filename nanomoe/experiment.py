@@ -12,6 +12,7 @@ from nanomoe import callbacks as text_callbacks
 from nanomoe import dispatch, numerics, optimizers, provenance, schema, workdir
 from nanomoe.config import Config
 from nanomoe.data import corpus as corpus_lib
+from nanomoe.data import tokenizers
 from nanomoe.data.corpus import Corpus
 from nanomoe.data.tokenizers import Characters
 from nanomoe.data.windows import Windows
@@ -94,35 +95,34 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
 
 
 class Restored(NamedTuple):
-  """A trained model, and what it was trained on."""
+  """A trained model; what it was trained on is told by `fingerprint`."""
 
   task: LanguageModel
-  dataset: Windows
   tokenizer: Characters
   params: Any
   model_state: Any
   step: int
+  fingerprint: str
 
 
 def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   """What `step` (a number, best or latest) of the run in `directory` holds.
 
   Raises:
-    UserError: there is no such checkpoint, or the data has changed.
+    UserError: there is no such checkpoint, or the vocabulary is damaged.
   """
   arrays, meta = checkpoint.read(directory / 'checkpoints', step)
-  _, tokenizer, dataset = read_data(config)
-  checkpoint.check_fingerprint(meta, dataset.fingerprint)
+  tokenizer = tokenizers.load(directory / 'vocabulary.json')
   task = build_task(config, tokenizer.vocab_size)
-  batch = dataset.train_batch(0, slice(0, 1))
+  batch = {'inputs': np.zeros((1, config.block_size), np.int32)}
   params, model_state = jax.eval_shape(task.init, jax.random.key(0), batch)
   return Restored(
     task,
-    dataset,
     tokenizer,
     checkpoint.select(arrays, 'state.params', params),
     checkpoint.select(arrays, 'state.model_state', model_state),
     meta['step'],
+    meta['fingerprint'],
   )
 
 

@@ -1,56 +1,137 @@
-"""Sampling text from a model."""
+"""python -m nanomoe.generate --workdir=DIR --prompt='ROMEO:'
 
-from collections.abc import Callable
+Prints the prompt and what the model makes of it, alone on standard output, as
+it is made.
+"""
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Int
+from collections.abc import Iterator, Sequence
+import pathlib
+import sys
+
+from absl import flags
+
+from nanomoe import command
+from nanomoe import workdir as workdir_lib
+from trainers.errors import UserError
+
+_FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Of the run.', required=True, flag_values=_FLAGS
+)
+_PROMPT = flags.DEFINE_multi_string(
+  'prompt',
+  ['\n'],
+  'A text to continue; may be given several times.',
+  flag_values=_FLAGS,
+)
+_NUM_TOKENS = flags.DEFINE_integer(
+  'num_tokens', 500, 'To generate.', lower_bound=0, flag_values=_FLAGS
+)
+_TEMPERATURE = flags.DEFINE_float(
+  'temperature',
+  0.8,
+  'Divides the logits; 0: the likeliest.',
+  lower_bound=0,
+  flag_values=_FLAGS,
+)
+_TOP_K = flags.DEFINE_integer(
+  'top_k',
+  0,
+  'Draws from the k likeliest; 0: from all.',
+  lower_bound=0,
+  flag_values=_FLAGS,
+)
+_TOP_P = flags.DEFINE_float(
+  'top_p',
+  1.0,
+  'Draws from the likeliest that make up this probability; 1: from all.',
+  lower_bound=0,
+  upper_bound=1,
+  flag_values=_FLAGS,
+)
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'Of the draws.', lower_bound=0, flag_values=_FLAGS
+)
+_STEP = flags.DEFINE_string(
+  'step', 'best', 'A step, best, or latest.', flag_values=_FLAGS
+)
 
 
 def generate(
-  logits: Callable[[Int[Array, 'batch time']], jax.Array],
-  prompt: Int[Array, 'batch prompt'],
-  key: jax.Array,
+  workdir: pathlib.Path,
+  prompts: Sequence[str],
   *,
-  num_tokens: int,
-  block_size: int,
-  temperature: float,
-) -> Int[Array, 'batch num_tokens']:
-  """Continues `prompt` by `num_tokens`; traceable, one compilation.
+  num_tokens: int = 500,
+  temperature: float = 0.8,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  step: str = 'best',
+) -> Iterator[list[str]]:
+  """Yields, `num_tokens` times, the next piece of each prompt's continuation.
 
-  Each token sees the last `block_size` ones. The window is filled from the
-  left: what stands to the right of the last token cannot be seen by it.
-
-  Args:
-    logits: tokens -> [batch, time, vocab].
-    prompt: at least one token.
-    key: of the sampling.
-    num_tokens: how many to make.
-    block_size: length of the window.
-    temperature: divides the logits; 0 takes the likeliest.
+  Raises:
+    UserError: there is no such run or checkpoint, a prompt is empty, or a
+      character of it is unknown. All of it before the first piece.
   """
-  prompt = prompt[:, -block_size:]
-  length = prompt.shape[1]
-  window = jnp.zeros((prompt.shape[0], block_size), jnp.int32)
-  window = window.at[:, :length].set(prompt)
+  config = workdir_lib.config_of(workdir)
+  if not all(prompts):
+    raise UserError('--prompt is empty: it must have a character at least')
 
-  def next_token(carry, key):
-    window, length = carry
-    last = jax.lax.dynamic_index_in_dim(
-      logits(window), length - 1, axis=1, keepdims=False
-    )
-    if temperature:
-      token = jax.random.categorical(key, last / temperature)
-    else:
-      token = jnp.argmax(last, axis=-1)
-    full = length == block_size
-    window = jnp.where(full, jnp.roll(window, -1, axis=1), window)
-    length = jnp.where(full, length, length + 1)
-    window = jax.lax.dynamic_update_index_in_dim(
-      window, token.astype(jnp.int32), length - 1, axis=1
-    )
-    return (window, length), token
+  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
 
-  keys = jax.random.split(key, num_tokens)
-  _, tokens = jax.lax.scan(next_token, (window, jnp.int32(length)), keys)
-  return tokens.T
+  run = experiment.restore(config, workdir, step)
+  generator = Generator(run.task.logits, run.params, config.block_size)
+  drawn = generator(
+    [run.tokenizer.encode(prompt).tolist() for prompt in prompts],
+    num_tokens,
+    Sampling(temperature, top_k, top_p),
+    seed,
+  )
+  return (
+    [run.tokenizer.decode(token) for token in tokens[:, None]]
+    for tokens in drawn
+  )
+
+
+def _parse(argv: list[str]) -> None:
+  command.parse_flags(argv, _FLAGS, str(__doc__))
+
+
+def main(_: None) -> int:
+  workdir_lib.log_to_terminal(sys.stderr)
+  prompts = _PROMPT.value
+  pieces = generate(
+    pathlib.Path(_WORKDIR.value),
+    prompts,
+    num_tokens=_NUM_TOKENS.value,
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    seed=_SEED.value,
+    step=_STEP.value,
+  )
+  # One text can be shown while it is made; of several, each in its turn.
+  texts = [[prompt] for prompt in prompts]
+  live = len(prompts) == 1
+  if live:
+    _show(prompts[0])
+  for piece in pieces:
+    if live:
+      _show(piece[0])
+    for text, new in zip(texts, piece, strict=True):
+      text.append(new)
+  if not live:
+    _show('\n\n'.join(''.join(text) for text in texts))
+  _show('\n')
+  return 0
+
+
+def _show(text: str) -> None:
+  sys.stdout.write(text)
+  sys.stdout.flush()
+
+
+if __name__ == '__main__':
+  command.run(main, _parse)

@@ -9,21 +9,26 @@ import shlex
 
 from absl import flags
 
-from nanomoe import command
+from nanomoe import command, schema
 from nanomoe import config as config_lib
 from nanomoe import workdir as workdir_lib
 from trainers.errors import UserError
 
 log = logging.getLogger('nanomoe.main')
 
+_FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string(
-  'config', None, 'A Python file with get_config(), such as configs/base.py.'
+  'config',
+  None,
+  'A Python file with get_config(), such as configs/base.py.',
+  flag_values=_FLAGS,
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
   'Where the run is kept; a run that is there goes on, with its own config '
   'if --config is not given. Default: runs/<config>-<date>-<time>.',
+  flag_values=_FLAGS,
 )
 
 EXIT_CODES = {
@@ -37,7 +42,7 @@ EXIT_CODES = {
 def _parse(argv: list[str]) -> list[config_lib.Override]:
   """The overrides. Absl does not know the config's keys: it gets the rest."""
   argv, overrides = config_lib.split_arguments(argv)
-  command.parse_flags(argv)
+  command.parse_flags(argv, _FLAGS, f'{__doc__}\n{schema.help_text()}')
   return overrides
 
 

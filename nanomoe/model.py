@@ -1,6 +1,7 @@
 """The transformer around the experts."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from flax import linen as nn
 import jax
@@ -31,10 +32,24 @@ class Linear(nn.Module):
     return y.reshape(*x.shape[:-1], self.features)
 
 
+class Cache(NamedTuple):
+  """What later tokens need of earlier ones; with a first axis L, of all layers.
+
+  Attributes:
+    key, value: by position; what stands at `length` and after is never seen.
+    length: positions that hold a token, by sequence.
+  """
+
+  key: Float[Array, '*L batch heads positions d_head']
+  value: Float[Array, '*L batch heads positions d_head']
+  length: Int[Array, '*L batch']
+
+
 class Attention(nn.Module):
   """Causal multi-head self-attention. Vaswani et al. 2017, sec. 3.2.
 
-  Dropout on the attention weights, as there.
+  Dropout on the attention weights, as there. With a cache, x continues what
+  is in it, and no more than fits.
   """
 
   num_heads: int
@@ -43,28 +58,51 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'batch time d_model'], *, train: bool
-  ) -> Float[Array, 'batch time d_model']:
+    self,
+    x: Float[Array, 'batch time d_model'],
+    cache: Cache | None = None,
+    *,
+    train: bool,
+  ) -> tuple[Float[Array, 'batch time d_model'], Cache]:
     batch, time, d_model = x.shape
     init = nn.initializers.xavier_uniform()
     qkv = Linear(3 * d_model, init, self.precision, name='qkv')(x)
     # [batch, time, 3, heads, d_head] -> 3 x [batch, heads, time, d_head].
     qkv = qkv.reshape(batch, time, 3, self.num_heads, -1)
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-    scores = dot('bhtd,bhsd->bhts', q * q.shape[-1] ** -0.5, k, self.precision)
-    causal = jnp.tril(jnp.ones((time, time), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
+    start = jnp.zeros(batch, jnp.int32)
+    if cache is not None:
+      start = cache.length
+      k, v = _write(cache.key, k, start), _write(cache.value, v, start)
+    scale = q.shape[-1] ** -0.5
+    scores = dot('bhtd,bhsd->bhts', q * scale, k, self.precision)
+    # A row sees the positions up to its own: [batch, 1, time, positions].
+    own = start[:, None] + jnp.arange(time)
+    visible = jnp.arange(scores.shape[-1]) <= own[:, None, :, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
     weights = Dropout(self.dropout_rate)(weights, train=train)
     y = dot('bhts,bhsd->bhtd', weights, v, self.precision)
     y = y.transpose(0, 2, 1, 3).reshape(x.shape)
-    return Linear(d_model, init, self.precision, name='out')(y)
+    y = Linear(d_model, init, self.precision, name='out')(y)
+    return y, Cache(k, v, start + time)
+
+
+def _write(
+  old: Float[Array, 'batch heads positions d_head'],
+  new: Float[Array, 'batch heads time d_head'],
+  start: Int[Array, ' batch'],
+) -> Float[Array, 'batch heads positions d_head']:
+  """`old` with `new` from each sequence's own `start` on."""
+  return jax.vmap(
+    lambda o, n, s: jax.lax.dynamic_update_slice(o, n, (0, s, 0))
+  )(old, new, start)
 
 
 class Block(nn.Module):
   """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
   Attributes:
-    attention: makes a module (x, train) -> y.
+    attention: makes a module (x, cache, train) -> (y, cache).
     feed_forward: makes a module (x, mask) -> (y, what it reports).
     dropout_rate: on both branches.
   """
@@ -78,13 +116,14 @@ class Block(nn.Module):
     self,
     x: Float[Array, 'batch time d_model'],
     mask: Bool[Array, 'batch time'],
+    cache: Cache | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
-    y = self.attention()(_norm('attention_norm')(x), train=train)
+  ) -> tuple[Float[Array, 'batch time d_model'], MoEAux, Cache]:
+    y, grown = self.attention()(_norm('attention_norm')(x), cache, train=train)
     x = x + Dropout(self.dropout_rate)(y, train=train)
     y, aux = self.feed_forward()(_norm('feed_forward_norm')(x), mask)
-    return x + Dropout(self.dropout_rate)(y, train=train), aux
+    return x + Dropout(self.dropout_rate)(y, train=train), aux, grown
 
 
 class Transformer(nn.Module):
@@ -96,7 +135,8 @@ class Transformer(nn.Module):
     d_model: width of the residual stream.
     num_layers: L.
     dropout_rate: on the sum of embeddings.
-    block: makes a module (x, mask, train) -> (x, what it reports).
+    block: makes a module (x, mask, cache, train) -> (x, what it reports,
+      cache).
     precision: of matrix products.
   """
 
@@ -113,29 +153,41 @@ class Transformer(nn.Module):
     self,
     tokens: Int[Array, 'batch time'],
     mask: Bool[Array, 'batch time'],
+    cache: Cache | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time vocab'], MoEAux]:
-    """Returns logits, and the layers' reports stacked: [L, ...].
+  ) -> tuple[Float[Array, 'batch time vocab'], MoEAux, Cache]:
+    """Returns logits, and the layers' reports and caches, stacked: [L, ...].
 
-    `mask` is False for padding, which counts in no load and no loss.
+    Args:
+      tokens: from position 0 on; with a cache, from its length on.
+      mask: False for padding, which counts in no load and no loss.
+      cache: of the positions before, as returned: [L, ...].
+      train: with dropout.
     """
     small = nn.initializers.normal(0.02)
     embedding = self.param(
       'token_embedding', small, (self.vocab_size, self.d_model)
     )
-    position = self.param(
+    positions = self.param(
       'position_embedding', small, (self.block_size, self.d_model)
     )
-    x = embedding[tokens] + position[: tokens.shape[1]]
+    x = embedding[tokens]
+    if cache is None:
+      x += positions[: tokens.shape[1]]
+    else:
+      x += positions[cache.length[0][:, None] + jnp.arange(tokens.shape[1])]
     x = Dropout(self.dropout_rate)(x, train=train)
     layers = []
     for i in range(self.num_layers):
-      x, aux = self.block(name=f'block_{i}')(x, mask, train=train)
-      layers.append(aux)
+      own = cache and jax.tree.map(lambda c, i=i: c[i], cache)
+      block = self.block(name=f'block_{i}')
+      x, *report = block(x, mask, own, train=train)
+      layers.append(report)
     x = _norm('final_norm')(x)
     logits = Linear(self.vocab_size, small, self.precision, name='head')(x)
-    return logits, jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    aux, grown = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    return logits, aux, grown
 
 
 def _norm(name: str) -> nn.Module:

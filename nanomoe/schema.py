@@ -70,6 +70,16 @@ FIELDS: dict[str, Field] = {
   'sample.temperature': Field(float, 'of the sample; 0: the likeliest', 0),
 }
 
+
+def help_text() -> str:
+  """A line for every key: --config.key=value."""
+  rows = [(key, f'{f.meaning}; {f.allowed}') for key, f in FIELDS.items()]
+  rows += [(f'{key}.type', meaning) for key, meaning in SPECS.items()]
+  rows += [(f'{key}.NAME.type', text) for key, text in SPEC_GROUPS.items()]
+  width = max(len(key) for key, _ in rows)
+  return '\n'.join(f'  --config.{key:{width}}  {text}' for key, text in rows)
+
+
 # Sections with a `type`: their other keys are arguments of what it names.
 SPECS = {
   'moe.router': 'which experts a token goes to',

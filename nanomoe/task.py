@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from nanomoe.model import Cache
 from nanomoe.routers import BALANCE
 from trainers.metrics import Mean, Metrics
 from trainers.task import Aux, Batch, Total
@@ -19,7 +20,8 @@ class LanguageModel:
   Batches: inputs and targets int32[B, T]; weights float32[B, T], 0 for padding.
 
   Args:
-    model: a module (tokens, mask, train) -> (logits, MoEAux).
+    model: a module (tokens, mask, cache, train) -> (logits, MoEAux,
+      cache).
     aux_weight: of the balance loss.
     balance: how it is joined over layers: a name in routers.BALANCE.
   """
@@ -34,10 +36,19 @@ class LanguageModel:
     mask = jnp.ones(inputs.shape, bool)
     return self.model.init(key, inputs, mask, train=False)['params'], {}
 
-  def logits(self, params: Any, tokens: Int[Array, 'batch time']):
-    """float32[batch, time, vocab], as evaluation sees them."""
+  def logits(
+    self,
+    params: Any,
+    tokens: Int[Array, 'batch time'],
+    cache: Cache | None = None,
+  ) -> tuple[Float[Array, 'batch time vocab'], Cache]:
+    """As evaluation sees them; and what later tokens need of these."""
     mask = jnp.ones(tokens.shape, bool)
-    return self.model.apply({'params': params}, tokens, mask, train=False)[0]
+    output: Any = self.model.apply(
+      {'params': params}, tokens, mask, cache, train=False
+    )
+    logits, _, grown = output
+    return logits, grown
 
   def loss(
     self,
@@ -57,7 +68,7 @@ class LanguageModel:
       train=train,
       rngs={'dropout': key},
     )
-    logits, aux = output
+    logits, aux, _ = output
     nats = jnp.sum(
       cross_entropy(logits, jnp.asarray(batch['targets'])) * weights
     )

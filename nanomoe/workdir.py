@@ -5,11 +5,12 @@ import json
 import logging
 import pathlib
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
 from nanomoe import schema
+from nanomoe.config import Config
 from trainers.errors import UserError
 from trainers.files import to_json, write_atomically
 
@@ -59,7 +60,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict | None:
     raise UserError(f'{path} is damaged: {error}') from error
 
 
-def config_of(workdir: pathlib.Path) -> ConfigDict:
+def config_of(workdir: pathlib.Path) -> Config:
   """As `read_config`; raises UserError if there is no run."""
   config = read_config(workdir)
   if config is None:
@@ -102,9 +103,9 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   write_atomically(path, to_json(value, indent=2) + '\n')
 
 
-def log_to_terminal() -> None:
-  """Progress to stdout, a line as it is; warnings to stderr."""
-  out = logging.StreamHandler(sys.stdout)
+def log_to_terminal(stream: TextIO = sys.stdout) -> None:
+  """Progress to `stream`, a line as it is; warnings to stderr."""
+  out = logging.StreamHandler(stream)
   out.setLevel(logging.INFO)
   out.addFilter(lambda record: record.levelno < logging.WARNING)
   err = logging.StreamHandler(sys.stderr)

@@ -100,3 +100,28 @@ def run():
 @pytest.fixture
 def rng():
   return np.random.default_rng(0)
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory, corpus):
+  """A run that nothing interrupted: its workdir and its process."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  values = {**TINY, 'data.path': corpus}
+  process = subprocess.run(
+    [
+      sys.executable,
+      '-X',
+      'importtime',
+      '-m',
+      'nanomoe.main',
+      '--config=configs/base.py',
+      f'--workdir={workdir}',
+      *(f'--config.{key}={value}' for key, value in values.items()),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=200,
+  )
+  assert process.returncode == 0, process.stderr[-3000:]
+  return workdir, process

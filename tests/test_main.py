@@ -82,33 +82,6 @@ def _checkpoint(workdir, step):
   return dict(np.load(workdir / 'leaves.npz'))
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory, corpus):
-  """A run that nothing interrupted: its workdir and its process."""
-  from tests.conftest import TINY  # noqa: PLC0415
-
-  workdir = tmp_path_factory.mktemp('runs') / 'finished'
-  values = {**TINY, 'data.path': corpus}
-  process = subprocess.run(
-    [
-      sys.executable,
-      '-X',
-      'importtime',
-      '-m',
-      'nanomoe.main',
-      '--config=configs/base.py',
-      f'--workdir={workdir}',
-      *(f'--config.{key}={value}' for key, value in values.items()),
-    ],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=200,
-  )
-  assert process.returncode == 0, process.stderr[-3000:]
-  return workdir, process
-
-
 def test_output_tells_what_happens(finished):
   workdir, process = finished
   out = process.stdout

@@ -92,12 +92,12 @@ def select(arrays: dict[str, Any], prefix: str, like: Any) -> Any:
   )
 
 
-def check_fingerprint(meta: dict[str, Any], fingerprint: str) -> None:
+def check_fingerprint(saved: str, now: str) -> None:
   """Raises UserError if the checkpoint is of a run on other data."""
-  if meta['fingerprint'] != fingerprint:
+  if saved != now:
     raise UserError(
       'the data is not what this run was trained on: its fingerprint was '
-      f'{meta["fingerprint"]}, now it is {fingerprint}'
+      f'{saved}, now it is {now}'
     )
 
 

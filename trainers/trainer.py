@@ -218,7 +218,7 @@ class Trainer:
     self._writers.start(self.step, saved.meta['metrics_size'] if saved else 0)
 
   def _resume(self, tree: dict[str, Any], meta: dict[str, Any]) -> None:
-    check_fingerprint(meta, self.dataset.fingerprint)
+    check_fingerprint(meta['fingerprint'], self.dataset.fingerprint)
     self.state, self._running = tree['state'], tree['running']
     self.metrics = tree['metrics']
     self.step, self._next_hook = meta['step'], meta['next_hook']

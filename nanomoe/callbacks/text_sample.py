@@ -1,16 +1,12 @@
 """Text from the trained model."""
 
-from collections.abc import Callable
-import functools
 import logging
 import pathlib
-from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from nanomoe.data.tokenizers import Characters
-from nanomoe.generate import generate
+from nanomoe.sampling import Generator, Logits, Sampling
 from trainers.callbacks import Callback
 from trainers.files import write_atomically
 
@@ -21,7 +17,7 @@ class TextSample(Callback):
   """Generates text when training is done: printed, and in a file.
 
   Args:
-    logits: (params, tokens) -> [batch, time, vocab].
+    logits: as of `Generator`.
     path: of the file.
     tokenizer: of the run.
     prompt: tokens that the text continues: at least one.
@@ -33,7 +29,7 @@ class TextSample(Callback):
 
   def __init__(
     self,
-    logits: Callable[[Any, jax.Array], jax.Array],
+    logits: Logits,
     path: pathlib.Path,
     tokenizer: Characters,
     prompt: list[int],
@@ -46,29 +42,16 @@ class TextSample(Callback):
     self.path = path
     self.tokenizer = tokenizer
     self.prompt = prompt
-    self.seed = seed
-    self.num_tokens = num_tokens
     self.block_size = block_size
-    self.temperature = temperature
+    self.num_tokens = num_tokens
+    self.sampling = Sampling(temperature)
+    self.seed = seed
 
   def on_fit_end(self, loop):
     if loop.status != 'done' or not self.num_tokens:
       return
-
-    @jax.jit
-    def sample(params, prompt, key):
-      return generate(
-        functools.partial(self.logits, params),
-        prompt,
-        key,
-        num_tokens=self.num_tokens,
-        block_size=self.block_size,
-        temperature=self.temperature,
-      )
-
-    prompt = jnp.asarray([self.prompt], jnp.int32)
-    key = jax.random.key(self.seed)
-    [tokens] = jax.device_get(sample(loop.state.params, prompt, key))
-    text = self.tokenizer.decode(tokens)
+    generate = Generator(self.logits, loop.state.params, self.block_size)
+    drawn = generate([self.prompt], self.num_tokens, self.sampling, self.seed)
+    text = self.tokenizer.decode(np.concatenate(list(drawn)))
     write_atomically(self.path, text)
-    log.info('sample (%d tokens):\n%s', len(tokens), text)
+    log.info('sample (%d tokens):\n%s', self.num_tokens, text)

@@ -1,6 +1,8 @@
 """Text <-> integers."""
 
 from collections.abc import Sequence
+import json
+import pathlib
 
 import numpy as np
 
@@ -45,3 +47,21 @@ class Characters:
   def state_dict(self) -> dict[str, str]:
     """JSON: what vocabulary.json holds."""
     return {'type': 'Characters', 'characters': self.characters}
+
+
+def load(path: pathlib.Path) -> Characters:
+  """The tokenizer that a run stored in its vocabulary.json.
+
+  Raises:
+    UserError: the file is missing, or is no vocabulary.
+  """
+  try:
+    state = json.loads(path.read_text(encoding='utf-8'))
+    characters = state['characters']
+    if characters != ''.join(sorted(set(characters))):
+      raise ValueError('its characters are not in order, or occur twice')
+    return Characters(characters)
+  except OSError as error:
+    raise UserError(f'{path}: {error.strerror}') from error
+  except (ValueError, TypeError, KeyError, RecursionError) as error:
+    raise UserError(f'{path} is damaged: {error!r}') from error

@@ -1,0 +1,132 @@
+"""Sampling from a model, with a cache of keys and values.
+
+Each token sees a window of at most `block_size`. Positions are absolute, so a
+window that slid by one would be new at every place: instead, when it is full,
+it starts again from its later half.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from nanomoe.model import Cache
+
+Logits = Callable[..., tuple[jax.Array, Cache]]
+
+
+class Sampling(NamedTuple):
+  """How a token is drawn. Traced: no value costs a compilation.
+
+  Attributes:
+    temperature: divides the logits; 0 takes the likeliest.
+    top_k: draws from the k likeliest only; 0: from all.
+    top_p: draws from the likeliest that make up this probability (Holtzman et
+      al. 2020); 1: from all.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+
+def draw(
+  logits: Float[Array, 'batch vocab'], key: jax.Array, sampling: Sampling
+) -> Int[Array, ' batch']:
+  """A token for each row."""
+  temperature, top_k, top_p = sampling
+  logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+  ordered = -jnp.sort(-logits, axis=-1)
+  rank = jnp.where(top_k > 0, top_k, logits.shape[-1]) - 1
+  least = jnp.take(ordered, jnp.minimum(rank, logits.shape[-1] - 1), axis=-1)
+  kept = jnp.where(ordered >= least[:, None], ordered, -jnp.inf)
+  probs = jax.nn.softmax(kept)
+  # A token is needed if those before it do not make up top_p; the first is.
+  needed = (jnp.cumsum(probs, axis=-1) - probs < top_p).at[:, 0].set(True)
+  nucleus = jnp.min(jnp.where(needed, kept, jnp.inf), axis=-1)
+  allowed = logits >= jnp.maximum(least, nucleus)[:, None]
+  drawn = jax.random.categorical(key, jnp.where(allowed, logits, -jnp.inf))
+  return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
+
+
+class Generator:
+  """Continues prompts, a token at a time.
+
+  Two programs are compiled, whatever the lengths: one reads a window, one
+  adds a token to it.
+
+  Args:
+    logits: (params, tokens, cache) -> (logits, cache), as
+      LanguageModel.logits; where a position sees the future, its later rows
+      must not matter.
+    params: of the model.
+    block_size: of the model.
+    cached: False reads the whole window for each token: the definition.
+  """
+
+  def __init__(
+    self, logits: Logits, params: Any, block_size: int, *, cached: bool = True
+  ):
+    def read(params, window, length, key, sampling):
+      every, cache = logits(params, window)
+      last = jnp.take_along_axis(every, length[:, None, None] - 1, axis=1)
+      every_layer = jnp.broadcast_to(length, cache.length.shape)
+      cache = cache._replace(length=every_layer)
+      return draw(last[:, 0], key, sampling), cache
+
+    def add(params, token, cache, key, sampling):
+      last, cache = logits(params, token[:, None], cache)
+      return draw(last[:, 0], key, sampling), cache
+
+    self.params = params
+    self.block_size = block_size
+    self.cached = cached
+    self._read = jax.jit(read)
+    self._add = jax.jit(add, donate_argnums=2)
+
+  def __call__(
+    self,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    sampling: Sampling,
+    seed: int,
+  ) -> Iterator[np.ndarray]:
+    """Yields int32[batch] `num_tokens` times, each as soon as it is drawn.
+
+    Args:
+      prompts: a token or more each; only their last `block_size` are seen.
+      num_tokens: to draw.
+      sampling: how.
+      seed: of the draws; token i depends on (seed, i) and what came before.
+    """
+    size = self.block_size
+    window = np.zeros((len(prompts), size), np.int32)
+    length = np.array([min(len(p), size) for p in prompts], np.int32)
+    for row, prompt in zip(window, prompts, strict=True):
+      row[: min(len(prompt), size)] = prompt[-size:]
+    keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
+    cache, token = None, None
+    for i in range(num_tokens):
+      if cache is None:
+        token, cache = self._read(
+          self.params, window, length, keys[i], sampling
+        )
+      else:
+        token, cache = self._add(self.params, token, cache, keys[i], sampling)
+      drawn = np.asarray(token)
+      yield drawn
+      if self._append(window, length, drawn) or not self.cached:
+        cache = None
+
+  def _append(self, window, length, token) -> bool:
+    """Puts tokens behind their windows; whether a window started again."""
+    full = length == self.block_size
+    half = self.block_size // 2
+    window[full, :half] = window[full, self.block_size - half :]
+    length[full] = half
+    window[np.arange(len(token)), length] = token
+    length += 1
+    return bool(full.any())

@@ -1,0 +1,118 @@
+"""Sampling: the draw, the window, the cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanomoe import experiment
+from nanomoe.sampling import Generator, Sampling, draw
+
+VOCAB = 11
+BLOCK = 6
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope='module')
+def model(corpus):
+  """(logits, params) of a model whose window is 6 tokens."""
+  from configs import base  # noqa: PLC0415
+  from nanomoe import config as config_lib  # noqa: PLC0415
+  from tests.conftest import TINY  # noqa: PLC0415
+
+  changes = {**TINY, 'block_size': BLOCK, 'precision': 'float32'}
+  config = config_lib.apply(
+    base.get_config(), [(k, str(v)) for k, v in changes.items()]
+  )
+  task = experiment.build_task(experiment.decide(config), VOCAB)
+  batch = {'inputs': jnp.zeros((1, BLOCK), jnp.int32)}
+  params, _ = task.init(jax.random.key(0), batch)
+  return task.logits, jax.tree.map(lambda x: 3 * x, params)
+
+
+def _generate(model, prompts, num_tokens, sampling, seed=0, cached=True):
+  generator = Generator(*model, BLOCK, cached=cached)
+  return np.stack(list(generator(prompts, num_tokens, sampling, seed)), axis=1)
+
+
+def _by_definition(model, prompt, num_tokens, sampling, seed):
+  """One sequence, no padding, no cache: the window grows, then is halved."""
+  logits, params = model
+  window, text = list(prompt[-BLOCK:]), []
+  for key in jax.random.split(jax.random.key(seed), num_tokens):
+    every, _ = logits(params, jnp.asarray([window], jnp.int32))
+    token = int(draw(every[:, -1], key, sampling)[0])
+    text.append(token)
+    if len(window) == BLOCK:
+      window = window[BLOCK - BLOCK // 2 :]
+    window.append(token)
+  return text
+
+
+PROMPTS = [[3], [1, 2, 3, 4, 5], list(range(11)), [7, 7]]
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, Sampling(1.0, 5, 0.9)])
+def test_cached_uncached_and_definition_agree(model, sampling):
+  """Token for token, through three halvings, prompts of any length at once."""
+  cached = _generate(model, PROMPTS, 16, sampling)
+  uncached = _generate(model, PROMPTS, 16, sampling, cached=False)
+  np.testing.assert_array_equal(cached, uncached)
+  assert len(np.unique(cached)) > 2  # It is no constant that agrees.
+  alone = _generate(model, PROMPTS[2:3], 16, sampling, seed=5)
+  np.testing.assert_array_equal(
+    alone[0], _by_definition(model, PROMPTS[2], 16, sampling, 5)
+  )
+
+
+def test_greedy_does_not_depend_on_the_company_or_the_seed(model):
+  together = _generate(model, PROMPTS, 10, GREEDY, seed=1)
+  for i, prompt in enumerate(PROMPTS):
+    alone = _generate(model, [prompt], 10, GREEDY, seed=2)
+    np.testing.assert_array_equal(alone[0], together[i])
+
+
+def test_two_compilations_whatever_the_lengths(model):
+  generator = Generator(*model, BLOCK)
+  for prompt, num_tokens, sampling in [
+    ([1], 3, GREEDY),
+    ([1, 2, 3, 4], 9, Sampling(0.7)),
+    (list(range(9)), 20, Sampling(1.0, 3, 0.5)),
+  ]:
+    list(generator([prompt], num_tokens, sampling, 0))
+  assert generator._read._cache_size() == 1
+  assert generator._add._cache_size() == 1
+
+
+def _frequencies(logits, sampling, num=4000):
+  rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (num, len(logits)))
+  tokens = jax.jit(draw)(rows, jax.random.key(0), sampling)
+  return np.bincount(tokens, minlength=len(logits)) / num
+
+
+LOGITS = np.log([0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+  ('sampling', 'expected'),
+  [
+    (Sampling(1.0), [0.4, 0.3, 0.2, 0.1]),
+    # Squared and normalised: 16 : 9 : 4 : 1.
+    (Sampling(0.5), np.array([16, 9, 4, 1]) / 30),
+    (Sampling(1.0, top_k=2), [4 / 7, 3 / 7, 0, 0]),
+    (Sampling(1.0, top_k=1), [1, 0, 0, 0]),
+    (Sampling(1.0, top_k=99), [0.4, 0.3, 0.2, 0.1]),
+    # 0.4 + 0.3 reach 0.65; 0.4 alone does not.
+    (Sampling(1.0, top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
+    (Sampling(1.0, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
+    (Sampling(1.0, top_p=0.0), [1, 0, 0, 0]),
+    # Of the two likeliest, 4 / 7 is more than 0.5.
+    (Sampling(1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),
+    (Sampling(0.0), [1, 0, 0, 0]),
+  ],
+)
+def test_draws_follow_the_law(sampling, expected):
+  expected = np.asarray(expected)
+  deviation = np.sqrt(expected * (1 - expected) / 4000)
+  found = _frequencies(LOGITS, sampling)
+  assert (np.abs(found - expected) <= 4 * deviation).all(), found
