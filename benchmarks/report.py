@@ -27,13 +27,15 @@ def figures(workdir: pathlib.Path, exact: pathlib.Path) -> dict:
   rows = [
     {
       'step': m['step'],
-      'train/cross_entropy': train[m['step']]['train/cross_entropy'],
+      'train/cross_entropy': train[max(s for s in train if s <= m['step'])][
+        'train/cross_entropy'
+      ],
       'val/cross_entropy': m['val/cross_entropy'],
       'val/bits_per_char': m['val/bits_per_char'],
       'val/aux_loss': m['val/aux_loss'],
     }
     for m in metrics
-    if 'val/cross_entropy' in m
+    if 'val/cross_entropy' in m and m['step'] >= min(train)
   ]
   result = json.loads((workdir / 'result.json').read_text())
   kept = (

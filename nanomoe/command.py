@@ -1,6 +1,7 @@
 """What every command does: flags, one line for a mistake, exit codes."""
 
 from collections.abc import Callable
+import logging
 import os
 import signal
 import sys
@@ -9,6 +10,8 @@ from typing import Any
 from absl import app, flags
 
 from trainers.errors import UserError
+
+log = logging.getLogger(__name__)
 
 USER_ERROR = 2
 INTERRUPTED = 75
@@ -57,10 +60,14 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     except UserError as error:
       for line in error.problems:
         print(f'error: {line}', file=sys.stderr)
+        log.debug('error: %s', line)
       sys.exit(USER_ERROR)
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       sys.exit(INTERRUPTED)
+    except Exception:
+      log.debug('a bug', exc_info=True)
+      raise
 
   return guarded
 

@@ -41,7 +41,7 @@ def evaluate(workdir: pathlib.Path, split: str, step: str) -> dict[str, Any]:
 
   config.eval_iters = 0  # Each target of the split, once.
   run = experiment.restore(config, workdir, step)
-  _, _, dataset = experiment.read_data(config)
+  _, _, dataset = experiment.read_data(config, workdir)
   check_fingerprint(run.fingerprint, dataset.fingerprint)
   batches = dataset.eval_batches(split, slice(0, config.batch_size))
   start = time.perf_counter()

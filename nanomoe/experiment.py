@@ -27,6 +27,7 @@ from trainers.trainer import Trainer
 log = logging.getLogger(__name__)
 
 CALLBACKS = {name: getattr(callbacks, name) for name in callbacks.__all__}
+VOCABULARY = 'vocabulary.json'
 TRAIN_SHARE = 0.9  # Of the text; the rest is the validation split.
 
 
@@ -41,7 +42,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
   if lines := schema.problems(config.to_dict()):
     raise UserError(lines)
   config = decide(config)
-  corpus, tokenizer, dataset = read_data(config)
+  corpus, tokenizer, dataset = read_data(config, directory)
   task = build_task(config, tokenizer.vocab_size)
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps
@@ -74,7 +75,10 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     workdir=directory,
   )
   workdir.write_json(directory / 'config.json', config.to_dict())
-  workdir.write_json(directory / 'vocabulary.json', tokenizer.state_dict())
+  recorded = {'corpus': corpus.name, 'corpus_sha256': corpus.fingerprint}
+  workdir.write_json(
+    directory / VOCABULARY, {**tokenizer.state_dict(), **recorded}
+  )
   log.info(
     'corpus: %s, %s characters, %d distinct, sha256 %s',
     corpus.name,
@@ -112,7 +116,7 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
     UserError: there is no such checkpoint, or the vocabulary is damaged.
   """
   arrays, meta = checkpoint.read(directory / 'checkpoints', step)
-  tokenizer = tokenizers.load(directory / 'vocabulary.json')
+  tokenizer = tokenizers.load(directory / VOCABULARY)
   task = build_task(config, tokenizer.vocab_size)
   batch = {'inputs': np.zeros((1, config.block_size), np.int32)}
   params, model_state = jax.eval_shape(task.init, jax.random.key(0), batch)
@@ -134,13 +138,23 @@ def decide(config: Config) -> Config:
   return config
 
 
-def read_data(config: Config) -> tuple[Corpus, Characters, Windows]:
-  """The text, its tokenizer, and the batches that are cut from it."""
-  corpus = corpus_lib.find(config.data.path, config.data.fallback)
+def read_data(
+  config: Config, directory: pathlib.Path
+) -> tuple[Corpus, Characters, Windows]:
+  """The text, its tokenizer, and the batches that are cut from it.
+
+  A run that is in `directory` gets the text that it began with, or an error.
+  """
+  path = directory / VOCABULARY
+  if path.exists():
+    recorded = tokenizers.read(path)
+    corpus = corpus_lib.find_again(
+      config.data.path, recorded['corpus'], recorded['corpus_sha256']
+    )
+  else:
+    corpus = corpus_lib.find(config.data.path, config.data.fallback)
   tokenizer = Characters.of(corpus.text)
   dataset = build_dataset(config, tokenizer.encode(corpus.text))
-  # Checkpoints hold it: they tell what they were trained on.
-  dataset.fingerprint = f'{corpus.name} {dataset.fingerprint}'
   return corpus, tokenizer, dataset
 
 

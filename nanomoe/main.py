@@ -61,13 +61,14 @@ def main(overrides: list[config_lib.Override]) -> int:
       else '--config=FILE is needed, such as --config=configs/base.py'
     )
   config = config_lib.apply(config, overrides)
-  workdir = workdir or workdir_lib.default_path(str(_CONFIG.value))
+  workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
+  watch = str(workdir.parent)
   workdir_lib.log_to_terminal()
   workdir_lib.log_to(workdir)
   if old:
     config = workdir_lib.continued(old, config)
   log.info('workdir: %s', workdir)
-  log.info('watch it: tensorboard --logdir %s', workdir.parent)
+  log.info('watch it: %s', shlex.join(['tensorboard', '--logdir', watch]))
 
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
 

@@ -43,7 +43,9 @@ def dot(
       mantissa, and adds in float32; 'float32' rounds nothing.
   """
   if precision == 'float32':
-    return jnp.einsum(subscripts, x, w, preferred_element_type=jnp.float32)
+    # GPUs round float32 operands to TF32 unless told not to.
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, x, w, precision=exact)
   return _dot_bfloat16(subscripts, x, w)
 
 

@@ -20,6 +20,7 @@ def warmup_cosine(
   final_fraction: float = 0.1,
 ) -> optax.Schedule:
   """Linear from 0, then half a cosine to final_fraction * learning_rate."""
+  _check(warmup_steps, final_fraction)
   return optax.warmup_cosine_decay_schedule(
     0.0,
     learning_rate,
@@ -36,6 +37,7 @@ def linear(
   final_fraction: float = 0.0,
 ) -> optax.Schedule:
   """Linear from 0, then linear to final_fraction * learning_rate."""
+  _check(warmup_steps, final_fraction)
   return optax.join_schedules(
     [
       optax.linear_schedule(0.0, learning_rate, warmup_steps),
@@ -57,6 +59,9 @@ def wsd(
   final_fraction: float = 0.0,
 ) -> optax.Schedule:
   """Warm-up, stable, decay: linear, constant, linear. Hu et al. 2024."""
+  _check(warmup_steps, final_fraction)
+  if decay_steps < 1:
+    raise ValueError(f'{decay_steps=} must be >= 1')
   return optax.join_schedules(
     [
       optax.linear_schedule(0.0, learning_rate, warmup_steps),
@@ -67,6 +72,13 @@ def wsd(
     ],
     [warmup_steps, max(num_train_steps - decay_steps, warmup_steps)],
   )
+
+
+def _check(warmup_steps: int, final_fraction: float) -> None:
+  if warmup_steps < 0:
+    raise ValueError(f'{warmup_steps=} must be >= 0')
+  if not 0 <= final_fraction <= 1:
+    raise ValueError(f'{final_fraction=} must be in [0, 1]')
 
 
 SCHEDULES = {

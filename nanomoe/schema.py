@@ -120,21 +120,19 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     for spec in sorted(specs)
     if not isinstance(flat.get(f'{spec}.type'), str)
   ]
+  sound = dict(flat)
   for key, field in FIELDS.items():
     if key in flat and (reason := _violation(field, flat[key])):
       lines.append(f'{key}={flat[key]!r}: {reason}')
-  if lines:
-    return lines  # What follows compares values that must be sound.
-  if flat['moe.top_k'] > flat['moe.num_experts']:
-    lines.append(
-      f'moe.top_k={flat["moe.top_k"]} is more than '
-      f'moe.num_experts={flat["moe.num_experts"]}'
-    )
-  if flat['model.d_model'] % flat['model.num_heads']:
-    lines.append(
-      f'model.num_heads={flat["model.num_heads"]} does not divide '
-      f'model.d_model={flat["model.d_model"]}'
-    )
+      del sound[key]
+  if {'moe.top_k', 'moe.num_experts'} <= set(sound):
+    top_k, num_experts = sound['moe.top_k'], sound['moe.num_experts']
+    if top_k > num_experts:
+      lines.append(f'moe.top_k={top_k} is more than moe.{num_experts=}')
+  if {'model.d_model', 'model.num_heads'} <= set(sound):
+    d_model, num_heads = sound['model.d_model'], sound['model.num_heads']
+    if d_model % num_heads:
+      lines.append(f'model.{num_heads=} does not divide model.{d_model=}')
   return lines
 
 

@@ -1,10 +1,13 @@
 """A run's directory: its files, its log, and going on in it."""
 
 import datetime
+import fcntl
+import itertools
 import json
 import logging
 import pathlib
 import sys
+import tempfile
 from typing import Any, TextIO
 
 from ml_collections import ConfigDict
@@ -29,19 +32,24 @@ _MAY_CHANGE = (
   'checkpoint.',
   'callbacks.',
   'sample.',
-  'data.fallback',
+  'data.',  # The text itself may not: its SHA-256 is recorded.
 )
 
 
-def default_path(config_path: str) -> pathlib.Path:
+def make_default(config_path: str) -> pathlib.Path:
+  """Makes runs/<config>-<date>-<time>, which no other process has."""
   now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
   name = f'{pathlib.Path(config_path).stem}-{now}'
-  path = pathlib.Path('runs') / name
-  number = 2
-  while path.exists():  # Two starts within a second.
-    path = pathlib.Path('runs') / f'{name}-{number}'
-    number += 1
-  return path
+  for number in itertools.count(1):
+    path = pathlib.Path('runs') / (f'{name}-{number}' if number > 1 else name)
+    try:
+      path.mkdir(parents=True)
+      return path
+    except FileExistsError:  # Two starts within a second.
+      continue
+    except OSError as error:
+      raise UserError(f'{path} cannot be made: {error.strerror}') from error
+  raise AssertionError('unreachable')
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict | None:
@@ -105,6 +113,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def log_to_terminal(stream: TextIO = sys.stdout) -> None:
   """Progress to `stream`, a line as it is; warnings to stderr."""
+  logging.raiseExceptions = False  # A closed pipe ends no run.
   out = logging.StreamHandler(stream)
   out.setLevel(logging.INFO)
   out.addFilter(lambda record: record.levelno < logging.WARNING)
@@ -121,17 +130,27 @@ def log_to_terminal(stream: TextIO = sys.stdout) -> None:
 
 
 def log_to(workdir: pathlib.Path) -> None:
-  """Makes the directory, and logs to its log.txt too.
+  """Makes the directory, logs to its log.txt too, and keeps others out.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: it cannot be written, or another process trains there.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(workdir / 'log.txt', encoding='utf-8')
+    with tempfile.TemporaryFile(dir=workdir):
+      pass  # It can be written to: the log could be, by itself.
   except OSError as error:
     raise UserError(
       f'--workdir={workdir} cannot be written: {error.strerror}'
+    ) from error
+  try:
+    # Held by the open log, so by no process that has ended.
+    fcntl.flock(handler.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)  # pyright: ignore
+  except OSError as error:
+    handler.close()
+    raise UserError(
+      f'--workdir={workdir}: another process is training there'
     ) from error
   handler.setFormatter(
     logging.Formatter('%(asctime)s %(levelname)s %(message)s')

@@ -21,23 +21,7 @@ import pytest  # noqa: E402
 
 from configs import base  # noqa: E402
 from nanomoe import config as config_lib  # noqa: E402
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-# base.py, shrunk to seconds: every part is there.
-TINY = {
-  'num_train_steps': 12,
-  'batch_size': 4,
-  'block_size': 16,
-  'eval_interval': 4,
-  'eval_iters': 2,
-  'log_interval': 2,
-  'model.d_model': 16,
-  'model.num_layers': 2,
-  'model.num_heads': 2,
-  'moe.d_ff': 32,
-  'sample.num_tokens': 20,
-}
+from tests.shrunk import ROOT, TINY  # noqa: E402
 
 
 @pytest.fixture(scope='session')

@@ -13,7 +13,7 @@ import pytest
 from configs import base
 from nanomoe import config as config_lib
 from nanomoe import experiment, schema
-from tests.conftest import ROOT, TINY
+from tests.shrunk import ROOT, TINY
 
 CONFIGS = sorted(
   path.stem

@@ -14,7 +14,9 @@ from regression import Rows, bits, host, make_trainer
 from trainers import callbacks
 from trainers.callbacks import Callback
 from trainers.checkpoint import Checkpointer, SaveError
+from trainers.errors import UserError
 from trainers.metrics import Score
+from trainers.tensorboard import SummaryWriter
 
 NAN, INF = math.nan, math.inf
 
@@ -158,18 +160,20 @@ def test_a_run_stops_early(tmp_path):
 
 
 def test_saves_every_few_steps_and_at_the_end(tmp_path):
-  saved = []
+  """And tells of each when it is on the disk."""
+  saved, checkpoints = [], tmp_path / 'checkpoints'
 
   class Saves(Callback):
     def on_checkpoint(self, loop, step):
-      saved.append((step, loop.step))
+      assert str(step) in [p.name for p in checkpoints.iterdir()]
+      saved.append(step)
 
   make_trainer(
     tmp_path,
     num_train_steps=7,
     callbacks=[callbacks.Checkpoints(3), Saves()],
   ).fit()
-  assert saved == [(3, 3), (6, 6), (7, 7)]
+  assert saved == [3, 6, 7]
   assert directories(tmp_path) == {6, 7}
 
 
@@ -445,3 +449,99 @@ def test_callbacks_change_nothing_that_is_learned(tmp_path):
   busy.fit()
   assert bits(host(plain.state)) == bits(host(busy.state))
   assert np.all(np.isfinite(plain.state.params['w']))
+
+
+def test_early_stopping_counts_an_evaluation_once(tmp_path):
+  """Another split that is evaluated at the same step is not one more."""
+
+  class Both(Callback):
+    def on_train_step_end(self, loop):
+      if loop.step % 2 == 0:
+        loop.evaluate('test')
+
+  stopping = callbacks.EarlyStopping(3)
+  trainer = make_trainer(
+    optimizer=optax.sgd(-0.01),  # Uphill: the first evaluation is the best.
+    callbacks=[callbacks.Evaluation(2, 'mse'), stopping, Both()],
+  )
+  assert trainer.fit() == 'done'
+  assert (trainer.step, stopping.num_worse) == (8, 3)
+
+
+@pytest.mark.parametrize(
+  'make', [callbacks.EarlyStopping, callbacks.StopOnNonFinite]
+)
+def test_a_negative_patience_is_refused(make):
+  with pytest.raises(ValueError, match='patience=-1'):
+    make(-1)
+
+
+@pytest.mark.parametrize('hook', ['on_log', 'on_eval_end'])
+def test_only_the_end_of_a_step_may_save(tmp_path, hook):
+  """Elsewhere some hooks of the step are half done."""
+  saver = Callback()
+  setattr(saver, hook, lambda loop, *args: loop.checkpoint())
+  trainer = make_trainer(
+    tmp_path, callbacks=[callbacks.Evaluation(2, 'mse'), saver]
+  )
+  with pytest.raises(RuntimeError, match='on_train_step_end'):
+    trainer.fit()
+
+
+def test_a_run_survives_its_writers(tmp_path, caplog):
+  """The first error of a writer is told, once; the others go on."""
+
+  class Full(SummaryWriter):
+    def write_scalars(self, step, scalars):
+      raise OSError('no space')
+
+  good = SummaryWriter(tmp_path / 'good')
+  trainer = make_trainer(
+    tmp_path, writers=[Full(tmp_path / 'full'), good], log_interval=1
+  )
+  assert trainer.fit() == 'done'
+  told = [r for r in caplog.records if 'no space' in r.getMessage()]
+  assert len(told) == 1
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert len(lines) == 11
+  [events] = (tmp_path / 'good').iterdir()
+  assert events.stat().st_size > 1000
+
+
+def test_hooks_may_add_numbers_of_any_kind(tmp_path):
+  class Adds(Callback):
+    def on_log(self, loop, metrics):
+      metrics.update(a=np.float32(1.5), b=np.arange(2), c=None)
+
+  make_trainer(tmp_path, callbacks=[Adds()]).fit()
+  line = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert (line['a'], line['b'], line['c']) == (1.5, [0, 1], None)
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path):
+  make_trainer(tmp_path, num_train_steps=4).fit()
+  with pytest.raises(UserError, match='num_train_steps=3'):
+    make_trainer(tmp_path, num_train_steps=3).fit()
+
+
+def test_hooks_are_known_by_name_when_others_come(tmp_path):
+  """A callback that is added on resume neither skips nor repeats another."""
+  seen = []
+
+  class Sees(Callback):
+    def on_train_step_end(self, loop):
+      seen.append(loop.step)
+
+  class Pause(Callback):
+    def on_train_step_end(self, loop):
+      loop.stop('a pause')
+
+  class More(Callback):
+    pass
+
+  save = callbacks.Checkpoints(1)
+  make_trainer(tmp_path, callbacks=[Sees(), save, Pause()]).fit()
+  make_trainer(
+    tmp_path, callbacks=[More(), More(), Sees(), save], num_train_steps=3
+  ).fit()
+  assert seen == [1, 2, 3]

@@ -303,3 +303,35 @@ for i in range(8):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('step 4') == 8
+
+
+# What a save must not lose.
+
+
+def test_the_old_one_stands_until_the_new_one_does(directory, monkeypatch):
+  """Saving a step again, and dying before it lands, loses nothing."""
+  save_all(directory, [3])
+  code = f"""
+import os, pathlib, jax.numpy as jnp, orbax.checkpoint as ocp
+from trainers.checkpoint import Checkpointer
+checkpointer = Checkpointer(pathlib.Path({str(directory)!r}))
+ocp.CheckpointManager.save = lambda *args, **kwargs: os._exit(9)
+checkpointer.save(3, {{'x': jnp.ones(3)}}, {{}}, None)
+"""
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 9
+  assert steps_in(directory) == set()
+  assert bits(restore(directory).tree) == bits(tree_of(3))
+  assert not directory.with_name('superseded_checkpoints').exists()
+
+
+def test_checkpoints_that_are_gone_are_no_fresh_start(directory):
+  save_all(directory, [1, 2])
+  shutil.rmtree(directory)
+  with pytest.raises(UserError, match='gone'):
+    restore(directory)
+
+
+def test_a_directory_that_cannot_be_is_told(tmp_path):
+  (tmp_path / 'checkpoints').write_text('a file')
+  with pytest.raises(UserError, match='checkpoints'):
+    Checkpointer(tmp_path / 'checkpoints')

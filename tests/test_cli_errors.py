@@ -1,5 +1,7 @@
 """A user's mistake: exit code 2, a line each on stderr, no traceback."""
 
+import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 
 from nanomoe import experiment
 from nanomoe import main as main_lib
+from nanomoe.data import corpus as corpus_lib
 from trainers.errors import UserError
 
 MAIN = [sys.executable, '-m', 'nanomoe.main']
@@ -197,3 +200,44 @@ def test_a_split_as_long_as_a_window_is_enough(tiny, tmp_path):
   letters = np.array(list('ab\n'))
   path.write_text(''.join(np.resize(letters, 170)))
   assert experiment.build(tiny({'data.path': path}), tmp_path)
+
+
+def test_a_second_process_in_a_workdir_is_refused(tmp_path, run, command):
+  """The first holds a lock for as long as it lives, and no longer."""
+  with (tmp_path / 'log.txt').open('a') as log:
+    fcntl.flock(log, fcntl.LOCK_EX)
+    process = run(command(f'--workdir={tmp_path}'))
+  assert process.returncode == 2
+  assert 'another process' in process.stderr
+  assert len(process.stderr.splitlines()) == 1
+
+
+def test_a_run_keeps_to_its_text(tmp_path, tiny, monkeypatch):
+  """What it began with is recorded: neither a fallback nor a file may turn."""
+  first = tmp_path / 'first.txt'
+  first.write_text('abcdefgh\n' * 500)
+  config = tiny({'data.path': first})
+  directory = tmp_path / 'run'
+  directory.mkdir()
+  experiment.build(config, directory)
+  moved = first.rename(tmp_path / 'moved.txt')
+  again = tiny({'data.path': moved})
+  experiment.build(again, directory)  # The same text in another place.
+  vocabulary = (directory / 'vocabulary.json').read_text()
+  moved.write_text('hgfedcba\n' * 500)
+  with pytest.raises(UserError, match='the text has changed'):
+    experiment.build(again, directory)
+  assert (directory / 'vocabulary.json').read_text() == vocabulary
+
+
+def test_a_run_on_the_fallback_stays_on_it(tmp_path, tiny, monkeypatch):
+  """Although Tiny Shakespeare, or a network, has come since."""
+  monkeypatch.setattr(corpus_lib, '_local_copy', lambda: None)
+  monkeypatch.setattr(corpus_lib, '_downloaded', lambda: None)
+  config = tiny({'data.path': ''})
+  experiment.build(config, tmp_path)
+  monkeypatch.setattr(corpus_lib, '_local_copy', lambda: b'what came since')
+  trainer = experiment.build(config, tmp_path)
+  recorded = json.loads((tmp_path / 'vocabulary.json').read_text())
+  assert recorded['corpus'] == 'pydoc_data.topics'
+  assert trainer.step == 0

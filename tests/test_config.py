@@ -737,9 +737,9 @@ def test_default_directories_do_not_collide(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   paths = []
   for _ in range(4):  # More than one of them within a second.
-    path = workdir_lib.default_path('some/where/wide.py')
-    path.mkdir(parents=True)  # Raises if it is there.
-    paths.append(path)
+    paths.append(workdir_lib.make_default('some/where/wide.py'))
+  assert len(set(paths)) == 4
+  assert all(path.is_dir() for path in paths)
   assert all(path.parent.name == 'runs' for path in paths)
   assert all(path.name.startswith('wide-') for path in paths)
 

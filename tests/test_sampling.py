@@ -18,7 +18,7 @@ def model(corpus):
   """(logits, params) of a model whose window is 6 tokens."""
   from configs import base  # noqa: PLC0415
   from nanomoe import config as config_lib  # noqa: PLC0415
-  from tests.conftest import TINY  # noqa: PLC0415
+  from tests.shrunk import TINY  # noqa: PLC0415
 
   changes = {**TINY, 'block_size': BLOCK, 'precision': 'float32'}
   config = config_lib.apply(

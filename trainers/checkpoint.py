@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from trainers.errors import UserError
+from trainers.files import to_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +112,21 @@ class Checkpointer:
 
   def __init__(self, directory: pathlib.Path, keep_latest: int = 2):
     self._directory = directory
+    self._superseded = directory.with_name('superseded_checkpoints')
+    self._manifest = directory.with_name('checkpoints.json')
     self._policy = _LatestAndBest(keep_latest)
-    self._manager = ocp.CheckpointManager(
-      directory,
+    self._saving: int | None = None
+    self.newest: int | None = None  # Saved, or restored, by this object.
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+      self._recover()
+      self._manager = self._open()
+    except OSError as error:
+      raise UserError(f'{directory}: {error.strerror}') from error
+
+  def _open(self) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+      self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
         cleanup_tmp_directories=True,
@@ -123,7 +136,13 @@ class Checkpointer:
         step_name_format=ocp.path.step.standard_name_format(),
       ),
     )
-    self.newest: int | None = None  # Saved, or restored, by this object.
+
+  def _recover(self) -> None:
+    """Puts back what was superseded by a save that never landed."""
+    for old in self._superseded.glob('*'):
+      if not (self._directory / old.name).exists():
+        old.rename(self._directory / old.name)
+    shutil.rmtree(self._superseded, ignore_errors=True)
 
   def save(
     self, step: int, tree: Any, meta: dict[str, Any], best: int | None
@@ -141,7 +160,11 @@ class Checkpointer:
     meta = {'leaves': _leaves(arrays), **meta}
     try:
       if step in self._manager.all_steps():
-        self._manager.delete(step)
+        # Kept until the new one is on the disk.
+        self._superseded.mkdir(exist_ok=True)
+        path = self._directory / str(step)
+        path.rename(self._superseded / str(step))
+        self._manager.reload()
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -152,19 +175,25 @@ class Checkpointer:
       )
     except Exception as error:  # Orbax raises what its storage raises.
       raise SaveError(f'step {step}: {error}') from error
-    self.newest = step
+    self.newest = self._saving = step
 
-  def wait(self) -> None:
-    """Returns once the last save is on the disk.
+  def wait(self) -> int | None:
+    """The step of the last save, once it is on the disk; None the next time.
 
     Raises:
       SaveError: it is not.
     """
+    step, self._saving = self._saving, None
     try:
       self._manager.wait_until_finished()
+      if step is not None:
+        steps = sorted(self._manager.all_steps())
+        write_atomically(self._manifest, to_json({'steps': steps}) + '\n')
+        shutil.rmtree(self._superseded, ignore_errors=True)
     except Exception as error:  # Orbax raises what its storage raises.
-      step, self.newest = self.newest, None
+      self.newest = None
       raise SaveError(f'step {step}: {error}') from error
+    return step
 
   def restore(self, abstract: Any) -> Saved | None:
     """The newest intact checkpoint, or None if there never was one.
@@ -173,7 +202,8 @@ class Checkpointer:
       abstract: a tree of shapes and types, as the saved one must be.
 
     Raises:
-      UserError: it is of another architecture, or none is intact.
+      UserError: it is of another architecture, none is intact, or those that
+        were saved are gone.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     failures = []
@@ -195,6 +225,11 @@ class Checkpointer:
       hint = 'to start anew, choose another --workdir'
       failures.append(f'none in {self._directory} is intact; {hint}')
       raise UserError(failures)
+    if self._manifest.exists():
+      raise UserError(
+        f'{self._directory}: checkpoints were saved here, and all are gone; to '
+        'start anew, choose another --workdir'
+      )
     return None
 
   def _set_aside(self, steps: list[int]) -> None:

@@ -22,6 +22,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 def jsonable(value: Any) -> Any:
   """`value`, with null for what JSON has no number for."""
+  if hasattr(value, 'tolist'):  # Of NumPy or JAX.
+    value = value.tolist()
   if isinstance(value, float):
     return value if math.isfinite(value) else None
   if isinstance(value, dict):

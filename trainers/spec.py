@@ -24,7 +24,7 @@ def resolve(where: str, name: str, table: Mapping[str, Any]) -> Any:
   """
   if '.' not in name:
     found, place = table.get(name), 'this table'
-    names = [key for key, value in table.items() if callable(value)]
+    names = list(table)
   else:
     module_name, _, attribute = name.rpartition('.')
     try:
@@ -55,7 +55,8 @@ def build(
       of the spec wins.
 
   Raises:
-    UserError: an unknown type, an unknown or a missing argument.
+    UserError: an unknown type, an unknown or a missing argument, or what
+      the class itself refuses by a ValueError.
   """
   if not isinstance(spec.get('type'), str):
     raise UserError(f'{where}.type is missing: a name, or an import path')
@@ -94,7 +95,10 @@ def build(
   ]
   if problems:
     raise UserError(problems)
-  return target(**arguments)
+  try:
+    return target(**arguments)
+  except ValueError as error:
+    raise UserError(f'{where}: {error}') from error
 
 
 _SIMPLE = {'int': int, 'float': float, 'str': str, 'bool': bool, 'None': None}

@@ -21,7 +21,7 @@ from trainers.checkpoint import (
   check_fingerprint,
 )
 from trainers.clock import Clock
-from trainers.errors import Interrupted
+from trainers.errors import Interrupted, UserError
 from trainers.evaluator import Evaluator
 from trainers.metrics import Score
 from trainers.prefetch import prefetched
@@ -98,7 +98,8 @@ class Trainer:
     self._evaluator = Evaluator(task)
     self._in_flight: deque[metrics_lib.Metrics] = deque()
     self._unlogged: metrics_lib.Metrics | None = None
-    self._next_hook = len(self.callbacks)  # of this step's; there is no step 0
+    self._next_hook = len(self.callbacks)  # Of this step's; there is no step 0.
+    self._may_save = False
 
   def fit(self) -> str:
     """Trains up to `num_train_steps`, from where a checkpoint left off.
@@ -151,7 +152,9 @@ class Trainer:
   def _run_hooks(self) -> None:
     """Each callback once per step, whatever happens between two of them."""
     while self._next_hook < len(self.callbacks):
+      self._may_save = True
       self.callbacks[self._next_hook].on_train_step_end(self)
+      self._may_save = False
       self._next_hook += 1
 
   # What hooks may use.
@@ -180,7 +183,14 @@ class Trainer:
     return metrics
 
   def checkpoint(self) -> None:
-    """Saves this step, asynchronously. Call it from `on_train_step_end`."""
+    """Saves this step, asynchronously. Only on_train_step_end may call it.
+
+    Raises:
+      SaveError: the save before did not reach the disk, or this cannot start.
+      RuntimeError: another hook called: some of this step's are half done.
+    """
+    if not self._may_save:
+      raise RuntimeError('checkpoint() is for on_train_step_end alone')
     self._save(next_hook=self._next_hook + 1)
 
   def update_state(self, fn: Callable[[TrainState], TrainState]) -> None:
@@ -221,7 +231,17 @@ class Trainer:
     check_fingerprint(meta['fingerprint'], self.dataset.fingerprint)
     self.state, self._running = tree['state'], tree['running']
     self.metrics = tree['metrics']
-    self.step, self._next_hook = meta['step'], meta['next_hook']
+    self.step = meta['step']
+    if self.step > self.num_train_steps:
+      raise UserError(
+        f'num_train_steps={self.num_train_steps}: this run has done {self.step}'
+      )
+    names = [name for name, _ in self._named_callbacks()]
+    self._next_hook = (
+      names.index(meta['next_hook'])
+      if meta['next_hook'] in names
+      else len(names)
+    )
     self.score = meta['score'] and Score(*meta['score'])
     self.best = meta['best'] and Score(*meta['best'])
     for name, callback in self._named_callbacks():
@@ -240,7 +260,7 @@ class Trainer:
       try:
         if self.checkpointer.newest != self.step:
           self._save(next_hook=self._next_hook)
-        self.checkpointer.wait()
+        self._confirm()
         return
       except SaveError as error:
         log.error('a checkpoint could not be saved: %s', error)
@@ -281,11 +301,13 @@ class Trainer:
     if not self.checkpointer:
       raise ValueError('this trainer was given no checkpointer')
     self._log()
+    self._confirm()
     jax.block_until_ready(self.state)
+    names = [name for name, _ in self._named_callbacks()]
     with self.clock.phase('checkpoint'):
       meta = {
         'step': self.step,
-        'next_hook': next_hook,
+        'next_hook': dict(enumerate(names)).get(next_hook),
         'fingerprint': self.dataset.fingerprint,
         'metrics_size': self._writers.file_size(),
         'score': self.score,
@@ -304,7 +326,14 @@ class Trainer:
       self.checkpointer.save(
         self.step, tree, meta, self.best and self.best.step
       )
-    self._each('on_checkpoint', self.step)
+
+  def _confirm(self) -> None:
+    """Waits for the save before, and tells that it is on the disk."""
+    if self.checkpointer:
+      with self.clock.phase('checkpoint'):
+        step = self.checkpointer.wait()
+      if step is not None:
+        self._each('on_checkpoint', step)
 
   def _named_callbacks(self):
     """(name, callback): the class name, numbered where it occurs again."""
@@ -334,8 +363,10 @@ class Trainer:
     self._writers.write(self.step, metrics)
 
   def _each(self, hook: str, *args: Any) -> None:
+    may_save, self._may_save = self._may_save, False
     for callback in self.callbacks:
       getattr(callback, hook)(self, *args)
+    self._may_save = may_save
 
 
 def _accumulate(step_fn, state, running, batch, key):

@@ -1,6 +1,8 @@
 """Where metrics go: metrics.jsonl, and CLU writers (TensorBoard)."""
 
 from collections.abc import Sequence
+import logging
+import os
 import pathlib
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 
 from trainers.files import to_json
 from trainers.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 
 class MetricsFile:
@@ -21,13 +25,18 @@ class MetricsFile:
   """
 
   def __init__(self, path: pathlib.Path, size: int):
-    self._file = path.open('ab')
+    self._file = path.open('ab', buffering=0)
     if self._file.tell() > size:
       self._file.truncate(size)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    self._file.write(to_json({'step': step, **metrics}).encode() + b'\n')
-    self._file.flush()
+    """Whole lines only: what a full disk cut off is taken back."""
+    size = self.tell()
+    try:
+      self._file.write(to_json({'step': step, **metrics}).encode() + b'\n')
+    except OSError:
+      os.truncate(self._file.name, size)
+      raise
 
   def tell(self) -> int:
     return self._file.seek(0, 2)
@@ -37,7 +46,10 @@ class MetricsFile:
 
 
 class Writers:
-  """Everything that gets the metrics of a run; without a workdir, nothing."""
+  """Everything that gets the metrics of a run; without a workdir, nothing.
+
+  A writer that fails is told of once, and left out: the run goes on.
+  """
 
   def __init__(
     self,
@@ -46,7 +58,9 @@ class Writers:
   ):
     self._workdir = workdir
     self._file: MetricsFile | None = None
-    self.clu = metric_writers.MultiWriter(list(extra))
+    self._parts: list[metric_writers.MetricWriter] = list(extra)
+    self._failed: set[str] = set()
+    self.clu = metric_writers.MultiWriter(self._parts)
 
   def start(self, step: int, file_size: int) -> None:
     """Opens the files; what they say of steps after `step` is superseded."""
@@ -55,27 +69,48 @@ class Writers:
     self._file = MetricsFile(self._workdir / 'metrics.jsonl', file_size)
     summaries = SummaryWriter(self._workdir)
     summaries.start_session(step)
-    self.clu = metric_writers.MultiWriter([summaries, self.clu])
+    self._parts.insert(0, summaries)
+    self.clu = metric_writers.MultiWriter(self._parts)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """Numbers are scalars, lists (a load per layer and expert) histograms."""
+    metrics = {
+      k: v.tolist() if hasattr(v, 'tolist') else v for k, v in metrics.items()
+    }
+    arrays = {
+      k: np.asarray(v) for k, v in metrics.items() if isinstance(v, list)
+    }
+    scalars = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
     if self._file:
-      self._file.write(step, metrics)
-    arrays = {k: v for k, v in metrics.items() if isinstance(v, list)}
-    self.clu.write_scalars(
-      step, {k: v for k, v in metrics.items() if k not in arrays}
-    )
-    if arrays:
-      self.clu.write_histograms(
-        step, {k: np.asarray(v) for k, v in arrays.items()}
-      )
-    self.clu.flush()
+      try:
+        self._file.write(step, metrics)
+      except OSError as error:
+        self._warn_once(self._file, error)
+    for part in list(self._parts):
+      try:
+        part.write_scalars(step, scalars)
+        if arrays:
+          part.write_histograms(step, arrays)
+        part.flush()
+      except Exception as error:  # Whatever somebody's writer raises.
+        self._warn_once(part, error)
+        self._parts.remove(part)
+        self.clu = metric_writers.MultiWriter(self._parts)
 
   def file_size(self) -> int:
     """Bytes of metrics.jsonl so far."""
     return self._file.tell() if self._file else 0
 
   def close(self) -> None:
-    self.clu.close()
-    if self._file:
-      self._file.close()
+    for part in [*self._parts, self._file]:
+      try:
+        if part:
+          part.close()
+      except Exception as error:  # What was trained is saved already.
+        self._warn_once(part, error)
+
+  def _warn_once(self, part: Any, error: Exception) -> None:
+    name = type(part).__name__
+    if name not in self._failed:
+      self._failed.add(name)
+      log.warning('%s failed, the run goes on without: %r', name, error)

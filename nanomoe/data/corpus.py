@@ -14,6 +14,7 @@ from typing import NamedTuple
 import urllib.request
 
 from trainers.errors import UserError
+from trainers.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,25 @@ def find(path: str, fallback: str) -> Corpus:
   log.warning('WARNING: training on %s INSTEAD of Tiny Shakespeare.', fallback)
   text = EMBEDDED[fallback]()
   return Corpus(fallback, text, _sha256(text.encode()))
+
+
+def find_again(path: str, name: str, sha256: str) -> Corpus:
+  """The text that a run was trained on, at `path` or where it was found.
+
+  Raises:
+    UserError: it cannot be had, or it has changed.
+  """
+  if not path and name in EMBEDDED:
+    text = EMBEDDED[name]()
+    corpus = Corpus(name, text, _sha256(text.encode()))
+  else:
+    corpus = find(path, fallback='')
+  if corpus.fingerprint != sha256:
+    raise UserError(
+      f'the text has changed: this run is on {name} (sha256 {sha256[:16]}), '
+      f'and {corpus.name} is now {corpus.fingerprint[:16]}'
+    )
+  return corpus
 
 
 def cache_directory() -> pathlib.Path:
@@ -133,11 +153,9 @@ def _downloaded() -> bytes | None:
     log.warning('WARNING: %s is not what it was (its SHA-256 differs)', URL)
     return None
   target = cache_directory() / FILE
-  temporary = target.with_name(f'.{FILE}.{os.getpid()}.tmp')
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(raw)
-    os.replace(temporary, target)
+    write_atomically(target, raw.decode())
   except OSError as error:  # A cache is a convenience: the bytes are here.
     log.warning('%s could not be written: %s', target, error)
   return raw
@@ -149,7 +167,7 @@ def _download(url: str) -> bytes | None:
   In a thread of its own: looking up a name has no timeout.
   """
   chunks: list[bytes] = []
-  done = threading.Event()
+  done, failed = threading.Event(), threading.Event()
   arrived = [time.monotonic()]
 
   def read():
@@ -158,15 +176,17 @@ def _download(url: str) -> bytes | None:
         while chunk := response.read1(1 << 16):
           chunks.append(chunk)
           arrived[0] = time.monotonic()
-        done.set()
     except (OSError, http.client.HTTPException) as error:
       log.info('no download: %s', error)
-      arrived[0] = -GIVE_UP_SECONDS
+      failed.set()
+    done.set()
 
   threading.Thread(target=read, daemon=True).start()
   while not done.wait(0.1):
     if time.monotonic() - arrived[0] > GIVE_UP_SECONDS:
       return None
+  if failed.is_set():
+    return None
   raw = b''.join(chunks)
   log.info('downloaded %d bytes', len(raw))
   return raw

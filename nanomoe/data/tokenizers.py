@@ -55,12 +55,24 @@ def load(path: pathlib.Path) -> Characters:
   Raises:
     UserError: the file is missing, or is no vocabulary.
   """
+  return Characters(read(path)['characters'])
+
+
+def read(path: pathlib.Path) -> dict[str, str]:
+  """vocabulary.json: `characters`, and the `corpus` they are of, checked.
+
+  Raises:
+    UserError: the file is missing, or is no vocabulary.
+  """
   try:
     state = json.loads(path.read_text(encoding='utf-8'))
     characters = state['characters']
     if characters != ''.join(sorted(set(characters))):
       raise ValueError('its characters are not in order, or occur twice')
-    return Characters(characters)
+    for key in ('corpus', 'corpus_sha256'):
+      if not isinstance(state[key], str):
+        raise ValueError(f'its {key} is no text')
+    return state
   except OSError as error:
     raise UserError(f'{path}: {error.strerror}') from error
   except (ValueError, TypeError, KeyError, RecursionError) as error:

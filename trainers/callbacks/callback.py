@@ -31,7 +31,7 @@ class Callback:
     """After a pass over `split`. What is added here is written too."""
 
   def on_checkpoint(self, loop: Trainer, step: int) -> None:
-    """The state of `step` was copied, and is on its way to disk."""
+    """The checkpoint of `step` is on the disk: told before the next save."""
 
   def on_exception(self, loop: Trainer, error: BaseException) -> None:
     """Training failed with `error`, which the caller of fit() will see."""

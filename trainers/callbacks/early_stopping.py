@@ -6,13 +6,16 @@ from trainers.callbacks.callback import Callback
 class EarlyStopping(Callback):
   """Stops after `patience` evaluations without a new best; 0: never."""
 
-  def __init__(self, patience: int):
+  def __init__(self, patience: int, split: str = 'val'):
+    if patience < 0:
+      raise ValueError(f'{patience=} must be >= 0')
     self.patience = patience
+    self.split = split
     self.num_worse = 0
 
   def on_eval_end(self, loop, split, metrics):
-    if loop.score is None or loop.score.step != loop.step:
-      return  # An evaluation that is not monitored.
+    if split != self.split:
+      return
     self.num_worse = 0 if loop.best == loop.score else self.num_worse + 1
     self._maybe_stop(loop)
 

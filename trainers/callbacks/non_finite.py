@@ -19,6 +19,8 @@ class StopOnNonFinite(Callback):
   DELAY = 2
 
   def __init__(self, patience: int):
+    if patience < 0:
+      raise ValueError(f'{patience=} must be >= 0')
     self.patience = patience
     self.num_in_a_row = 0
     self.num_skipped = 0

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from trainers.callbacks.callback import Callback
+from trainers.errors import UserError
 from trainers.files import to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class Result(Callback):
       'skipped_updates': 0,
       **dict.fromkeys(self.val_metrics),
     }
-    self.earlier = {'train_seconds': 0.0, 'steps': 0}  # Before a resume.
+    # Before a resume.
+    self.earlier: dict[str, Any] = {'steps': 0, 'seconds_by_phase': {}}
     self._loop = None
 
   def on_fit_start(self, loop):
@@ -58,21 +60,26 @@ class Result(Callback):
 
   def on_exception(self, loop, error):
     self.facts['error'] = f'{type(error).__name__}: {error}'
+    # A refused start leaves what is there: it tells of an earlier one.
+    if self._loop or not isinstance(error, UserError):
+      self._write(loop)
 
   def on_fit_end(self, loop):
-    if self._loop:  # Else nothing began: what is there tells of another try.
+    if self._loop:
       self._write(loop)
 
   def _timing(self, loop) -> dict[str, Any]:
-    return {
-      'train_seconds': self.earlier['train_seconds'] + loop.clock.read('train'),
-      'steps': self.earlier['steps'] + loop.num_timed_steps,
-    }
+    loop.clock.read('train')
+    seconds = dict(self.earlier['seconds_by_phase'])
+    for phase, more in loop.clock.seconds.items():
+      seconds[phase] = seconds.get(phase, 0.0) + more
+    steps = self.earlier['steps'] + loop.num_timed_steps
+    return {'steps': steps, 'seconds_by_phase': seconds}
 
   def _write(self, loop) -> None:
     timing = self._timing(loop)
-    seconds, steps = timing['train_seconds'], timing['steps']
-    rate = steps / seconds if steps else None
+    seconds = timing['seconds_by_phase'].get('train', 0.0)
+    rate = timing['steps'] / seconds if timing['steps'] else None
     result = {
       'status': loop.status,
       'stop_reason': loop.stop_reason,
@@ -83,7 +90,7 @@ class Result(Callback):
       'train_seconds': seconds,
       'steps_per_sec': rate,
       'tokens_per_sec': rate and rate * self.tokens_per_step,
-      'seconds_by_phase': dict(loop.clock.seconds),
+      'seconds_by_phase': timing['seconds_by_phase'],
       'peak_memory_bytes': peak_memory_bytes(),
       **self.facts,
     }
@@ -94,7 +101,11 @@ class Result(Callback):
       log.warning('%s could not be written: %s', path, error)
 
   def state_dict(self):
-    return {'latest': self.latest, 'earlier': self._timing(self._loop)}
+    return {
+      'latest': self.latest,
+      'earlier': self._timing(self._loop),
+      'facts': self.facts,  # For who finds a checkpoint alone.
+    }
 
   def load_state_dict(self, state):
     self.latest, self.earlier = state['latest'], state['earlier']

@@ -1,0 +1,20 @@
+"""The main job, shrunk to seconds."""
+
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# base.py, shrunk to seconds: every part is there.
+TINY = {
+  'num_train_steps': 12,
+  'batch_size': 4,
+  'block_size': 16,
+  'eval_interval': 4,
+  'eval_iters': 2,
+  'log_interval': 2,
+  'model.d_model': 16,
+  'model.num_layers': 2,
+  'model.num_heads': 2,
+  'moe.d_ff': 32,
+  'sample.num_tokens': 20,
+}
