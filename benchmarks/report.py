@@ -10,6 +10,8 @@ import re
 
 from absl import app, flags
 
+from benchmarks import step_time
+
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
 _NAME = flags.DEFINE_string('name', 'base', 'Of the figures and the table.')
 _EXACT = flags.DEFINE_string(
@@ -108,16 +110,22 @@ def main(argv):
     path.write_text(json.dumps(data, indent=1) + '\n')
   data = json.loads(path.read_text())
   readme = ROOT / 'README.md'
-  begin, end = f'<!-- {_NAME.value} -->', f'<!-- /{_NAME.value} -->'
+  text = _between(readme.read_text(), _NAME.value, table(data))
+  path = path.with_name('step_time.json')
+  if path.exists():
+    speed = step_time.table(json.loads(path.read_text()))
+    text = _between(text, 'step_time', speed)
+  readme.write_text(text)
+
+
+def _between(text: str, name: str, new: str) -> str:
+  begin, end = f'<!-- {name} -->', f'<!-- /{name} -->'
   text, count = re.subn(
-    f'{begin}.*?{end}',
-    lambda _: f'{begin}\n{table(data)}\n{end}',
-    readme.read_text(),
-    flags=re.DOTALL,
+    f'{begin}.*?{end}', lambda _: f'{begin}\n{new}\n{end}', text, flags=re.S
   )
   if count != 1:
     raise SystemExit(f'README.md needs one {begin} ... {end}, has {count}')
-  readme.write_text(text)
+  return text
 
 
 if __name__ == '__main__':

@@ -545,3 +545,15 @@ def test_hooks_are_known_by_name_when_others_come(tmp_path):
     tmp_path, callbacks=[More(), More(), Sees(), save], num_train_steps=3
   ).fit()
   assert seen == [1, 2, 3]
+
+
+def test_a_profile_that_training_cuts_short_is_kept(tmp_path):
+  from clu import periodic_actions  # noqa: PLC0415 (after trainers)
+
+  profile = periodic_actions.Profile(
+    logdir=tmp_path / 'profile', first_profile=9, num_profile_steps=99
+  )
+  assert make_trainer(callbacks=[profile]).fit() == 'done'
+  traces = list((tmp_path / 'profile').rglob('*.xplane.pb'))
+  assert len(traces) == 1
+  assert traces[0].stat().st_size > 0

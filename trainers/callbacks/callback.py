@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clu import periodic_actions
+from clu import periodic_actions, profiler
 
 if TYPE_CHECKING:
   from trainers.trainer import Trainer
@@ -55,3 +55,8 @@ class PeriodicActionCallback(Callback):
 
   def on_train_step_end(self, loop: Trainer) -> None:
     self.action(loop.step)
+
+  def on_fit_end(self, loop: Trainer) -> None:
+    # CLU's Profile loses what it is taking when training ends.
+    if getattr(self.action, '_session_running', False):
+      profiler.stop()
