@@ -133,5 +133,5 @@ def test_other_data_is_refused(finished, tmp_path):
     (tmp_path / name).symlink_to(workdir / name)
   config.data.path = str(other)
   workdir_lib.write_json(tmp_path / 'config.json', config.to_dict())
-  with pytest.raises(UserError, match='fingerprint'):
+  with pytest.raises(UserError, match='the text has changed'):
     evaluate_lib.evaluate(tmp_path, 'val', 'best')

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from contextlib import nullcontext
 import functools
 import logging
@@ -136,7 +137,7 @@ class Trainer:
   def _train_step(self, batch: Batch) -> None:
     first = 'compile' not in self.clock.seconds
     with self.clock.phase('compile') if first else nullcontext():
-      self.state, self._running, self.metrics = self._update(
+      self.state, self._running, self.metrics = self._update.result()(
         self.state, self._running, batch, self._step_key
       )
       self._in_flight.append(self.metrics)
@@ -209,21 +210,27 @@ class Trainer:
     create = jax.jit(
       lambda key: TrainState.create(
         *self.task.init(key, batch), self._optimizer
-      )
+      ),
+      # It runs once: compiling it well takes longer than running it badly.
+      compiler_options={'xla_backend_optimization_level': 0},
     )
     abstract = jax.eval_shape(create, self._init_key)
     shapes = jax.eval_shape(self._step_fn, abstract, batch, self._step_key)[1]
     self._zeros = metrics_lib.zeros_like(shapes)
     self._running = self.metrics = self._zeros
-    self._update = jax.jit(
-      functools.partial(_accumulate, self._step_fn), donate_argnums=0
-    )
     saved = self.checkpointer and self.checkpointer.restore(
       {'state': abstract, 'running': shapes, 'metrics': shapes}
     )
     if saved:
       self._resume(saved.tree, saved.meta)
-    else:
+    if self.step < self.num_train_steps:
+      update = jax.jit(
+        functools.partial(_accumulate, self._step_fn), donate_argnums=0
+      ).lower(abstract, shapes, batch, self._step_key)
+      pool = futures.ThreadPoolExecutor(1)
+      self._update = pool.submit(update.compile)  # While parameters are made.
+      pool.shutdown(wait=False)
+    if not saved:
       self.state = create(self._init_key)
     self._writers.start(self.step, saved.meta['metrics_size'] if saved else 0)
 
