@@ -58,7 +58,11 @@ def figures(workdir: pathlib.Path, exact: pathlib.Path) -> dict:
   )
   return {
     'rows': rows,
-    'exact': json.loads(exact.read_text()),
+    'exact': {
+      key: value
+      for key, value in json.loads(exact.read_text()).items()
+      if key != 'workdir'
+    },
     'result': {key: result[key] for key in kept},
     'max_aux_loss': max(
       m['train/aux_loss']
