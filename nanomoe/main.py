@@ -12,6 +12,7 @@ from absl import flags
 from nanomoe import command, schema
 from nanomoe import config as config_lib
 from nanomoe import workdir as workdir_lib
+from nanomoe.data import corpus
 from trainers.errors import UserError
 
 log = logging.getLogger('nanomoe.main')
@@ -60,7 +61,7 @@ def main(overrides: list[config_lib.Override]) -> int:
       if workdir
       else '--config=FILE is needed, such as --config=configs/base.py'
     )
-  config = config_lib.apply(config, overrides)
+  config = _checked(config, overrides, workdir)
   workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
   watch = str(workdir.parent)
   workdir_lib.log_to_terminal()
@@ -76,6 +77,23 @@ def main(overrides: list[config_lib.Override]) -> int:
   status = trainer.fit()
   _report(trainer, workdir)
   return EXIT_CODES[status]
+
+
+def _checked(config, overrides, workdir: pathlib.Path | None):
+  """The config with its overrides; all that is wrong is told together."""
+  lines = []
+  path = dict(overrides).get('data.path', config.get('data', {}).get('path'))
+  if path:
+    lines += corpus.path_problems(str(path))
+  if workdir:
+    lines += workdir_lib.problems(workdir)
+  try:
+    config = config_lib.apply(config, overrides)
+  except UserError as error:
+    lines = error.problems + lines
+  if lines:
+    raise UserError(lines)
+  return config
 
 
 def _report(trainer, workdir: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import logging
+import os
 import pathlib
 import sys
 import tempfile
@@ -127,6 +128,21 @@ def log_to_terminal(stream: TextIO = sys.stdout) -> None:
   # Libraries: what they warn of, not what they do.
   for name in ('absl', 'jax'):
     logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def problems(workdir: pathlib.Path) -> list[str]:
+  """What is in the way of making or writing `workdir`; makes nothing."""
+  try:
+    place = next(
+      p for p in (workdir, *workdir.absolute().parents) if p.exists()
+    )
+  except (OSError, ValueError) as error:
+    return [f'--workdir={workdir}: {getattr(error, "strerror", error)}']
+  if not place.is_dir():
+    return [f'--workdir={workdir} cannot be made: {place} is no directory']
+  if not os.access(place, os.W_OK | os.X_OK):
+    return [f'--workdir={workdir} cannot be written: permission denied']
+  return []
 
 
 def log_to(workdir: pathlib.Path) -> None:

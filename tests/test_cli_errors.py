@@ -241,3 +241,29 @@ def test_a_run_on_the_fallback_stays_on_it(tmp_path, tiny, monkeypatch):
   recorded = json.loads((tmp_path / 'vocabulary.json').read_text())
   assert recorded['corpus'] == 'pydoc_data.topics'
   assert trainer.step == 0
+
+
+def test_mistakes_of_every_kind_are_told_at_once(tmp_path, run):
+  """Of the config, the data and the directory; and nothing is made."""
+  (tmp_path / 'file').touch()
+  process = run(
+    [
+      *MAIN,
+      '--config=configs/base.py',
+      '--config.moe.topk=3',
+      '--config.moe.top_k=9',
+      '--config.optimizer.learning_rate=nan',
+      f'--config.data.path={tmp_path / "missing"}',
+      f'--workdir={tmp_path / "file" / "run"}',
+    ]
+  )
+  lines = mistakes(process)
+  for words in [
+    ('moe.topk', "'moe.top_k'"),
+    ('moe.top_k=9', 'moe.num_experts=4'),
+    ('learning_rate', 'nan'),
+    ('data.path', 'no such file'),
+    ('--workdir', 'no directory'),
+  ]:
+    assert any(all(word in line for word in words) for line in lines), lines
+  assert len(lines) == 5

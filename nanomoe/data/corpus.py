@@ -94,20 +94,29 @@ def cache_directory() -> pathlib.Path:
   return pathlib.Path(base).expanduser() / 'nanomoe'
 
 
-def _read_file(path: str) -> bytes:
-  file = pathlib.Path(path)
+def path_problems(path: str) -> list[str]:
+  """What is wrong with the file at `path`, before it is read."""
   try:
-    mode = file.stat().st_mode
-    if not stat.S_ISREG(mode):  # Reading a FIFO would wait for ever.
-      kind = 'a directory' if stat.S_ISDIR(mode) else 'not a regular file'
-      raise UserError(f'data.path={path!r} is {kind}; it must be a text file')
-    raw = file.read_bytes()
+    status = os.stat(path)
+  except (OSError, ValueError) as error:
+    reason = str(getattr(error, 'strerror', error)).lower()
+    return [f'data.path={path!r}: {reason}']
+  if not stat.S_ISREG(status.st_mode):  # Reading a FIFO would wait for ever.
+    directory = stat.S_ISDIR(status.st_mode)
+    kind = 'a directory' if directory else 'not a regular file'
+    return [f'data.path={path!r} is {kind}; it must be a text file']
+  if not status.st_size:
+    return [f'data.path={path!r} is empty']
+  return []
+
+
+def _read_file(path: str) -> bytes:
+  if lines := path_problems(path):
+    raise UserError(lines)
+  try:
+    return pathlib.Path(path).read_bytes()
   except OSError as error:
-    reason = str(error.strerror).lower()
-    raise UserError(f'data.path={path!r}: {reason}') from error
-  if not raw:
-    raise UserError(f'data.path={path!r} is empty')
-  return raw
+    raise UserError(f'data.path={path!r}: {error.strerror}') from error
 
 
 def _decode(path: str, raw: bytes) -> str:
