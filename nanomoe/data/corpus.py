@@ -26,6 +26,7 @@ URL = (
 )
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 GIVE_UP_SECONDS = 10
+PROGRESS_BYTES = 200_000  # Between two lines of progress.
 
 
 class Corpus(NamedTuple):
@@ -191,9 +192,14 @@ def _download(url: str) -> bytes | None:
     done.set()
 
   threading.Thread(target=read, daemon=True).start()
+  told = 0
   while not done.wait(0.1):
     if time.monotonic() - arrived[0] > GIVE_UP_SECONDS:
+      log.info('no download: nothing came for %d s', GIVE_UP_SECONDS)
       return None
+    if (size := sum(map(len, chunks))) - told > PROGRESS_BYTES:
+      told = size
+      log.info('downloading: %d kB', size // 1000)
   if failed.is_set():
     return None
   raw = b''.join(chunks)
