@@ -117,7 +117,7 @@ OTHER = {
   'optimizer.schedule.type': 'linear',
   'optimizer.clip_norm': 0.01,
   'optimizer.decay_mask': 'matrices',
-  'checkpoint.keep_latest': 1,
+  'checkpoint.keep_latest': 4,
   'sample.num_tokens': 7,
   'sample.temperature': 0.1,
 }
@@ -142,7 +142,8 @@ def test_the_table_names_every_key_of_base():
 
 def _left_behind(changes, workdir):
   """What a run leaves that does not depend on the clock."""
-  start = {**TINY, 'precision': 'bfloat16', 'num_train_steps': 4}
+  # Four checkpoints: by default the last two are kept, and the best.
+  start = {**TINY, 'precision': 'bfloat16', 'num_train_steps': 8}
   start |= {'eval_interval': 2, 'moe.balance': 'documented'}
   overrides = [(k, str(v)) for k, v in (start | changes).items()]
   config = config_lib.apply(base.get_config(), overrides)
