@@ -200,7 +200,7 @@ def test_no_damage_to_one_file_gives_wrong_numbers(two, directory, caplog):
   assert 1 in found
 
 
-def test_a_flipped_bit_is_damage(two, directory):
+def test_flipped_bits_all_over_are_damage(two, directory):
   shutil.copytree(two, directory)
   data = [p for p in (directory / '2' / 'arrays').rglob('d/*') if p.is_file()]
   for path in data:
