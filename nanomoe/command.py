@@ -75,8 +75,9 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _exec_with_huge_pages() -> None:
   """Starts this process again, once, with an allocator that suits XLA.
 
-  Large buffers then come in huge pages: a fault for 2 MB instead of 4 kB, which
-  is a fifth of a step's time. glibc reads its tunables only at the start.
+  Large buffers then come in huge pages: a fault for 2 MB instead of 4 kB; the
+  faults are a large part of a step's time. glibc reads its tunables only at the
+  start.
   """
   if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
     os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'

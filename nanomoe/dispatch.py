@@ -103,7 +103,7 @@ class Plan(NamedTuple):
 def block_size(num_assignments: int, num_experts: int) -> int:
   """Rows of a block: an eighth of an even load, to a power of 2 in 8..512.
 
-  Padding is then an eighth of the work at most, half of it in expectation,
+  Padding is then an eighth of the work at most, for loads of 64 rows or more,
   and products are as large as that allows.
   """
   eighth = max(num_assignments // (8 * num_experts), 8)

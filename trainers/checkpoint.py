@@ -1,4 +1,7 @@
-"""Checkpoints: Orbax, behind four verbs: save, wait, restore, close."""
+"""Checkpoints: Orbax, behind a few verbs of our own.
+
+A trainer has a Checkpointer: save, wait, restore, close. Others read.
+"""
 
 import logging
 import pathlib
@@ -70,8 +73,12 @@ def _read_item(directory, step, name, args):
         directory.absolute() / str(step) / name, args=args
       )
   except Exception as error:  # Whatever damage does to a decoder.
-    reason = str(error).splitlines()[0] if str(error) else repr(error)
-    raise UserError(f'checkpoint {step} is damaged: {reason}') from error
+    raise UserError(_damage(step, error)) from error
+
+
+def _damage(step: int, error: Exception) -> str:
+  reason = str(error).splitlines()[0] if str(error) else repr(error)
+  return f'checkpoint {step} is damaged: {reason}'
 
 
 def select(arrays: dict[str, Any], prefix: str, like: Any) -> Any:
@@ -213,8 +220,7 @@ class Checkpointer:
       except UserError:
         raise
       except Exception as error:  # Whatever damage does to a decoder.
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        failures.append(f'checkpoint {step} is damaged: {reason}')
+        failures.append(_damage(step, error))
         continue
       for failure in failures:
         log.warning('%s; using %d', failure, step)

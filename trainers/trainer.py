@@ -154,8 +154,10 @@ class Trainer:
     """Each callback once per step, whatever happens between two of them."""
     while self._next_hook < len(self.callbacks):
       self._may_save = True
-      self.callbacks[self._next_hook].on_train_step_end(self)
-      self._may_save = False
+      try:
+        self.callbacks[self._next_hook].on_train_step_end(self)
+      finally:
+        self._may_save = False
       self._next_hook += 1
 
   # What hooks may use.
