@@ -20,10 +20,13 @@ def get_config() -> ConfigDict:
   # Of matrix products' operands; sums are float32. auto: what this machine
   # computes fastest.
   config.precision = 'auto'
+  config.init_from = ''  # A run whose weights this one starts from.
 
   config.data = ConfigDict()
   config.data.path = ''  # A UTF-8 text; '': Tiny Shakespeare.
   config.data.fallback = 'pydoc_data.topics'  # Without a network; '': an error.
+  config.data.tokenizer = ConfigDict({'type': 'Characters'})
+  config.data.dataset = ConfigDict({'type': 'Windows'})
 
   config.model = ConfigDict()
   config.model.d_model = 128
@@ -41,6 +44,7 @@ def get_config() -> ConfigDict:
   config.moe.aux_weight = 0.01
 
   config.optimizer = ConfigDict()
+  config.optimizer.type = 'AdamW'
   config.optimizer.learning_rate = 3e-4
   config.optimizer.weight_decay = 0.1
   config.optimizer.beta1 = 0.9
@@ -59,6 +63,8 @@ def get_config() -> ConfigDict:
   config.callbacks.non_finite = ConfigDict(
     {'type': 'StopOnNonFinite', 'patience': 10}
   )
+
+  config.writers = ConfigDict()  # Beside TensorBoard and metrics.jsonl.
 
   config.sample = ConfigDict()
   config.sample.num_tokens = 500  # Generated at the end; 0: none.

@@ -104,7 +104,7 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
       if not isinstance(section, dict):
         break  # A value where a section belongs: told below.
     else:
-      _assign(section, name, value)
+      _assign(section, key, value)
   lines += schema.problems(values)
   if lines:
     raise UserError(lines)
@@ -114,14 +114,17 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
     for part in sections:
       section = section[part]
     section[name] = field.kind(section[name])  # 1 is a number too.
-  path = values['data']['path']
-  values['data']['path'] = path and os.path.abspath(path)
+  for section, name in ((values['data'], 'path'), (values, 'init_from')):
+    section[name] = section[name] and os.path.abspath(section[name])
   return ConfigDict(values)
 
 
-def _assign(section: dict[str, Any], name: str, value: Any) -> None:
+def _assign(section: dict[str, Any], key: str, value: Any) -> None:
+  spec, _, name = key.rpartition('.')
   if name == 'type' and section.get('type') != value:
-    section.clear()  # The arguments were those of another type.
+    # The arguments were those of another type.
+    for other in [k for k in section if schema.spec_of(f'{spec}.{k}') == spec]:
+      del section[other]
   section[name] = value
 
 

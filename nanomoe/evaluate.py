@@ -43,10 +43,10 @@ def evaluate(workdir: pathlib.Path, split: str, step: str) -> dict[str, Any]:
   run = experiment.restore(config, workdir, step)
   _, _, dataset = experiment.read_data(config, workdir)
   check_fingerprint(run.fingerprint, dataset.fingerprint)
-  batches = dataset.eval_batches(split, slice(0, config.batch_size))
+  batches = list(dataset.eval_batches(split, slice(0, config.batch_size)))
+  num_tokens = int(sum(batch['weights'].sum() for batch in batches))
   start = time.perf_counter()
   metrics = Evaluator(run.task)(run.params, run.model_state, batches)
-  num_tokens = len(dataset.splits[split]) - 1
   return {
     'workdir': str(workdir),
     'step': run.step,

@@ -1,10 +1,13 @@
 """The composition root: where model, trainer and config meet."""
 
+from collections.abc import Sequence
 import functools
 import logging
 import pathlib
 from typing import Any, NamedTuple
 
+from clu.metric_writers import MetricWriter
+from clu.periodic_actions import PeriodicAction
 import jax
 import numpy as np
 
@@ -14,7 +17,7 @@ from nanomoe.config import Config
 from nanomoe.data import corpus as corpus_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.corpus import Corpus
-from nanomoe.data.tokenizers import Characters
+from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.data.windows import Windows
 from nanomoe.model import Attention, Block, Transformer
 from nanomoe.moe import MoE
@@ -22,11 +25,13 @@ from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import callbacks, checkpoint, spec
 from trainers.errors import UserError
+from trainers.task import Dataset
 from trainers.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 CALLBACKS = {name: getattr(callbacks, name) for name in callbacks.__all__}
+DATASETS = {'Windows': Windows}
 VOCABULARY = 'vocabulary.json'
 TRAIN_SHARE = 0.9  # Of the text; the rest is the validation split.
 
@@ -43,7 +48,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     raise UserError(lines)
   config = decide(config)
   corpus, tokenizer, dataset = read_data(config, directory)
-  task = build_task(config, tokenizer.vocab_size)
+  task = build_task(config, tokenizer.vocab_size, tokenizer.token_bytes())
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps
   )
@@ -67,11 +72,15 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     batch_size=config.batch_size,
     log_interval=config.log_interval,
     callbacks=build_callbacks(
-      config, directory, task, tokenizer, dataset, facts
+      config, directory, task, tokenizer, corpus.text[:1], facts
     ),
     checkpointer=checkpoint.Checkpointer(
       directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
     ),
+    initial=functools.partial(_weights_of, pathlib.Path(config.init_from))
+    if config.init_from
+    else None,
+    writers=build_writers(config, directory),
     workdir=directory,
   )
   workdir.write_json(directory / 'config.json', config.to_dict())
@@ -80,9 +89,10 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     directory / VOCABULARY, {**tokenizer.state_dict(), **recorded}
   )
   log.info(
-    'corpus: %s, %s characters, %d distinct, sha256 %s',
+    'corpus: %s, %s characters, %s for %d tokens, sha256 %s',
     corpus.name,
     f'{len(corpus.text):,}',
+    config.data.tokenizer.type,
     tokenizer.vocab_size,
     corpus.fingerprint[:16],
   )
@@ -102,7 +112,7 @@ class Restored(NamedTuple):
   """A trained model; what it was trained on is told by `fingerprint`."""
 
   task: LanguageModel
-  tokenizer: Characters
+  tokenizer: Tokenizer
   params: Any
   model_state: Any
   step: int
@@ -116,8 +126,10 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
     UserError: there is no such checkpoint, or the vocabulary is damaged.
   """
   arrays, meta = checkpoint.read(directory / 'checkpoints', step)
-  tokenizer = tokenizers.load(directory / VOCABULARY)
-  task = build_task(config, tokenizer.vocab_size)
+  tokenizer = tokenizers.load(
+    config.data.tokenizer.to_dict(), directory / VOCABULARY
+  )
+  task = build_task(config, tokenizer.vocab_size, tokenizer.token_bytes())
   batch = {'inputs': np.zeros((1, config.block_size), np.int32)}
   params, model_state = jax.eval_shape(task.init, jax.random.key(0), batch)
   return Restored(
@@ -140,36 +152,97 @@ def decide(config: Config) -> Config:
 
 def read_data(
   config: Config, directory: pathlib.Path
-) -> tuple[Corpus, Characters, Windows]:
+) -> tuple[Corpus, Tokenizer, Dataset]:
   """The text, its tokenizer, and the batches that are cut from it.
 
-  A run that is in `directory` gets the text that it began with, or an error.
+  A run that is in `directory` gets the text and the tokenizer that it began
+  with, or an error; one that starts from another run, that one's tokenizer.
   """
   path = directory / VOCABULARY
+  spec_of_tokenizer = config.data.tokenizer.to_dict()
   if path.exists():
     recorded = tokenizers.read(path)
     corpus = corpus_lib.find_again(
       config.data.path, recorded['corpus'], recorded['corpus_sha256']
     )
+    tokenizer = tokenizers.load(spec_of_tokenizer, path)
   else:
     corpus = corpus_lib.find(config.data.path, config.data.fallback)
-  tokenizer = Characters.of(corpus.text)
-  dataset = build_dataset(config, tokenizer.encode(corpus.text))
-  return corpus, tokenizer, dataset
+    if config.init_from:
+      tokenizer = _tokenizer_of(
+        pathlib.Path(config.init_from), spec_of_tokenizer
+      )
+    else:
+      tokenizer = tokenizers.build(spec_of_tokenizer)
+      tokenizer.fit(split(corpus.text))
+  try:
+    tokens = {
+      name: tokenizer.encode(text) for name, text in split(corpus.text).items()
+    }
+  except UserError as error:
+    where = f'init_from={config.init_from}: ' if config.init_from else ''
+    raise UserError(
+      f'{where}{corpus.name} does not fit the vocabulary: {error}'
+    ) from error
+  return corpus, tokenizer, build_dataset(config, tokens)
 
 
-def build_dataset(config: Config, tokens: np.ndarray) -> Windows:
-  num_train = int(len(tokens) * TRAIN_SHARE)
-  return Windows(
-    {'train': tokens[:num_train], 'val': tokens[num_train:]},
+def split(whole: Any) -> dict[str, Any]:
+  """Of the text, so that the splits are the same whatever its tokens."""
+  num_train = int(len(whole) * TRAIN_SHARE)
+  return {'train': whole[:num_train], 'val': whole[num_train:]}
+
+
+def build_dataset(config: Config, splits: dict[str, np.ndarray]) -> Dataset:
+  own = config.data.dataset.to_dict()
+  dataset = spec.build(
+    'data.dataset',
+    own,
+    DATASETS,
+    splits=splits,
     seed=config.seed,
     batch_size=config.batch_size,
     block_size=config.block_size,
     eval_iters=config.eval_iters,
   )
+  if not isinstance(dataset, Dataset):
+    raise UserError(
+      f'data.dataset.type={own["type"]!r} is not a trainers.task.Dataset: it '
+      'must have fingerprint, train_batch and eval_batches'
+    )
+  return dataset
 
 
-def build_task(config: Config, vocab_size: int) -> LanguageModel:
+def _tokenizer_of(source: pathlib.Path, wanted: dict[str, Any]) -> Tokenizer:
+  """That of the run in `source`: weights mean nothing with another."""
+  theirs = workdir.config_of(source).data.tokenizer.to_dict()
+  if theirs != wanted:
+    raise UserError(
+      f'init_from={source}: its weights are for data.tokenizer={theirs}, and '
+      f'this config has {wanted}'
+    )
+  return tokenizers.load(theirs, source / VOCABULARY)
+
+
+def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
+  """The best params and model_state of the run in `source`."""
+  arrays, meta = checkpoint.read(source / 'checkpoints', 'best')
+  log.info('starting from step %d of %s', meta['step'], source)
+  try:
+    return (
+      checkpoint.select(arrays, 'state.params', params),
+      checkpoint.select(arrays, 'state.model_state', model_state),
+    )
+  except UserError as error:
+    lines = [f'init_from={source}: its weights do not fit this model']
+    raise UserError(lines + error.problems) from error
+
+
+def build_task(
+  config: Config,
+  vocab_size: int,
+  token_bytes: Sequence[bytes] | None = None,
+) -> LanguageModel:
   model, moe = config.model, config.moe
   router = functools.partial(
     spec.build,
@@ -210,23 +283,22 @@ def build_task(config: Config, vocab_size: int) -> LanguageModel:
     ),
     precision=config.precision,
   )
-  return LanguageModel(transformer, moe.aux_weight, moe.balance)
+  return LanguageModel(transformer, moe.aux_weight, moe.balance, token_bytes)
 
 
 def build_callbacks(
   config: Config,
   directory: pathlib.Path,
   task: LanguageModel,
-  tokenizer: Characters,
-  dataset: Windows,
+  tokenizer: Tokenizer,
+  prompt: str,
   facts: dict[str, Any],
 ) -> list[callbacks.Callback]:
   """In the order in which they are called."""
   tokens_per_step = config.batch_size * config.block_size
-  plugins = [
-    spec.build(f'callbacks.{name}', config.callbacks[name].to_dict(), CALLBACKS)
-    for name in config.callbacks
-  ]
+  plugins = _build_group(
+    config, 'callbacks', CALLBACKS, (callbacks.Callback, PeriodicAction)
+  )
   return [
     callbacks.ParameterOverview(),
     callbacks.Progress(tokens_per_step),
@@ -237,7 +309,7 @@ def build_callbacks(
       task.logits,
       directory / 'sample.txt',
       tokenizer,
-      prompt=[int(dataset.splits['train'][0])],
+      prompt=tokenizer.encode(prompt).tolist(),
       block_size=config.block_size,
       seed=config.seed,
       **config.sample.to_dict(),
@@ -246,9 +318,40 @@ def build_callbacks(
       facts,
       tokens_per_step,
       monitor='cross_entropy',
-      val_metrics={'val_bits_per_char': 'bits_per_char'},
+      val_metrics={
+        'val_bits_per_char': 'bits_per_char',
+        'val_bits_per_byte': 'bits_per_byte',
+      },
     ),
   ]
+
+
+def build_writers(
+  config: Config, directory: pathlib.Path
+) -> list[MetricWriter]:
+  return _build_group(config, 'writers', {}, (MetricWriter,), workdir=directory)
+
+
+def _build_group(
+  config: Config,
+  group: str,
+  table: dict[str, Any],
+  kinds: tuple[type, ...],
+  **context: Any,
+) -> list[Any]:
+  """In the order of their names, as ConfigDict has them."""
+  built = []
+  for name in config[group]:
+    own = config[group][name].to_dict()
+    plugin = spec.build(f'{group}.{name}', own, table, **context)
+    if not isinstance(plugin, kinds):
+      wanted = ' or '.join(kind.__name__ for kind in kinds)
+      raise UserError(
+        f'{group}.{name}.type={own["type"]!r} made a '
+        f'{type(plugin).__name__}; it must be a {wanted}'
+      )
+    built.append(plugin)
+  return built
 
 
 def count_params(params: Any, config: Config) -> dict[str, int]:

@@ -32,6 +32,14 @@ _WORKDIR = flags.DEFINE_string(
   flag_values=_FLAGS,
 )
 
+_INIT_FROM = flags.DEFINE_string(
+  'init_from',
+  None,
+  'A run whose best weights, and nothing else, this one starts from: the same '
+  'as --config.init_from.',
+  flag_values=_FLAGS,
+)
+
 EXIT_CODES = {
   'done': 0,
   'diverged': 3,
@@ -44,6 +52,8 @@ def _parse(argv: list[str]) -> list[config_lib.Override]:
   """The overrides. Absl does not know the config's keys: it gets the rest."""
   argv, overrides = config_lib.split_arguments(argv)
   command.parse_flags(argv, _FLAGS, f'{__doc__}\n{schema.help_text()}')
+  if _INIT_FROM.value:
+    overrides.append(('init_from', _INIT_FROM.value))
   return overrides
 
 
@@ -87,6 +97,9 @@ def _checked(config, overrides, workdir: pathlib.Path | None):
     lines += corpus.path_problems(str(path))
   if workdir:
     lines += workdir_lib.problems(workdir)
+  source = dict(overrides).get('init_from')
+  if source and workdir_lib.read_config(pathlib.Path(source)) is None:
+    lines.append(f'init_from={source!r}: no run is there (no config.json)')
   try:
     config = config_lib.apply(config, overrides)
   except UserError as error:

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import optax
 
+from nanomoe import schema
 from nanomoe.config import Config
 from trainers import spec
+from trainers.errors import UserError
 
 
 def constant(learning_rate: float) -> optax.Schedule:
@@ -104,13 +106,33 @@ def _matrices(params: Any) -> Any:
 DECAY_MASKS = {'all': None, 'matrices': _matrices}
 
 
+def adamw(
+  learning_rate: optax.Schedule,
+  weight_decay: float,
+  mask: Any,
+  beta1: float,
+  beta2: float,
+) -> optax.GradientTransformation:
+  """Loshchilov and Hutter 2019."""
+  return optax.adamw(
+    learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=mask
+  )
+
+
+OPTIMIZERS = {'AdamW': adamw}
+
+
 def build(
   config: Config, num_train_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """AdamW (Loshchilov and Hutter 2019) as `config.optimizer` says.
+  """What `config.optimizer` says: clipping, then the optimizer.
+
+  An optimizer gets, of learning_rate (a schedule), weight_decay, mask (what it
+  applies to: a function of the parameters, or None), beta1, beta2 and
+  num_train_steps, those that its signature names, and its own arguments.
 
   Raises:
-    UserError: the schedule is unknown, or has other arguments.
+    UserError: a type is unknown, or has other arguments.
   """
   schedule = spec.build(
     'optimizer.schedule',
@@ -119,17 +141,31 @@ def build(
     learning_rate=config.learning_rate,
     num_train_steps=num_train_steps,
   )
-  adamw = optax.adamw(
-    schedule,
-    b1=config.beta1,
-    b2=config.beta2,
+  own = {
+    key: value
+    for key, value in config.to_dict().items()
+    if schema.spec_of(f'optimizer.{key}') == 'optimizer'
+  }
+  optimizer = spec.build(
+    'optimizer',
+    own,
+    OPTIMIZERS,
+    learning_rate=schedule,
     weight_decay=config.weight_decay,
     mask=DECAY_MASKS[config.decay_mask],
+    beta1=config.beta1,
+    beta2=config.beta2,
+    num_train_steps=num_train_steps,
   )
+  if not isinstance(optimizer, optax.GradientTransformation):
+    raise UserError(
+      f'optimizer.type={config.type!r} must return an '
+      f'optax.GradientTransformation, not {optimizer!r}'
+    )
   # Present or not, it has a place in the state: clipping may change in a run.
   clip = (
     optax.clip_by_global_norm(config.clip_norm)
     if config.clip_norm
     else optax.identity()
   )
-  return optax.chain(clip, adamw), schedule
+  return optax.chain(clip, optimizer), schedule

@@ -58,15 +58,28 @@ class TopK(nn.Module):
     # Always float32: a rounded logit changes the choice, not only its weight.
     logits = numerics.dot('nd,de->ne', x, kernel, 'float32')
     top, expert = jax.lax.top_k(logits, self.top_k)
-    expert = jnp.where(mask[:, None], expert, self.num_experts)
-    probs = jax.nn.softmax(logits)
-    return Routing(
-      expert=expert,
-      weight=jax.nn.softmax(top),
-      probs=probs,
-      load=jnp.sum(count(expert, self.num_experts), axis=0),
-      losses={'balance': BALANCE[self.balance].layer(expert, probs, mask)},
+    return make_routing(
+      expert, jax.nn.softmax(top), jax.nn.softmax(logits), mask, self.balance
     )
+
+
+def make_routing(
+  expert: Int[Array, 'tokens k'],
+  weight: Float[Array, 'tokens k'],
+  probs: Float[Array, 'tokens experts'],
+  mask: Bool[Array, ' tokens'],
+  balance: str,
+) -> Routing:
+  """Routing to `expert`; padding, where `mask` is False, goes nowhere."""
+  num_experts = probs.shape[-1]
+  expert = jnp.where(mask[:, None], expert, num_experts)
+  return Routing(
+    expert=expert,
+    weight=weight,
+    probs=probs,
+    load=jnp.sum(count(expert, num_experts), axis=0),
+    losses={'balance': BALANCE[balance].layer(expert, probs, mask)},
+  )
 
 
 def count(

@@ -37,6 +37,7 @@ FIELDS: dict[str, Field] = {
   'precision': Field(
     str, 'of matrix products', choices=('auto', 'float32', 'bfloat16')
   ),
+  'init_from': Field(str, "a run whose weights this one starts from; '': none"),
   'data.path': Field(str, "a UTF-8 text; '': Tiny Shakespeare"),
   'data.fallback': Field(
     str,
@@ -82,15 +83,23 @@ def help_text() -> str:
 
 # Sections with a `type`: their other keys are arguments of what it names.
 SPECS = {
+  'data.tokenizer': 'text to integers and back',
+  'data.dataset': 'tokens to batches',
   'moe.router': 'which experts a token goes to',
+  'optimizer': 'gradients to updates',
   'optimizer.schedule': 'learning rate over steps',
 }
 # Any number of specs, by any name.
-SPEC_GROUPS = {'callbacks': 'what else happens while training'}
+SPEC_GROUPS = {
+  'callbacks': 'what else happens while training',
+  'writers': 'where metrics go, too',
+}
 
 
 def spec_of(key: str) -> str | None:
   """The spec that `key` is an argument (or the type) of, if it is."""
+  if key in FIELDS or key in SPECS:
+    return None
   section, _, _ = key.rpartition('.')
   in_group = section.count('.') == 1 and section.split('.')[0] in SPEC_GROUPS
   return section if section in SPECS or in_group else None
@@ -120,6 +129,12 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     for spec in sorted(specs)
     if not isinstance(flat.get(f'{spec}.type'), str)
   ]
+  if '.' not in str(flat.get('optimizer.type', '')):  # Ours have no others.
+    lines += [
+      unknown(key)
+      for key in flat
+      if spec_of(key) == 'optimizer' and key != 'optimizer.type'
+    ]
   sound = dict(flat)
   for key, field in FIELDS.items():
     if key in flat and (reason := _violation(field, flat[key])):

@@ -1,5 +1,6 @@
 """Language modelling as a `trainers.task.Task`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -24,12 +25,25 @@ class LanguageModel:
       cache).
     aux_weight: of the balance loss.
     balance: how it is joined over layers: a name in routers.BALANCE.
+    token_bytes: the UTF-8 of each token; None: one ASCII character each.
   """
 
-  def __init__(self, model: nn.Module, aux_weight: float, balance: str):
+  def __init__(
+    self,
+    model: nn.Module,
+    aux_weight: float,
+    balance: str,
+    token_bytes: Sequence[bytes] | None = None,
+  ):
     self.model = model
     self.aux_weight = aux_weight
     self.balance = balance
+    self._num_bytes = self._num_chars = None
+    if token_bytes is not None:
+      self._num_bytes = np.array([len(b) for b in token_bytes], np.float32)
+      self._num_chars = np.array(
+        [_num_chars(b) for b in token_bytes], np.float32
+      )
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Any, Any]:
     inputs = batch['inputs'][:1]
@@ -60,7 +74,7 @@ class LanguageModel:
     train: bool,
   ) -> tuple[Total, Aux]:
     del model_state
-    weights = batch['weights']
+    weights = jnp.asarray(batch['weights'])
     output: Any = self.model.apply(
       {'params': params},
       batch['inputs'],
@@ -69,14 +83,18 @@ class LanguageModel:
       rngs={'dropout': key},
     )
     logits, aux, _ = output
-    nats = jnp.sum(
-      cross_entropy(logits, jnp.asarray(batch['targets'])) * weights
-    )
+    targets = jnp.asarray(batch['targets'])
+    nats = jnp.sum(cross_entropy(logits, targets) * weights)
     weight = jnp.sum(weights)
     aux_loss = BALANCE[self.balance].join(aux.losses['balance'])
     metrics: Metrics = {
       'cross_entropy': Mean(nats, weight),
-      'bits_per_char': Mean(nats / np.log(2), weight),
+      'bits_per_char': Mean(
+        nats / np.log(2), _sum_of(self._num_chars, targets, weights)
+      ),
+      'bits_per_byte': Mean(
+        nats / np.log(2), _sum_of(self._num_bytes, targets, weights)
+      ),
       'aux_loss': Mean(aux_loss * weight, weight),
       'expert_load': Mean(
         aux.load.astype(jnp.float32),
@@ -89,6 +107,20 @@ class LanguageModel:
   def advance(self, model_state: Any, statistics: Any) -> Any:
     del statistics
     return model_state
+
+
+def _num_chars(utf8: bytes) -> int:
+  """Characters that begin in it: all bytes but 0b10xxxxxx begin one."""
+  return sum(byte & 0xC0 != 0x80 for byte in utf8)
+
+
+def _sum_of(
+  sizes: Float[np.ndarray, ' vocab'] | None,
+  targets: Int[Array, 'batch time'],
+  weights: Float[Array, 'batch time'],
+) -> Float[Array, '']:
+  each = 1.0 if sizes is None else jnp.asarray(sizes)[targets]
+  return jnp.sum(each * weights)
 
 
 def cross_entropy(

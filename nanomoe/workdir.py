@@ -28,12 +28,19 @@ _MAY_CHANGE = (
   'num_train_steps',
   'eval_',
   'log_interval',
-  'optimizer.',
+  'optimizer.learning_rate',
+  'optimizer.schedule.',
+  'optimizer.weight_decay',
+  'optimizer.decay_mask',
+  'optimizer.beta',
+  'optimizer.clip_norm',
   'moe.aux_weight',
   'checkpoint.',
   'callbacks.',
+  'writers.',
   'sample.',
-  'data.',  # The text itself may not: its SHA-256 is recorded.
+  'data.path',  # The text itself may not: its SHA-256 is recorded.
+  'data.fallback',
 )
 
 

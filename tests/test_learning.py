@@ -40,7 +40,7 @@ def test_reaches_the_entropy_of_its_source(tiny, rng):
       }
     )
   )
-  dataset = experiment.build_dataset(config, tokens)
+  dataset = experiment.build_dataset(config, experiment.split(tokens))
   task = experiment.build_task(config, NUM_SYMBOLS)
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps

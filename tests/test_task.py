@@ -66,6 +66,26 @@ def test_parts_of_the_loss(task_and_params, rng):
   np.testing.assert_allclose(np.sum(metrics['expert_load'], axis=1), 1, 1e-5)
 
 
+def test_bits_are_counted_by_what_the_tokens_stand_for(task_and_params, rng):
+  """'é' is two tokens, one character; padding stands for nothing."""
+  task, params = task_and_params
+  spelled = [b'ab', b'\xc3', b'\xa9', 'né'.encode(), *[b'x'] * (VOCAB - 4)]
+  task = type(task)(task.model, task.aux_weight, task.balance, spelled)
+  batch = _batch(rng)
+  batch['weights'] = batch['weights'].at[:, :7].set(0.0)
+  metrics = _evaluate(task, params, batch)[1]
+  counted = np.asarray(batch['targets'])[:, 7:].ravel()
+  utf8 = b''.join(spelled[t] for t in counted)
+  bits = metrics['cross_entropy'] / np.log(2) * len(counted)
+  np.testing.assert_allclose(
+    metrics['bits_per_byte'] * len(utf8), bits, rtol=1e-5
+  )
+  num_chars = sum({0: 2, 1: 1, 2: 0, 3: 2}.get(int(t), 1) for t in counted)
+  np.testing.assert_allclose(
+    metrics['bits_per_char'] * num_chars, bits, rtol=1e-5
+  )
+
+
 def test_padding_counts_in_nothing(task_and_params, rng):
   """Metrics of 4 rows, one of them padding, are those of the other 3."""
   task, params = task_and_params

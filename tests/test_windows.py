@@ -134,7 +134,9 @@ def test_evaluation_on_the_training_text_has_windows_of_its_own():
 def test_splits_never_mix(tiny):
   """The composition root's split: the last tenth is never trained on."""
   config = tiny({'eval_iters': 0, 'batch_size': 16})
-  data = experiment.build_dataset(config, np.arange(1005, dtype=np.int32))
+  data = experiment.build_dataset(
+    config, experiment.split(np.arange(1005, dtype=np.int32))
+  )
   seen = np.concatenate(
     [
       b[k].ravel()

@@ -23,21 +23,21 @@ def resolve(where: str, name: str, table: Mapping[str, Any]) -> Any:
     UserError: naming `where`, when there is no such class or function.
   """
   if '.' not in name:
-    found, place = table.get(name), 'this table'
+    found, place = table.get(name), 'NanoMoE'
     names = list(table)
   else:
     module_name, _, attribute = name.rpartition('.')
     try:
       module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:
+    except (ImportError, SyntaxError, ValueError, TypeError) as error:
       raise UserError(f'{where}.type={name!r}: {error}') from error
     found, place = getattr(module, attribute, None), f'module {module_name}'
     names = [f'{module_name}.{key}' for key in vars(module)]
   if callable(found):
     return found
-  known = f' ({", ".join(sorted(names))})' if '.' not in name else ''
+  own = f' ({", ".join(sorted(table))})' if table and '.' not in name else ''
   raise UserError(
-    f'{where}.type={name!r}: {place}{known} has no such class or function; an '
+    f'{where}.type={name!r}: {place}{own} has no such class or function; an '
     f'import path, my_module.Thing, is allowed.{did_you_mean(name, names)}'
   )
 
@@ -62,7 +62,11 @@ def build(
     raise UserError(f'{where}.type is missing: a name, or an import path')
   target: Callable[..., Any] = resolve(where, spec['type'], table)
   arguments = {k: v for k, v in spec.items() if k != 'type'}
-  signature = inspect.signature(target)
+  try:
+    signature = inspect.signature(target)
+  except ValueError as error:  # Of some builtins.
+    raise UserError(f'{where}.type={spec["type"]!r}: {error}') from error
+  shown = _shown(spec['type'], signature)
   names = list(signature.parameters)
   takes_any = any(
     p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
@@ -70,14 +74,14 @@ def build(
   problems = []
   if not takes_any:
     problems += [
-      f'{where}.{key}: {spec["type"]} takes no argument {key!r}; '
-      f'it takes {", ".join(names)}.{did_you_mean(key, names)}'
+      f'{where}.{key}: {shown} takes no argument {key!r}.'
+      f'{did_you_mean(key, names)}'
       for key in arguments
       if key not in names
     ]
   hints = _annotations(target)
   problems += [
-    f'{where}.{key}={value!r}: {spec["type"]} wants {hints[key]} there'
+    f'{where}.{key}={value!r}: {shown} wants {hints[key]} there'
     for key, value in arguments.items()
     if key in hints and not _fits(value, hints[key])
   ]
@@ -86,8 +90,7 @@ def build(
     **arguments,
   }
   problems += [
-    f'{where}.{name}: {spec["type"]} needs it; its signature is '
-    f'{spec["type"]}({", ".join(names)})'
+    f'{where}.{name} is missing: {shown} needs it'
     for name, parameter in signature.parameters.items()
     if parameter.default is parameter.empty
     and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
@@ -99,6 +102,16 @@ def build(
     return target(**arguments)
   except ValueError as error:
     raise UserError(f'{where}: {error}') from error
+
+
+def _shown(name: str, signature: inspect.Signature) -> str:
+  """'Name(argument, argument=default)'; Linen's own arguments left out."""
+  parts = [
+    str(p.replace(annotation=p.empty))
+    for p in signature.parameters.values()
+    if p.name not in ('parent', 'name')
+  ]
+  return f'{name}({", ".join(parts)})'
 
 
 _SIMPLE = {'int': int, 'float': float, 'str': str, 'bool': bool, 'None': None}

@@ -1,7 +1,7 @@
 """The two things a user brings: what is learned, and from what."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -52,6 +52,7 @@ class Task(Protocol):
     ...
 
 
+@runtime_checkable
 class Dataset(Protocol):
   """Where batches come from: functions of their index, so no iterator to save.
 

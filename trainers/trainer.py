@@ -27,7 +27,7 @@ from trainers.evaluator import Evaluator
 from trainers.metrics import Score
 from trainers.prefetch import prefetched
 from trainers.signals import Interrupt
-from trainers.state import TrainState
+from trainers.state import ModelState, Params, TrainState
 from trainers.task import Batch, Dataset, Task
 from trainers.writers import Writers
 
@@ -54,6 +54,10 @@ class Trainer:
       last state could not be saved) or 'failed' (an exception).
     clock: seconds by phase: start, compile, train, evaluate, checkpoint, end.
     num_timed_steps: the steps that took clock.read('train').
+
+  Args:
+    initial: called with their shapes where no checkpoint is, returns what
+      params and model_state begin as; without it, what the task makes.
   """
 
   def __init__(
@@ -69,6 +73,8 @@ class Trainer:
     log_interval: int = 50,
     callbacks: Sequence[Callback | periodic_actions.PeriodicAction] = (),
     checkpointer: Checkpointer | None = None,
+    initial: Callable[[Params, ModelState], tuple[Params, ModelState]]
+    | None = None,
     writers: Sequence[metric_writers.MetricWriter] = (),
     workdir: pathlib.Path | None = None,
   ):
@@ -93,6 +99,7 @@ class Trainer:
     self.score: Score | None = None
     self.best: Score | None = None
     self._optimizer = optimizer
+    self._initial = initial
     self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
     # Jitted by itself too: it is traced once for its shapes and its program.
     self._step_fn = jax.jit(step_lib.make_train_step(task, optimizer, schedule))
@@ -209,14 +216,15 @@ class Trainer:
 
   def _start(self) -> None:
     batch = self._batch(0)
-    create = jax.jit(
-      lambda key: TrainState.create(
-        *self.task.init(key, batch), self._optimizer
-      ),
-      # It runs once: compiling it well takes longer than running it badly.
-      compiler_options={'xla_backend_optimization_level': 0},
-    )
-    abstract = jax.eval_shape(create, self._init_key)
+
+    def make(key, initial):
+      params, model_state = initial or self.task.init(key, batch)
+      return TrainState.create(params, model_state, self._optimizer)
+
+    # It runs once: compiling it well takes longer than running it badly.
+    options = {'xla_backend_optimization_level': 0}
+    create = jax.jit(make, compiler_options=options)
+    abstract = jax.eval_shape(create, self._init_key, None)
     shapes = jax.eval_shape(self._step_fn, abstract, batch, self._step_key)[1]
     self._zeros = metrics_lib.zeros_like(shapes)
     self._running = self.metrics = self._zeros
@@ -233,7 +241,10 @@ class Trainer:
       self._update = pool.submit(update.compile)  # While parameters are made.
       pool.shutdown(wait=False)
     if not saved:
-      self.state = create(self._init_key)
+      initial = self._initial and self._initial(
+        abstract.params, abstract.model_state
+      )
+      self.state = create(self._init_key, initial)
     self._writers.start(self.step, saved.meta['metrics_size'] if saved else 0)
 
   def _resume(self, tree: dict[str, Any], meta: dict[str, Any]) -> None:

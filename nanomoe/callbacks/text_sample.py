@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from nanomoe.data.tokenizers import Characters
+from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.sampling import Generator, Logits, Sampling
 from trainers.callbacks import Callback
 from trainers.files import write_atomically
@@ -31,7 +31,7 @@ class TextSample(Callback):
     self,
     logits: Logits,
     path: pathlib.Path,
-    tokenizer: Characters,
+    tokenizer: Tokenizer,
     prompt: list[int],
     block_size: int,
     num_tokens: int,

@@ -1,0 +1,46 @@
+"""What a tokenizer must do."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Int
+import numpy as np
+
+
+class Tokenizer:
+  """Text <-> integers in [0, vocab_size).
+
+  A new run calls `fit` and stores `state_dict` in its vocabulary.json; who
+  reads the run later calls `load_state_dict` instead.
+
+  Attributes:
+    vocab_size: known after either.
+  """
+
+  vocab_size: int
+
+  def fit(self, texts: Mapping[str, str]) -> None:
+    """Learns the vocabulary from the text of each split."""
+
+  def encode(self, text: str) -> Int[np.ndarray, ' length']:
+    """int32. decode(encode(text)) == text.
+
+    Raises:
+      UserError: a part of the text has no token.
+    """
+    raise NotImplementedError
+
+  def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    """U+FFFD stands for bytes that are no whole character."""
+    raise NotImplementedError
+
+  def token_bytes(self) -> list[bytes]:
+    """The UTF-8 of each token: what bits per byte are counted by."""
+    return [self.decode([t]).encode() for t in range(self.vocab_size)]
+
+  def state_dict(self) -> dict[str, Any]:
+    """JSON: what `fit` learned."""
+    return {}
+
+  def load_state_dict(self, state: dict[str, Any]) -> None:
+    """Raises ValueError, TypeError or KeyError if `state` is none of its."""

@@ -1,0 +1,220 @@
+"""The examples of docs/plugins.md, as they stand there, in one real run."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanomoe import config as config_lib
+from nanomoe import experiment, optimizers, schema
+from nanomoe.data import tokenizers
+from tests.shrunk import ROOT
+from trainers.errors import UserError
+
+DOCS = (ROOT / 'docs' / 'plugins.md').read_text()
+OPTIONS = [
+  word
+  for line in re.findall(r'^    (--config\..*)$', DOCS, re.MULTILINE)
+  for word in shlex.split(line)
+]
+SECTIONS = {
+  'moe.router',
+  'data.dataset',
+  'data.tokenizer',
+  'optimizer',
+  'callbacks.alarm',
+  'writers.csv',
+}
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  """A directory with the files of the examples."""
+  directory = tmp_path_factory.mktemp('plugins')
+  blocks = re.findall(r'```python\n# (\w+\.py)\n(.*?)```', DOCS, re.DOTALL)
+  assert len(blocks) == len(SECTIONS)
+  for name, code in blocks:
+    (directory / name).write_text(code)
+  return directory
+
+
+@pytest.fixture
+def importable(files, monkeypatch):
+  monkeypatch.syspath_prepend(files)
+
+
+def test_there_is_an_example_of_each():
+  _, overrides = config_lib.split_arguments(OPTIONS)
+  typed = {key.removesuffix('.type') for key, _ in overrides if 'type' in key}
+  assert typed == SECTIONS
+  groups = {section.split('.')[0] for section in SECTIONS}
+  assert groups >= set(schema.SPEC_GROUPS)
+
+
+def test_all_of_them_in_a_run_that_is_resumed(files, command, run, tmp_path):
+  workdir = tmp_path / 'run'
+  environment = {**os.environ, 'PYTHONPATH': str(files)}
+  words = command(
+    f'--workdir={workdir}', *OPTIONS, changes={'num_train_steps': 8}
+  )
+  process = run(words, env=environment)
+  assert process.returncode == 0, process.stderr
+  words = [
+    *(sys.executable, '-m', 'nanomoe.main', f'--workdir={workdir}'),
+    '--config.num_train_steps=12',
+  ]
+  process = run(words, env=environment)
+  assert process.returncode == 0, process.stderr
+
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['moe']['router']['temperature'] == 2
+  assert config['optimizer']['momentum'] == 0.8
+  vocabulary = json.loads((workdir / 'vocabulary.json').read_text())
+  words = [token for token in vocabulary['tokens'] if len(token) > 1]
+  assert len(words) == 50
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  logged = [json.loads(line) for line in lines]
+  # Every log is an alarm; the second process goes on counting.
+  alarms = [x['gradient_alarms'] for x in logged if 'gradient_alarms' in x]
+  assert alarms == [1, 2, 3, 4, 5, 6]
+  assert 'gradient norm' in process.stderr
+  losses = {x['step']: x['train/loss'] for x in logged if 'train/loss' in x}
+  with (workdir / 'log.csv').open(newline='') as file:
+    rows = [
+      (int(step), float(value))
+      for step, key, value in csv.reader(file)
+      if key == 'train/loss'
+    ]
+  assert len(rows) == len(losses)
+  assert dict(rows) == pytest.approx(losses)
+  process = run(
+    [
+      *(sys.executable, '-m', 'nanomoe.generate', f'--workdir={workdir}'),
+      f'--prompt={words[0]}',
+      '--num_tokens=5',
+    ],
+    env=environment,
+  )
+  assert process.returncode == 0, process.stderr
+  assert process.stdout.startswith(words[0])
+
+
+def test_the_router_is_topk_of_softer_logits(importable, tiny):
+  """At temperature 1 the very same function of the same parameters."""
+
+  def loss(changes):
+    config = experiment.decide(tiny({'precision': 'float32', **changes}))
+    task = experiment.build_task(config, 20)
+    tokens = jnp.arange(17)[None]
+    batch = {
+      'inputs': tokens[:, :-1],
+      'targets': tokens[:, 1:],
+      'weights': jnp.ones((1, 16)),
+    }
+    params, state = task.init(jax.random.key(0), batch)
+    key = jax.random.key(1)
+    return float(task.loss(params, state, batch, key, train=False)[0].sum)
+
+  own = {'moe.router.type': 'my_router.Tempered'}
+  assert loss(own) == pytest.approx(loss({}), rel=1e-6)
+  assert loss({**own, 'moe.router.temperature': 3.0}) != pytest.approx(loss({}))
+
+
+def test_the_dataset_reads_on(importable, tiny):
+  config = tiny({'data.dataset.type': 'my_dataset.InOrder'})
+  tokens = np.arange(1000, dtype=np.int32)
+  dataset = experiment.build_dataset(config, experiment.split(tokens))
+  rows = slice(0, config.batch_size)
+  first, second = (dataset.train_batch(i, rows)['inputs'] for i in (0, 1))
+  np.testing.assert_array_equal(second[:, 0], first[:, -1] + 1)
+
+
+def test_the_tokenizer_is_lossless(importable):
+  tokenizer = tokenizers.build({'type': 'my_tokenizer.Words', 'num_words': 2})
+  text = 'to be or not to be, that is'
+  tokenizer.fit({'train': text, 'val': ''})
+  tokens = tokenizer.encode(text)
+  assert len(tokens) == len(text) - 4  # 'to' and 'be', twice each.
+  assert tokenizer.decode(tokens) == text
+  spelled = tokenizer.token_bytes()
+  assert b''.join(spelled[t] for t in tokens) == text.encode()
+
+
+def test_clipping_and_the_schedule_stand_before_the_optimizer(importable, tiny):
+  config = tiny(
+    {
+      'optimizer.type': 'my_optimizer.momentum_sgd',
+      'optimizer.momentum': 0.0,
+      'optimizer.learning_rate': 0.5,
+      'optimizer.clip_norm': 1.0,
+    }
+  )
+  optimizer, _ = optimizers.build(config.optimizer, 10)
+  params = jnp.zeros(2)
+  updates, _ = optimizer.update(
+    jnp.array([3.0, 4.0]), optimizer.init(params), params
+  )
+  np.testing.assert_allclose(updates, [-0.3, -0.4], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'words'),
+  [
+    (
+      {'moe.router.type': 'my_router.Tempered', 'moe.router.temprature': 2},
+      [
+        'moe.router.temprature: my_router.Tempered(num_experts, top_k, '
+        'balance, temperature=1.0) takes no argument',
+        "Did you mean 'temperature'?",
+      ],
+    ),
+    (
+      {
+        'optimizer.type': 'my_optimizer.momentum_sgd',
+        'optimizer.momentum': 'x',
+      },
+      ["optimizer.momentum='x'", 'momentum=0.9', 'wants float'],
+    ),
+    (
+      {'callbacks.a.type': 'my_callback.GradientAlarm'},
+      ['callbacks.a.limit is missing: my_callback.GradientAlarm(limit)'],
+    ),
+    (
+      {'callbacks.a.type': 'my_tokenizer.Words'},
+      ['callbacks.a', 'Callback or PeriodicAction'],
+    ),
+    (
+      {'writers.w.type': 'my_callback.GradientAlarm', 'writers.w.limit': 1},
+      ['writers.w', 'made a GradientAlarm; it must be a MetricWriter'],
+    ),
+    (
+      {'data.dataset.type': 'my_tokenizer.Words'},
+      ['data.dataset', 'train_batch'],
+    ),
+    (
+      {'optimizer.type': 'my_callback.GradientAlarm', 'optimizer.limit': 1.0},
+      ['optimizer', 'optax.GradientTransformation'],
+    ),
+    (
+      {'data.tokenizer.type': 'my_tokenizer.Wrods'},
+      ['data.tokenizer', 'my_tokenizer', "Did you mean 'my_tokenizer.Words'?"],
+    ),
+    ({'writers.w.type': 'Csv'}, ['writers.w.type', 'import path']),
+  ],
+)
+def test_mistakes_name_the_plugin_and_its_signature(
+  importable, tiny, tmp_path, monkeypatch, overrides, words
+):
+  monkeypatch.chdir(tmp_path)  # A writer that should not be one opens a file.
+  with pytest.raises(UserError) as error:
+    experiment.build(tiny(overrides), tmp_path)
+  text = '\n'.join(error.value.problems)
+  for word in words:
+    assert word in text
