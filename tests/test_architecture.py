@@ -101,6 +101,7 @@ OTHER = {
   'log_interval': 1,
   'precision': 'float32',
   'data.path': 'OTHER',
+  'data.tokenizer.type': 'Bytes',
   'model.d_model': 32,
   'model.num_layers': 1,
   'model.num_heads': 4,
@@ -121,10 +122,13 @@ OTHER = {
   'sample.num_tokens': 7,
   'sample.temperature': 0.1,
 }
-# Shown elsewhere: what a fallback is for, that dispatches agree, and what the
-# callbacks do.
+# Shown elsewhere: what a fallback is for, that dispatches agree, what plug-ins
+# and callbacks do.
 ELSEWHERE = {
+  'init_from',
   'data.fallback',
+  'data.dataset.type',
+  'optimizer.type',
   'moe.dispatch',
   'moe.router.type',
   'callbacks.early_stopping.type',

@@ -92,7 +92,7 @@ def test_a_damaged_vocabulary_is_named(tmp_path, text):
   path = tmp_path / 'vocabulary.json'
   path.write_text(text)
   with pytest.raises(UserError, match=r'vocabulary\.json'):
-    load(path)
+    load({'type': 'Characters'}, path)
 
 
 def test_evaluation_is_exact_json(nanomoe, finished, corpus):
