@@ -1,0 +1,65 @@
+"""How TensorBoard shows a language model's run."""
+
+from typing import Any
+
+from nanomoe import schema
+from nanomoe.config import Config
+from trainers.writers import Board, Chart
+
+# Metrics without their split. A vector's elements follow: routing/.../<layer>.
+CHARTS = {
+  'cross_entropy': Chart('loss/cross_entropy', 'Nats per token.'),
+  'best_cross_entropy': Chart('loss/best_cross_entropy', 'Lowest so far.'),
+  'bits_per_char': Chart('loss/bits_per_char'),
+  'aux_loss': Chart('loss/aux_loss', 'The balance loss, unweighted.'),
+  'loss': Chart(
+    'loss/total', 'What is minimized: cross-entropy and weighted balance loss.'
+  ),
+  'learning_rate': Chart('optimizer/learning_rate'),
+  'gradient_norm': Chart('optimizer/gradient_norm', 'Before it is clipped.'),
+  'skipped_updates': Chart(
+    'optimizer/skipped_updates', 'Refused: they were not finite.'
+  ),
+  'steps_per_sec': Chart('speed/steps_per_sec', 'Of training alone.'),
+  'tokens_per_sec': Chart('speed/tokens_per_sec', 'Of training alone.'),
+  'expert_load': Chart(
+    'routing/expert_load',
+    'A row for each layer, a column for each expert. White: its fair share of '
+    'the tokens; blue: less; red: more, twice its share or above.',
+  ),
+  'max_over_mean_load': Chart('routing/max_over_mean_load'),
+  'router_entropy': Chart('routing/router_entropy'),
+  'sample': Chart('sample', 'Text from the model as it was at this step.'),
+}
+
+LAYOUT = {
+  'loss': {
+    'cross-entropy (nats)': r'loss/cross_entropy$',
+    'bits per character': r'loss/bits_per_char$',
+    'balance loss': r'loss/aux_loss$',
+  },
+  'routing, by layer': {
+    'router entropy (nats)': r'routing/router_entropy/\d+$',
+    'largest load over mean load': r'routing/max_over_mean_load/\d+$',
+  },
+  'optimizer': {
+    'learning rate': r'optimizer/learning_rate$',
+    'gradient norm': r'optimizer/gradient_norm$',
+    'skipped updates': r'optimizer/skipped_updates$',
+  },
+  'speed': {
+    'steps per second': r'speed/steps_per_sec$',
+    'tokens per second': r'speed/tokens_per_sec$',
+  },
+}
+
+
+def of(config: Config) -> Board:
+  """Runs are told apart by their config, and sorted by validation metrics."""
+  flat = schema.flatten(config.to_dict())
+  hparams = {key: _simple(value) for key, value in flat}
+  return Board(charts=CHARTS, layout=LAYOUT, hparams=hparams, split='val')
+
+
+def _simple(value: Any) -> bool | int | float | str:
+  return value if isinstance(value, (bool, int, float, str)) else str(value)
