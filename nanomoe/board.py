@@ -6,16 +6,16 @@ from nanomoe import schema
 from nanomoe.config import Config
 from trainers.writers import Board, Chart
 
-# Metrics without their split. A vector's elements follow: routing/.../<layer>.
+# Metrics without their split. An element of a vector, and a row of a matrix,
+# is called by its layer: routing/router_entropy/0.
 CHARTS = {
   'cross_entropy': Chart('loss/cross_entropy', 'Nats per token.'),
   'best_cross_entropy': Chart('loss/best_cross_entropy', 'Lowest so far.'),
-  'bits_per_char': Chart('loss/bits_per_char'),
-  'aux_loss': Chart('loss/aux_loss', 'The balance loss, unweighted.'),
+  'bits_per_char': Chart('loss/bits_per_char', 'Cross-entropy over ln 2.'),
   'loss': Chart(
     'loss/total', 'What is minimized: cross-entropy and weighted balance loss.'
   ),
-  'learning_rate': Chart('optimizer/learning_rate'),
+  'learning_rate': Chart('optimizer/learning_rate', 'Of the next update.'),
   'gradient_norm': Chart('optimizer/gradient_norm', 'Before it is clipped.'),
   'skipped_updates': Chart(
     'optimizer/skipped_updates', 'Refused: they were not finite.'
@@ -27,6 +27,9 @@ CHARTS = {
     'A row for each layer, a column for each expert. White: its fair share of '
     'the tokens; blue: less; red: more, twice its share or above.',
   ),
+  'aux_loss': Chart(
+    'routing/aux_loss', 'The balance loss of all layers, unweighted.'
+  ),
   'max_over_mean_load': Chart('routing/max_over_mean_load'),
   'router_entropy': Chart('routing/router_entropy'),
   'sample': Chart('sample', 'Text from the model as it was at this step.'),
@@ -36,11 +39,11 @@ LAYOUT = {
   'loss': {
     'cross-entropy (nats)': r'loss/cross_entropy$',
     'bits per character': r'loss/bits_per_char$',
-    'balance loss': r'loss/aux_loss$',
   },
-  'routing, by layer': {
-    'router entropy (nats)': r'routing/router_entropy/\d+$',
-    'largest load over mean load': r'routing/max_over_mean_load/\d+$',
+  'routing': {
+    'balance loss': r'routing/aux_loss$',
+    'router entropy by layer (nats)': r'routing/router_entropy/\d+$',
+    'largest over mean load, by layer': r'routing/max_over_mean_load/\d+$',
   },
   'optimizer': {
     'learning rate': r'optimizer/learning_rate$',
