@@ -63,10 +63,14 @@ def get_config() -> ConfigDict:
   config.callbacks.non_finite = ConfigDict(
     {'type': 'StopOnNonFinite', 'patience': 10}
   )
+  config.callbacks.profile = ConfigDict(
+    {'type': 'Profile', 'num_steps': 0}  # Traced after the start; 0: none.
+  )
 
   config.writers = ConfigDict()  # Beside TensorBoard and metrics.jsonl.
 
   config.sample = ConfigDict()
-  config.sample.num_tokens = 500  # Generated at the end; 0: none.
+  config.sample.every_steps = 1000  # And at the end; 0: then alone.
+  config.sample.num_tokens = 500  # Generated; 0: none.
   config.sample.temperature = 0.8
   return config

@@ -14,13 +14,17 @@ from configs import base
 
 def get_config() -> ConfigDict:
   config = base.get_config()
-  config.num_train_steps = 600
-  config.eval_interval = 100
-  config.eval_iters = 0  # The whole split: exact, and quicker than 200 batches.
-  config.log_interval = 20
-
-  config.optimizer.learning_rate = 3e-3
-  config.optimizer.schedule = ConfigDict(
-    {'type': 'warmup_cosine', 'warmup_steps': 60}
+  config.update(
+    {
+      'num_train_steps': 600,
+      'eval_interval': 100,
+      'eval_iters': 0,  # The whole split: exact, and quicker than 200 batches.
+      'log_interval': 20,
+      'optimizer': {
+        'learning_rate': 3e-3,
+        'schedule': {'type': 'warmup_cosine', 'warmup_steps': 60},
+      },
+      'sample': {'every_steps': 200},
+    }
   )
   return config

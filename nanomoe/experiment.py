@@ -11,8 +11,16 @@ from clu.periodic_actions import PeriodicAction
 import jax
 import numpy as np
 
-from nanomoe import callbacks as text_callbacks
-from nanomoe import dispatch, numerics, optimizers, provenance, schema, workdir
+from nanomoe import (
+  board,
+  dispatch,
+  numerics,
+  optimizers,
+  provenance,
+  schema,
+  workdir,
+)
+from nanomoe.callbacks import ExpertLoads, TextSample
 from nanomoe.config import Config
 from nanomoe.data import corpus as corpus_lib
 from nanomoe.data import tokenizers
@@ -82,6 +90,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     else None,
     writers=build_writers(config, directory),
     workdir=directory,
+    board=board.of(config),
   )
   workdir.write_json(directory / 'config.json', config.to_dict())
   recorded = {'corpus': corpus.name, 'corpus_sha256': corpus.fingerprint}
@@ -302,10 +311,11 @@ def build_callbacks(
   return [
     callbacks.ParameterOverview(),
     callbacks.Progress(tokens_per_step),
+    ExpertLoads(),
     callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
     *plugins,
     callbacks.Checkpoints(config.eval_interval),
-    text_callbacks.TextSample(
+    TextSample(
       task.logits,
       directory / 'sample.txt',
       tokenizer,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nanomoe import dispatch
 from nanomoe.dispatch import Experts
+from trainers.metrics import Mean
 
 
 class MoEAux(NamedTuple):
@@ -16,10 +17,12 @@ class MoEAux(NamedTuple):
   Attributes:
     load: assignments per expert: additive over batches and devices.
     losses: unweighted, by name.
+    metrics: the router's own, by name.
   """
 
   load: Int[Array, ' experts']
   losses: Mapping[str, Float[Array, '']]
+  metrics: Mapping[str, Mean]
 
 
 class MoE(nn.Module):
@@ -50,7 +53,8 @@ class MoE(nn.Module):
     experts = self._experts(x.shape[-1])
     combine = dispatch.DISPATCH[self.dispatch]
     y = combine(tokens, routing, experts, self.precision)
-    return y.reshape(x.shape), MoEAux(routing.load, routing.losses)
+    aux = MoEAux(routing.load, routing.losses, routing.metrics)
+    return y.reshape(x.shape), aux
 
   def _experts(self, d_model: int) -> Experts:
     # He et al. 2015, for each expert on its own.

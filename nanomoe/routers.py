@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nanomoe import numerics
+from trainers.metrics import Mean
 
 
 class Routing(NamedTuple):
@@ -21,6 +22,7 @@ class Routing(NamedTuple):
     probs: softmax over all experts, whatever was selected.
     load: assignments per expert.
     losses: unweighted, by name.
+    metrics: further ones, by name: sums and counts over the tokens.
   """
 
   expert: Int[Array, 'tokens k']
@@ -28,6 +30,7 @@ class Routing(NamedTuple):
   probs: Float[Array, 'tokens experts']
   load: Int[Array, ' experts']
   losses: Mapping[str, Float[Array, '']]
+  metrics: Mapping[str, Mean]
 
 
 class TopK(nn.Module):
@@ -79,7 +82,16 @@ def make_routing(
     probs=probs,
     load=jnp.sum(count(expert, num_experts), axis=0),
     losses={'balance': BALANCE[balance].layer(expert, probs, mask)},
+    metrics={'router_entropy': entropy(probs, mask)},
   )
+
+
+def entropy(
+  probs: Float[Array, 'tokens experts'], mask: Bool[Array, ' tokens']
+) -> Mean:
+  """-sum_e p_te ln p_te, in nats: 0 if certain, ln E if uniform."""
+  nats = jnp.sum(jax.scipy.special.entr(probs), axis=-1)
+  return Mean(jnp.sum(nats * mask), jnp.sum(mask, dtype=nats.dtype))
 
 
 def count(

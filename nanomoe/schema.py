@@ -67,7 +67,8 @@ FIELDS: dict[str, Field] = {
     str, 'what weight decay applies to', choices=('all', 'matrices')
   ),
   'checkpoint.keep_latest': Field(int, 'checkpoints, beside the best', 1),
-  'sample.num_tokens': Field(int, 'generated at the end; 0: none', 0),
+  'sample.every_steps': Field(int, 'steps between samples; 0: at the end', 0),
+  'sample.num_tokens': Field(int, 'generated each time; 0: none', 0),
   'sample.temperature': Field(float, 'of the sample; 0: the likeliest', 0),
 }
 

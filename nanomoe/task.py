@@ -11,7 +11,7 @@ import numpy as np
 
 from nanomoe.model import Cache
 from nanomoe.routers import BALANCE
-from trainers.metrics import Mean, Metrics
+from trainers.metrics import MaxOverMean, Mean, Metrics
 from trainers.task import Aux, Batch, Total
 
 
@@ -87,6 +87,7 @@ class LanguageModel:
     nats = jnp.sum(cross_entropy(logits, targets) * weights)
     weight = jnp.sum(weights)
     aux_loss = BALANCE[self.balance].join(aux.losses['balance'])
+    load = aux.load.astype(jnp.float32)
     metrics: Metrics = {
       'cross_entropy': Mean(nats, weight),
       'bits_per_char': Mean(
@@ -96,10 +97,9 @@ class LanguageModel:
         nats / np.log(2), _sum_of(self._num_bytes, targets, weights)
       ),
       'aux_loss': Mean(aux_loss * weight, weight),
-      'expert_load': Mean(
-        aux.load.astype(jnp.float32),
-        jnp.sum(aux.load, axis=-1, keepdims=True).astype(jnp.float32),
-      ),
+      'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
+      'max_over_mean_load': MaxOverMean(load),
+      **aux.metrics,
     }
     total = Total(nats + self.aux_weight * aux_loss * weight, weight)
     return total, Aux(metrics, {'expert_load': aux.load})

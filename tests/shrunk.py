@@ -16,5 +16,6 @@ TINY = {
   'model.num_layers': 2,
   'model.num_heads': 2,
   'moe.d_ff': 32,
+  'sample.every_steps': 5,
   'sample.num_tokens': 20,
 }

@@ -135,6 +135,9 @@ ELSEWHERE = {
   'callbacks.early_stopping.patience',
   'callbacks.non_finite.type',
   'callbacks.non_finite.patience',
+  'callbacks.profile.type',
+  'callbacks.profile.num_steps',
+  'sample.every_steps',
 }
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import types
 
+from clu import profiler
 import numpy as np
 import optax
 import pytest
@@ -72,6 +73,15 @@ def test_the_best_is_the_lowest_finite_value(values, best):
   loop = scored(values, callbacks.Evaluation(1, 'x'))
   assert loop.best == best
   assert loop.score.step == len(values)
+
+
+def test_the_best_so_far_is_a_metric():
+  loop, evaluation, found = StubLoop(), callbacks.Evaluation(1, 'x'), []
+  for value in (NAN, 3.0, 4.0, 2.0):
+    metrics = {'val/x': value}
+    evaluation.on_eval_end(loop, 'val', metrics)
+    found.append(metrics.get('val/best_x'))
+  assert found == [None, 3.0, 3.0, 2.0]
 
 
 def test_other_splits_are_not_monitored():
@@ -469,10 +479,11 @@ def test_early_stopping_counts_an_evaluation_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'make', [callbacks.EarlyStopping, callbacks.StopOnNonFinite]
+  'make',
+  [callbacks.EarlyStopping, callbacks.StopOnNonFinite, callbacks.Profile],
 )
-def test_a_negative_patience_is_refused(make):
-  with pytest.raises(ValueError, match='patience=-1'):
+def test_a_negative_number_is_refused(make):
+  with pytest.raises(ValueError, match='=-1 must be >= 0'):
     make(-1)
 
 
@@ -545,6 +556,75 @@ def test_hooks_are_known_by_name_when_others_come(tmp_path):
     tmp_path, callbacks=[More(), More(), Sees(), save], num_train_steps=3
   ).fit()
   assert seen == [1, 2, 3]
+
+
+# Profile.
+
+
+def traces(directory):
+  return list(directory.glob('plugins/profile/*/*.xplane.pb'))
+
+
+@pytest.mark.parametrize(
+  ('num_steps', 'steps'), [(3, 'steps 5 to 7'), (99, 'steps 1 to 11')]
+)
+def test_a_profile_is_of_its_steps(tmp_path, caplog, num_steps, steps):
+  """Or of all that there are."""
+  caplog.set_level(logging.INFO)
+  profile = callbacks.Profile(num_steps, delay=4)
+  make_trainer(tmp_path, checkpointer=None, callbacks=[profile]).fit()
+  [trace] = traces(tmp_path)
+  assert trace.stat().st_size > 1000
+  assert [m for m in caplog.messages if f'profile of {steps}:' in m]
+
+
+def test_a_profile_after_a_resume(tmp_path, caplog):
+  """Of the last steps, where fewer are left than it waits."""
+  caplog.set_level(logging.INFO)
+  save = callbacks.Checkpoints(5)
+  make_trainer(tmp_path, num_train_steps=5, callbacks=[save]).fit()
+  again = [save, callbacks.Profile(2)]
+  make_trainer(tmp_path, callbacks=again).fit()
+  assert len(traces(tmp_path)) == 1
+  assert [m for m in caplog.messages if 'profile of steps 10 to 11:' in m]
+  make_trainer(tmp_path, callbacks=[save, callbacks.Profile(2)]).fit()
+  assert len(traces(tmp_path)) == 1  # There was no step to do.
+
+
+def test_a_profile_is_kept_when_training_fails_inside_it(tmp_path):
+  class Fails(Callback):
+    def on_train_step_end(self, loop):
+      if loop.step == 3:
+        raise RuntimeError('broken')
+
+  profile = callbacks.Profile(9, delay=1)
+  trainer = make_trainer(
+    tmp_path, checkpointer=None, callbacks=[profile, Fails()]
+  )
+  with pytest.raises(RuntimeError, match='broken'):
+    trainer.fit()
+  assert len(traces(tmp_path)) == 1
+
+
+def test_two_profiles_at_once_do_not_end_training(tmp_path, caplog):
+  both = [callbacks.Profile(2), callbacks.Profile(2)]
+  trainer = make_trainer(tmp_path, checkpointer=None, callbacks=both)
+  assert trainer.fit() == 'done'
+  assert [m for m in caplog.messages if 'no profile is taken' in m]
+  assert len(traces(tmp_path)) == 1
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_training(
+  tmp_path, caplog
+):
+  (tmp_path / 'plugins').write_text('in the way')
+  trainer = make_trainer(
+    tmp_path, checkpointer=None, callbacks=[callbacks.Profile(2)]
+  )
+  assert trainer.fit() == 'done'
+  assert [m for m in caplog.messages if 'could not be written' in m]
+  (tmp_path / 'plugins').unlink()
+  profiler.stop()  # JAX still holds it: no other could begin.
 
 
 def test_a_profile_that_training_cuts_short_is_kept(tmp_path):

@@ -30,7 +30,7 @@ def _routing(expert, rng, num_experts=NUM_EXPERTS):
   weight = jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32)
   probs = jnp.full((len(expert), num_experts), 1 / num_experts)
   load = jnp.zeros(num_experts, jnp.int32)
-  return Routing(expert, weight, probs, load, {})
+  return Routing(expert, weight, probs, load, {}, {})
 
 
 def _choices(kind: str, top_k: int, rng) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from trainers import metrics
 from trainers.clock import Clock
 from trainers.files import to_json, write_atomically
-from trainers.metrics import Last, Mean
+from trainers.metrics import Last, MaxOverMean, Mean
 
 
 def of(total, count, last):
@@ -28,6 +28,16 @@ def test_a_mean_of_parts_is_the_mean_of_the_whole():
   computed = metrics.compute(merged)
   # (4 + 5 + 14) / 8, not (4 + 1 + 7) / 3.
   assert computed == {'mean': 2.875, 'last': 7.0}
+
+
+def test_the_largest_over_the_mean_is_of_the_sums():
+  """The first row: twice the mean in each part, and even in their sum."""
+  parts = [[[4.0, 0.0], [3.0, 1.0]], [[0.0, 4.0], [3.0, 1.0]]]
+  first, second = ({'load': MaxOverMean(jnp.asarray(p))} for p in parts)
+  none = metrics.zeros_like(first)
+  merged = metrics.merge(metrics.merge(none, first), second)
+  assert metrics.compute(merged) == {'load': [1.0, 1.5]}
+  assert np.isnan(metrics.compute(none)['load']).all()
 
 
 def test_arrays_are_means_by_element():

@@ -46,6 +46,24 @@ def test_equals_its_definition(x, top_k):
   )
 
 
+def test_entropy_is_the_mean_of_the_tokens(x):
+  mask = jnp.arange(50) < 30
+  routing, _ = _route(x, mask)
+  entropy, probs = routing.metrics['router_entropy'], routing.probs[:30]
+  assert entropy.count == 30
+  np.testing.assert_allclose(
+    entropy.compute(), -(probs * np.log(probs)).sum(1).mean(), rtol=1e-5
+  )
+
+
+def test_entropy_of_the_uniform_and_of_the_certain():
+  mask = jnp.ones(5, bool)
+  uniform = routers.entropy(jnp.full((5, 4), 0.25), mask)
+  np.testing.assert_allclose(uniform.compute(), np.log(4), rtol=1e-6)
+  certain = routers.entropy(jax.nn.one_hot(jnp.arange(5) % 4, 4), mask)
+  assert certain.compute() == 0
+
+
 def test_padding_is_nowhere(x):
   """Routing of 50 tokens, 20 of them padding, is that of the other 30."""
   mask = jnp.arange(50) < 30
@@ -54,6 +72,8 @@ def test_padding_is_nowhere(x):
   assert (padded.expert[30:] == NUM_EXPERTS).all()
   np.testing.assert_array_equal(padded.expert[:30], plain.expert)
   np.testing.assert_array_equal(padded.load, plain.load)
+  for name, metric in plain.metrics.items():
+    np.testing.assert_allclose(padded.metrics[name], metric, rtol=1e-6)
   np.testing.assert_allclose(
     padded.losses['balance'], plain.losses['balance'], rtol=1e-6
   )

@@ -63,7 +63,12 @@ def test_parts_of_the_loss(task_and_params, rng):
   assert metrics['bits_per_char'] == pytest.approx(nats / np.log(2), rel=1e-4)
   assert metrics['aux_loss'] > 1  # Two layers: 2 if uniform.
   assert total == pytest.approx(nats + 0.01 * metrics['aux_loss'], rel=1e-4)
-  np.testing.assert_allclose(np.sum(metrics['expert_load'], axis=1), 1, 1e-5)
+  load = np.array(metrics['expert_load'])
+  np.testing.assert_allclose(load.sum(axis=1), 1, 1e-5)
+  np.testing.assert_allclose(
+    metrics['max_over_mean_load'], load.max(axis=1) * load.shape[1], 1e-5
+  )
+  assert np.shape(metrics['router_entropy']) == (2,)
 
 
 def test_bits_are_counted_by_what_the_tokens_stand_for(task_and_params, rng):

@@ -7,11 +7,13 @@ import zlib
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import plugin_event_accumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.util import tensor_util
 
+from trainers.board import Board, Chart, RunWriter
 from trainers.tensorboard import SummaryWriter
-from trainers.writers import MetricsFile, Writers
+from trainers.writers import Guarded, MetricsFile, Writers
 
 PLUGINS = ('scalars', 'histograms', 'images', 'text')
 
@@ -214,16 +216,136 @@ def test_superseded_lines_are_cut(tmp_path):
 def test_writers_sort_metrics_by_kind(tmp_path):
   writers = Writers(tmp_path)
   writers.start(0, 0)
-  writers.write(3, {'loss': 0.5, 'load': [1.0, 2.0, 2.0]})
+  metrics = {
+    'loss': 0.5,
+    'entropy': [0.5, 2.0],
+    'load': [[1.0, 2, 2], [3, 4, 5]],
+  }
+  writers.write(3, metrics)
   size = writers.file_size()
-  writers.close()
-  metrics = [{'step': 3, 'loss': 0.5, 'load': [1.0, 2.0, 2.0]}]
-  assert lines(tmp_path / 'metrics.jsonl') == metrics
+  writers.close('done')
+  assert lines(tmp_path / 'metrics.jsonl') == [{'step': 3, **metrics}]
   assert size == (tmp_path / 'metrics.jsonl').stat().st_size
-  assert plugin(tmp_path, 'loss') == 'scalars'
-  assert plugin(tmp_path, 'load') == 'histograms'
-  ((_, rows),) = tensors(tmp_path, 'load')
-  assert rows[:, 2].sum() == 3
+  for tag, value in {'loss': 0.5, 'entropy/0': 0.5, 'entropy/1': 2.0}.items():
+    assert plugin(tmp_path, tag) == 'scalars'
+    assert tensors(tmp_path, tag) == [(3, value)]
+  for tag, last in {'load/0': 2, 'load/1': 5}.items():
+    assert plugin(tmp_path, tag) == 'histograms'
+    ((_, rows),) = tensors(tmp_path, tag)
+    assert (rows[:, 2].sum(), rows[-1, 1]) == (3, last)
+
+
+BOARD = Board(
+  charts={'loss': Chart('loss/total', 'Nats.'), 'load': Chart('routing/load')},
+  layout={'first': {'a chart': 'loss/.*'}},
+  hparams={'lr': 0.1, 'router': 'TopK'},
+)
+
+
+def run_writer(workdir, step=0):
+  return RunWriter(workdir, BOARD, step, {'train', 'val'})
+
+
+def test_every_kind_goes_to_the_directory_of_its_split(tmp_path):
+  """Under the chart's tag; what is no split stays in the run's directory."""
+  metadata = SummaryMetadata(
+    plugin_data=SummaryMetadata.PluginData(plugin_name='mine')
+  )
+  writer = run_writer(tmp_path)
+  for name in ('val/load/0', 'train/load/0', 'load/0', 'other/load', 'val'):
+    writer.write_scalars(1, {name: 1.0})
+  writer.write_histograms(1, {'val/h': np.arange(4)}, {'val/h': 2})
+  writer.write_images(1, {'val/i': np.zeros((2, 3, 1))})
+  writer.write_texts(1, {'val/t': 'text'})
+  writer.write_summaries(1, {'val/s': np.arange(2)}, {'val/s': metadata})
+  writer.close()
+
+  def tags(directory):
+    return set(read(directory).Tags()['tensors'])
+
+  assert tags(tmp_path / 'train') == {'routing/load/0'}
+  assert tags(tmp_path) == {
+    'routing/load/0',
+    'other/load',
+    'val',
+    'custom_scalars__config__',
+  }
+  kinds = {
+    'routing/load/0': 'scalars',
+    'h': 'histograms',
+    'i': 'images',
+    't': 'text',
+    's': 'mine',
+  }
+  session = {'_hparams_/session_start_info'}
+  assert tags(tmp_path / 'val') == {*kinds, *session}
+  for tag, kind in kinds.items():
+    assert plugin(tmp_path / 'val', tag) == kind
+  ((_, rows),) = tensors(tmp_path / 'val', 'h')
+  assert len(rows) == 2
+
+
+def test_directories_are_made_when_needed_and_charts_described(tmp_path):
+  writer = RunWriter(tmp_path, BOARD._replace(hparams={}), 0, {'train', 'val'})
+  writer.write_scalars(1, {'train/loss': 1.0})
+  writer.close()
+  assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {'train'}
+  metadata = read(tmp_path / 'train').SummaryMetadata('loss/total')
+  assert metadata.summary_description == 'Nats.'
+
+
+def test_resuming_supersedes_steps_in_every_directory(tmp_path):
+  for start, values in ((0, {1: 1, 2: 2, 3: 3}), (1, {2: 20})):
+    writer = run_writer(tmp_path, start)
+    for step, value in values.items():
+      writer.write_scalars(step, {f'{k}loss': value for k in ('', 'val/')})
+    writer.close()
+  for directory in (tmp_path, tmp_path / 'val'):
+    assert tensors(directory, 'loss/total') == [(1, 1), (2, 20)]
+
+
+def session(workdir):
+  """(hyper-parameters, status at the end or None)."""
+  events = read(workdir / 'val')
+
+  def content(tag):
+    data = events.SummaryMetadata(tag).plugin_data.content
+    return plugin_data_pb2.HParamsPluginData.FromString(data)
+
+  start = content('_hparams_/session_start_info').session_start_info
+  ended = '_hparams_/session_end_info' in events.Tags()['tensors']
+  end = ended and content('_hparams_/session_end_info').session_end_info.status
+  return {
+    k: v.number_value or v.string_value for k, v in start.hparams.items()
+  }, end
+
+
+def test_the_session_is_as_the_run_was_last(tmp_path):
+  """TensorBoard believes the first it reads: nothing older may be left."""
+  for hparams, status, end in (
+    ({'lr': 0.1}, 'failed', api_pb2.STATUS_FAILURE),
+    ({'lr': 0.1}, 'interrupted', False),
+    ({'lr': 0.2, 'steps': 9}, 'done', api_pb2.STATUS_SUCCESS),
+  ):
+    writers = Writers(tmp_path, board=Board(hparams=hparams))
+    writers.start(0, 0)
+    assert session(tmp_path) == (hparams, False)
+    writers.clu.write_hparams({'more': 'of it'})
+    writers.close(status)
+    assert session(tmp_path) == ({**hparams, 'more': 'of it'}, end)
+
+
+def test_a_callback_cannot_end_a_run_by_writing(tmp_path, caplog):
+  class Full(RunWriter):
+    def write_images(self, step, images):
+      raise OSError('no space')
+
+  guarded = Guarded(Full(tmp_path, BOARD, 0, set()))
+  for _ in range(2):
+    guarded.write_images(1, {'a': np.zeros((1, 1, 1))})
+    guarded.flush()
+  assert [r for r in caplog.messages if 'no space' in r] == caplog.messages
+  assert len(caplog.messages) == 1
 
 
 def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
@@ -232,5 +354,5 @@ def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
   writers.start(0, 0)
   writers.write(1, {'loss': 0.5})
   assert writers.file_size() == 0
-  writers.close()
+  writers.close('done')
   assert not list(tmp_path.iterdir())

@@ -6,19 +6,17 @@ clu.metric_writers.summary_writer.SummaryWriter. That module is supplied here
 before CLU asks for it, with our writer, which needs TensorBoard alone.
 """
 
+import os
 import sys
 import types
 
 
 class _Module(types.ModuleType):
-  """Finds SummaryWriter when asked: it subclasses CLU's interface itself."""
-
-  def __getattr__(self, name):
-    if name != 'SummaryWriter':
-      raise AttributeError(name)
+  def SummaryWriter(self, logdir: str | os.PathLike):
+    """Ours is looked for when called: it subclasses CLU's interface itself."""
     from trainers.tensorboard import SummaryWriter  # noqa: PLC0415
 
-    return SummaryWriter
+    return SummaryWriter(logdir)
 
 
 def install() -> None:

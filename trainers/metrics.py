@@ -23,6 +23,23 @@ class Mean(NamedTuple):
       return np.true_divide(total, count)
 
 
+class MaxOverMean(NamedTuple):
+  """The largest of summed amounts over their mean, along the last axis.
+
+  1 if all are equal; NaN where there is nothing. Sums are merged, not ratios.
+  """
+
+  total: jax.Array
+
+  def merge(self, other: 'MaxOverMean') -> 'MaxOverMean':
+    return MaxOverMean(self.total + other.total)
+
+  def compute(self) -> np.ndarray:
+    total = np.asarray(self.total)
+    with np.errstate(divide='ignore', invalid='ignore'):
+      return np.true_divide(total.max(axis=-1), total.mean(axis=-1))
+
+
 class Last(NamedTuple):
   """The most recent value: a learning rate, for example."""
 
@@ -42,7 +59,7 @@ class Score(NamedTuple):
   value: float
 
 
-Metric = Mean | Last
+Metric = Mean | MaxOverMean | Last
 Metrics = dict[str, Metric]
 
 

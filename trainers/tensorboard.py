@@ -17,7 +17,11 @@ import numpy as np
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.histogram import metadata as histogram_metadata
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.scalar import metadata as scalar_metadata
@@ -33,14 +37,28 @@ class SummaryWriter(interface.MetricWriter):
 
   Scalars, histograms, images, texts and hyper-parameters are written as
   TensorFlow's v2 summaries are; audio and video are left out.
+
+  Args:
+    logdir: made if there is none.
+    name: of the file, after 'events.out.tfevents.'; '': one that is unique,
+      and sorts behind those that were made before.
+    descriptions: Markdown, shown beside the chart: {tag: text}.
   """
 
-  def __init__(self, logdir: str | os.PathLike):
+  def __init__(
+    self,
+    logdir: str | os.PathLike,
+    name: str = '',
+    descriptions: Mapping[str, str] | None = None,
+  ):
     logdir = pathlib.Path(logdir)
     logdir.mkdir(parents=True, exist_ok=True)
     now = time.time()
-    name = f'events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}'
-    self._records = RecordWriter((logdir / name).open('wb'))
+    name = name or f'{now:.6f}.{socket.gethostname()}.{os.getpid()}'
+    self._records = RecordWriter(
+      (logdir / f'events.out.tfevents.{name}').open('wb')
+    )
+    self._descriptions = descriptions or {}
     self._event(event_pb2.Event(wall_time=now, file_version='brain.Event:2'))
 
   def start_session(self, step: int) -> None:
@@ -64,8 +82,8 @@ class SummaryWriter(interface.MetricWriter):
   def write_scalars(
     self, step: int, scalars: Mapping[str, interface.Scalar]
   ) -> None:
-    metadata = scalar_metadata.create_summary_metadata('', '')
     for tag, value in scalars.items():
+      metadata = scalar_metadata.create_summary_metadata('', self._about(tag))
       tensor = TensorProto(dtype=DT_FLOAT, float_val=[float(np.asarray(value))])
       self._tensor(step, tag, tensor, metadata)
 
@@ -75,8 +93,10 @@ class SummaryWriter(interface.MetricWriter):
     arrays: Mapping[str, Array],
     num_buckets: Mapping[str, int] | None = None,
   ) -> None:
-    metadata = histogram_metadata.create_summary_metadata('', '')
     for tag, array in arrays.items():
+      metadata = histogram_metadata.create_summary_metadata(
+        '', self._about(tag)
+      )
       values = np.asarray(array, np.float64).ravel()
       values = values[np.isfinite(values)]
       count = (num_buckets or {}).get(tag, 30)
@@ -96,21 +116,62 @@ class SummaryWriter(interface.MetricWriter):
         pixels = pixels[None]
       height, width = pixels.shape[1:3]
       metadata = image_metadata.create_summary_metadata(
-        '', '', converted_to_tensor=None
+        '', self._about(tag), converted_to_tensor=None
       )
       strings = [str(width).encode(), str(height).encode()]
       strings += [_png(image) for image in pixels]
       self._tensor(step, tag, make_tensor_proto(strings), metadata)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    metadata = text_metadata.create_summary_metadata('', '')
     for tag, text in texts.items():
+      metadata = text_metadata.create_summary_metadata('', self._about(tag))
       tensor = make_tensor_proto([text.encode()])
       self._tensor(step, tag, tensor, metadata)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Flat: numbers, booleans and strings."""
-    self._summary(0, hparams_summary.hparams_pb(dict(hparams)))
+    # By default, runs of equal values are shown as one, by a hash; with no
+    # name for the group, each is shown by its own directory.
+    self._summary(0, hparams_summary.hparams_pb(dict(hparams), trial_id=''))
+    self.flush()
+
+  def end_hparams(self, success: bool) -> None:
+    """The run of the hyper-parameters that were written is over."""
+    status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
+    end = plugin_data_pb2.SessionEndInfo(
+      status=status, end_time_secs=time.time()
+    )
+    content = plugin_data_pb2.HParamsPluginData(session_end_info=end)
+    self._tensor(
+      0,
+      hparams_metadata.SESSION_END_INFO_TAG,
+      hparams_metadata.NULL_TENSOR,
+      hparams_metadata.create_summary_metadata(content),
+    )
+
+  def write_layout(self, layout: Mapping[str, Mapping[str, str]]) -> None:
+    """Of the custom-scalars tab: {category: {chart: regex of its tags}}."""
+    proto = layout_pb2.Layout(
+      category=[
+        layout_pb2.Category(
+          title=category,
+          chart=[
+            layout_pb2.Chart(
+              title=title,
+              multiline=layout_pb2.MultilineChartContent(tag=[tags]),
+            )
+            for title, tags in charts.items()
+          ],
+        )
+        for category, charts in layout.items()
+      ]
+    )
+    self._tensor(
+      0,
+      layout_metadata.CONFIG_SUMMARY_TAG,
+      make_tensor_proto(proto.SerializeToString()),
+      layout_metadata.create_summary_metadata(),
+    )
 
   def write_audios(self, step, audios, *, sample_rate):
     raise ValueError('audio is not supported')
@@ -123,6 +184,9 @@ class SummaryWriter(interface.MetricWriter):
 
   def close(self) -> None:
     self._records.close()
+
+  def _about(self, tag: str) -> str:
+    return self._descriptions.get(tag, '')
 
   def _tensor(self, step, tag, tensor, metadata) -> None:
     value = summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)

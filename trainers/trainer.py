@@ -15,6 +15,7 @@ import optax
 
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
+from trainers.board import Board
 from trainers.callbacks.callback import Callback, PeriodicActionCallback
 from trainers.checkpoint import (
   Checkpointer,
@@ -45,7 +46,8 @@ class Trainer:
 
   Attributes:
     task, dataset, callbacks, num_train_steps, batch_size, workdir: as given.
-    writer: a CLU MetricWriter, to TensorBoard and whatever was given.
+    writer: a CLU MetricWriter, to TensorBoard and whatever was given; there,
+      '<split>/<name>' is shown on one chart with the other splits' <name>.
     step: steps done, a host integer: reading it waits for nothing.
     state: the newest TrainState. Donated at the next step: keep no reference.
     metrics: the newest step's, on the device; reading them waits for it.
@@ -77,6 +79,7 @@ class Trainer:
     | None = None,
     writers: Sequence[metric_writers.MetricWriter] = (),
     workdir: pathlib.Path | None = None,
+    board: Board | None = None,
   ):
     self.task = task
     self.dataset = dataset
@@ -91,7 +94,7 @@ class Trainer:
       else c
       for c in callbacks
     ]
-    self._writers = Writers(workdir, writers)
+    self._writers = Writers(workdir, writers, board)
     self.clock = Clock()
     self.interrupt = Interrupt()
     self.step, self.num_timed_steps = 0, 0
@@ -180,6 +183,7 @@ class Trainer:
       Interrupted: a signal arrived; this step's hooks run again on resume.
     """
     self._log()
+    self._writers.splits.add(split)
     jax.block_until_ready(self.state)
     with self.clock.phase('evaluate'):
       batches = self.dataset.eval_batches(split, slice(0, self.batch_size))
@@ -292,7 +296,7 @@ class Trainer:
     closers: list[Callable[[], None]] = [
       functools.partial(c.on_fit_end, self) for c in self.callbacks
     ]
-    closers.append(self._writers.close)
+    closers.append(lambda: self._writers.close(self.status))
     if self.checkpointer:
       closers.append(self.checkpointer.close)
     with self.clock.phase('end'):

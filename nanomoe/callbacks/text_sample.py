@@ -1,7 +1,8 @@
-"""Text from the trained model."""
+"""Text from the model."""
 
 import logging
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class TextSample(Callback):
-  """Generates text when training is done: printed, and in a file.
+  """Generates text at chosen steps and after the last one.
+
+  All of it is shown by TensorBoard; the last is printed, and in a file. List
+  it after Checkpoints: what is trained is then safe.
 
   Args:
     logits: as of `Generator`.
@@ -22,6 +26,7 @@ class TextSample(Callback):
     tokenizer: of the run.
     prompt: tokens that the text continues: at least one.
     block_size: of the model.
+    every_steps: how often, beside the last step; 0: then alone.
     num_tokens: how many to generate; 0: none.
     temperature: of the sampling.
     seed: of the sampling.
@@ -34,24 +39,40 @@ class TextSample(Callback):
     tokenizer: Tokenizer,
     prompt: list[int],
     block_size: int,
+    every_steps: int,
     num_tokens: int,
     temperature: float,
     seed: int,
   ):
-    self.logits = logits
     self.path = path
     self.tokenizer = tokenizer
     self.prompt = prompt
-    self.block_size = block_size
+    self.every_steps = every_steps
     self.num_tokens = num_tokens
     self.sampling = Sampling(temperature)
     self.seed = seed
+    self._generate = Generator(logits, None, block_size)
 
-  def on_fit_end(self, loop):
-    if loop.status != 'done' or not self.num_tokens:
+  def on_train_step_end(self, loop):
+    last = loop.step == loop.num_train_steps or loop.status == 'done'
+    due = self.every_steps and loop.step % self.every_steps == 0
+    running = loop.status in ('running', 'done')
+    if not self.num_tokens or not running or not (due or last):
       return
-    generate = Generator(self.logits, loop.state.params, self.block_size)
-    drawn = generate([self.prompt], self.num_tokens, self.sampling, self.seed)
-    text = self.tokenizer.decode(np.concatenate(list(drawn)))
-    write_atomically(self.path, text)
-    log.info('sample (%d tokens):\n%s', self.num_tokens, text)
+    with loop.clock.phase('sample'):
+      text = self._text(loop.state.params)
+    # Indented, Markdown takes it for code, and leaves its lines alone.
+    code = ''.join(f'    {line}\n' for line in text.split('\n'))
+    loop.writer.write_texts(loop.step, {'sample': code})
+    loop.writer.flush()
+    if last:
+      write_atomically(self.path, text)
+      log.info('sample (%d tokens):\n%s', self.num_tokens, text)
+
+  def _text(self, params: Any) -> str:
+    self._generate.params = params
+    drawn = list(
+      self._generate([self.prompt], self.num_tokens, self.sampling, self.seed)
+    )
+    self._generate.params = None  # They are donated at the next step.
+    return self.tokenizer.decode(np.concatenate(drawn))

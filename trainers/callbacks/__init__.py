@@ -6,6 +6,7 @@ from trainers.callbacks.early_stopping import EarlyStopping
 from trainers.callbacks.evaluation import Evaluation
 from trainers.callbacks.non_finite import StopOnNonFinite
 from trainers.callbacks.overview import ParameterOverview
+from trainers.callbacks.profile import Profile
 from trainers.callbacks.progress import Progress
 from trainers.callbacks.result import Result
 
@@ -15,6 +16,7 @@ __all__ = [
   'EarlyStopping',
   'Evaluation',
   'ParameterOverview',
+  'Profile',
   'Progress',
   'Result',
   'StopOnNonFinite',

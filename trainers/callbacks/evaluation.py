@@ -13,7 +13,8 @@ class Evaluation(Callback):
   """Evaluates every `every_steps` steps, and after the last one.
 
   Sets loop.score and loop.best from the metric `monitor` (lower is better; a
-  value that is not finite is never the best).
+  value that is not finite is never the best), and adds '<split>/best_<monitor>'
+  to the metrics.
   """
 
   def __init__(self, every_steps: int, monitor: str, split: str = 'val'):
@@ -47,3 +48,5 @@ class Evaluation(Callback):
       scalars,
       '  ★' if best else '',
     )
+    if loop.best:
+      metrics[f'{split}/best_{self.monitor}'] = loop.best.value
