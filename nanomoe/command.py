@@ -14,7 +14,7 @@ import warnings
 
 from absl import app, flags
 
-from trainers.errors import UserError
+from trainers.errors import UserError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,11 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       sys.exit(INTERRUPTED)
-    except Exception:
+    except Exception as error:
       log.debug('a bug', exc_info=True)
+      if is_out_of_memory(error):
+        print(f'error: out of memory: {error}', file=sys.stderr)
+        sys.exit(USER_ERROR)
       raise
 
   return guarded

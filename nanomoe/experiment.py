@@ -9,7 +9,15 @@ import jax
 import numpy as np
 
 from nanomoe import callbacks as text_callbacks
-from nanomoe import dispatch, numerics, optimizers, provenance, schema, workdir
+from nanomoe import (
+  dispatch,
+  memory,
+  numerics,
+  optimizers,
+  provenance,
+  schema,
+  workdir,
+)
 from nanomoe.config import Config
 from nanomoe.data import corpus as corpus_lib
 from nanomoe.data import tokenizers
@@ -73,6 +81,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
       directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
     ),
     workdir=directory,
+    memory_hint=functools.partial(memory.hint, config),
   )
   workdir.write_json(directory / 'config.json', config.to_dict())
   recorded = {'corpus': corpus.name, 'corpus_sha256': corpus.fingerprint}
@@ -202,6 +211,7 @@ def build_task(config: Config, vocab_size: int) -> LanguageModel:
     d_model=model.d_model,
     num_layers=model.num_layers,
     dropout_rate=model.dropout_rate,
+    remat=model.remat,
     block=functools.partial(
       Block,
       attention=attention,

@@ -29,6 +29,7 @@ _MAY_CHANGE = (
   'eval_',
   'log_interval',
   'optimizer.',
+  'model.remat',
   'moe.aux_weight',
   'checkpoint.',
   'callbacks.',

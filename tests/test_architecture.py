@@ -122,8 +122,9 @@ OTHER = {
   'sample.temperature': 0.1,
 }
 # Shown elsewhere: what a fallback is for, that dispatches agree, and what the
-# callbacks do.
+# callbacks do; and what remat saves.
 ELSEWHERE = {
+  'model.remat',
   'data.fallback',
   'moe.dispatch',
   'moe.router.type',
