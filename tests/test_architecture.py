@@ -63,7 +63,7 @@ def test_every_package_is_listed_for_installation():
 def test_main_is_light_and_answers_before_jax():
   code = (
     'import sys, nanomoe.main\n'
-    'print([m for m in ("jax", "flax", "orbax") if m in sys.modules])'
+    'print([m for m in ("jax", "flax", "orbax", "rich") if m in sys.modules])'
   )
   out = subprocess.run(
     [sys.executable, '-c', code],
