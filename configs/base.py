@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
   config.model.num_layers = 4
   config.model.num_heads = 4
   config.model.dropout_rate = 0.1
+  config.model.remat = False  # True: less memory, a third more work.
 
   config.moe = ConfigDict()
   config.moe.num_experts = 4

@@ -1,15 +1,20 @@
 """What every command does: flags, one line for a mistake, exit codes."""
 
 from collections.abc import Callable
+import contextlib
+import hashlib
 import logging
 import os
+import pathlib
+import platform
 import signal
 import sys
 from typing import Any
+import warnings
 
 from absl import app, flags
 
-from trainers.errors import UserError
+from trainers.errors import UserError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
   two commands, and a notebook imports several.
   """
   _exec_with_huge_pages()
+  _keep_compiled_programs()
   # Until a trainer listens, there is nothing to save.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -65,8 +71,11 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       sys.exit(INTERRUPTED)
-    except Exception:
+    except Exception as error:
       log.debug('a bug', exc_info=True)
+      if is_out_of_memory(error):
+        print(f'error: out of memory: {error}', file=sys.stderr)
+        sys.exit(USER_ERROR)
       raise
 
   return guarded
@@ -82,3 +91,41 @@ def _exec_with_huge_pages() -> None:
   if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
     os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _keep_compiled_programs() -> None:
+  """Lets JAX keep what it compiles: a second start then compiles nothing.
+
+  In the user's cache directory, one for each kind of CPU: programs hold its
+  instructions. A JAX_COMPILATION_CACHE_DIR that is set, also to '', stands.
+  """
+  if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+    return
+  try:
+    home = os.environ.get('XDG_CACHE_HOME', '')
+    caches = (
+      pathlib.Path(home)
+      if os.path.isabs(home)
+      else pathlib.Path.home() / '.cache'
+    )
+    path = caches / 'nanomoe' / f'xla-{_cpu_fingerprint()}'
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not os.access(path, os.W_OK | os.X_OK):
+      return
+  except (OSError, RuntimeError):  # No home, or one that cannot be written.
+    return
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(path)
+  # Seconds; JAX's own 1 leaves out most programs of a small model.
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+  # A full disk, or a file that kill -9 left half written: it is compiled then.
+  warnings.filterwarnings('ignore', r'Error \w+ persistent compilation cache')
+
+
+def _cpu_fingerprint() -> str:
+  """12 hexadecimal digits that differ where CPUs have other instructions."""
+  kinds = ('model name', 'flags', 'Features', 'CPU part')  # Of x86, and ARM.
+  words = [platform.system(), platform.machine()]
+  with contextlib.suppress(OSError):  # Not Linux.
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    words += sorted({line for line in lines if line.startswith(kinds)})
+  return hashlib.sha256('\n'.join(words).encode()).hexdigest()[:12]

@@ -145,6 +145,10 @@ def _parse(key: str, text: str) -> Any:
   if key not in schema.FIELDS:  # Of a spec.
     return text if key.endswith('.type') else _literal(text)
   kind = schema.FIELDS[key].kind
+  if kind is bool:
+    if text.lower() not in ('true', 'false'):
+      raise ValueError
+    return text.lower() == 'true'
   if kind is int:
     try:
       return int(text)

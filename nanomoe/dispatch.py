@@ -104,8 +104,11 @@ def block_size(num_assignments: int, num_experts: int) -> int:
   """Rows of a block: an eighth of an even load, to a power of 2 in 8..512.
 
   Padding is then an eighth of the work at most, for loads of 64 rows or more,
-  and products are as large as that allows.
+  and products are as large as that allows. A row each where assignments are so
+  few that no two need share an expert: what is read of the experts then counts.
   """
+  if num_assignments <= num_experts:
+    return 1
   eighth = max(num_assignments // (8 * num_experts), 8)
   return min(1 << (eighth.bit_length() - 1), 512)
 

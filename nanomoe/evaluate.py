@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from nanomoe import command
+from nanomoe import command, terminal
 from nanomoe import workdir as workdir_lib
 from trainers.files import to_json
 
@@ -62,7 +62,7 @@ def _parse(argv: list[str]) -> None:
 
 
 def main(_: None) -> int:
-  workdir_lib.log_to_terminal(sys.stderr)
+  terminal.log_to_terminal(sys.stderr)
   result = evaluate(pathlib.Path(_WORKDIR.value), _SPLIT.value, _STEP.value)
   print(to_json(result, indent=2))
   return 0

@@ -14,6 +14,7 @@ import numpy as np
 from nanomoe import (
   board,
   dispatch,
+  memory,
   numerics,
   optimizers,
   provenance,
@@ -91,6 +92,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     writers=build_writers(config, directory),
     workdir=directory,
     board=board.of(config),
+    memory_hint=functools.partial(memory.hint, config),
   )
   workdir.write_json(directory / 'config.json', config.to_dict())
   recorded = {'corpus': corpus.name, 'corpus_sha256': corpus.fingerprint}
@@ -284,6 +286,7 @@ def build_task(
     d_model=model.d_model,
     num_layers=model.num_layers,
     dropout_rate=model.dropout_rate,
+    remat=model.remat,
     block=functools.partial(
       Block,
       attention=attention,

@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from nanomoe import command
+from nanomoe import command, terminal
 from nanomoe import workdir as workdir_lib
 from trainers.errors import UserError
 
@@ -100,7 +100,7 @@ def _parse(argv: list[str]) -> None:
 
 
 def main(_: None) -> int:
-  workdir_lib.log_to_terminal(sys.stderr)
+  terminal.log_to_terminal(sys.stderr)
   prompts = _PROMPT.value
   pieces = generate(
     pathlib.Path(_WORKDIR.value),

@@ -9,10 +9,11 @@ import shlex
 
 from absl import flags
 
-from nanomoe import command, schema
+from nanomoe import command, schema, terminal
 from nanomoe import config as config_lib
 from nanomoe import workdir as workdir_lib
 from nanomoe.data import corpus
+from nanomoe.terminal import RESULT
 from trainers.errors import UserError
 
 log = logging.getLogger('nanomoe.main')
@@ -29,6 +30,13 @@ _WORKDIR = flags.DEFINE_string(
   None,
   'Where the run is kept; a run that is there goes on, with its own config '
   'if --config is not given. Default: runs/<config>-<date>-<time>.',
+  flag_values=_FLAGS,
+)
+_QUIET = flags.DEFINE_bool(
+  'quiet',
+  False,
+  'Only warnings, errors, and where the result is.',
+  short_name='q',
   flag_values=_FLAGS,
 )
 
@@ -74,7 +82,7 @@ def main(overrides: list[config_lib.Override]) -> int:
   config = _checked(config, overrides, workdir)
   workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
   watch = str(workdir.parent)
-  workdir_lib.log_to_terminal()
+  console = terminal.log_to_terminal(quiet=_QUIET.value)
   workdir_lib.log_to(workdir)
   if old:
     config = workdir_lib.continued(old, config)
@@ -84,6 +92,10 @@ def main(overrides: list[config_lib.Override]) -> int:
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
 
   trainer = experiment.build(config, workdir)
+  if console and not _QUIET.value:
+    from trainers.callbacks.live_progress import LiveProgress  # noqa: PLC0415
+
+    trainer.callbacks.append(LiveProgress(console))
   status = trainer.fit()
   _report(trainer, workdir)
   return EXIT_CODES[status]
@@ -117,12 +129,22 @@ def _report(trainer, workdir: pathlib.Path) -> None:
     reason = f' ({trainer.stop_reason})' if trainer.stop_reason else ''
     tell = f'; best val {best.value:.4f} at step {best.step}' if best else ''
     log.info(
-      'done: step %s%s%s; all of it is in %s', step, reason, tell, workdir
+      'done: step %s%s%s; all of it is in %s',
+      step,
+      reason,
+      tell,
+      workdir,
+      extra=RESULT,
     )
   elif status == 'interrupted':
     words = ['python', '-m', 'nanomoe.main', f'--workdir={workdir}']
-    log.info('interrupted by %s; step %s is saved', trainer.stop_reason, step)
-    log.info('go on with: %s', shlex.join(words))
+    log.info(
+      'interrupted by %s; step %s is saved',
+      trainer.stop_reason,
+      step,
+      extra=RESULT,
+    )
+    log.info('go on with: %s', shlex.join(words), extra=RESULT)
   else:
     log.error('%s at step %s: %s', status, step, trainer.stop_reason)
 

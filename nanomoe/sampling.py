@@ -6,6 +6,7 @@ it starts again from its later half.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -52,11 +53,18 @@ def draw(
   return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
 
 
+# Tokens that one call of the device may add, at most.
+MAX_TOKENS = 64
+# Seconds that a call should take: seldom enough to cost nothing beside the
+# tokens, often enough for who watches.
+CALL_SECONDS = 0.1
+
+
 class Generator:
-  """Continues prompts, a token at a time.
+  """Continues prompts.
 
   Two programs are compiled, whatever the lengths: one reads a window, one
-  adds a token to it.
+  adds tokens to it, as many as it is told.
 
   Args:
     logits: (params, tokens, cache) -> (logits, cache), as
@@ -70,22 +78,29 @@ class Generator:
   def __init__(
     self, logits: Logits, params: Any, block_size: int, *, cached: bool = True
   ):
-    def read(params, window, length, key, sampling):
+    def read(params, window, length, key, index, sampling):
       every, cache = logits(params, window)
       last = jnp.take_along_axis(every, length[:, None, None] - 1, axis=1)
       every_layer = jnp.broadcast_to(length, cache.length.shape)
       cache = cache._replace(length=every_layer)
+      key = jax.random.fold_in(key, index)
       return draw(last[:, 0], key, sampling), cache
 
-    def add(params, token, cache, key, sampling):
-      last, cache = logits(params, token[:, None], cache)
-      return draw(last[:, 0], key, sampling), cache
+    def add(params, token, cache, key, index, num_tokens, sampling):
+      def body(i, carry):
+        tokens, token, cache = carry
+        last, cache = logits(params, token[:, None], cache)
+        token = draw(last[:, 0], jax.random.fold_in(key, index + i), sampling)
+        return tokens.at[i].set(token), token, cache
 
-    self.params = params
+      tokens = jnp.zeros((MAX_TOKENS, *token.shape), token.dtype)
+      return jax.lax.fori_loop(0, num_tokens, body, (tokens, token, cache))
+
+    self.params = jax.device_put(params)
     self.block_size = block_size
     self.cached = cached
     self._read = jax.jit(read)
-    self._add = jax.jit(add, donate_argnums=2)
+    self._add = jax.jit(add, donate_argnames='cache')
 
   def __call__(
     self,
@@ -94,7 +109,7 @@ class Generator:
     sampling: Sampling,
     seed: int,
   ) -> Iterator[np.ndarray]:
-    """Yields int32[batch] `num_tokens` times, each as soon as it is drawn.
+    """Yields int32[batch] `num_tokens` times, soon after it is drawn.
 
     Args:
       prompts: a token or more each; only their last `block_size` are seen.
@@ -107,26 +122,40 @@ class Generator:
     length = np.array([min(len(p), size) for p in prompts], np.int32)
     for row, prompt in zip(window, prompts, strict=True):
       row[: min(len(prompt), size)] = prompt[-size:]
-    keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
-    cache, token = None, None
-    for i in range(num_tokens):
+    key = jax.random.key(seed)
+    cache, token, done, at_once = None, None, 0, 1
+    while done < num_tokens:
       if cache is None:
         token, cache = self._read(
-          self.params, window, length, keys[i], sampling
+          self.params, window, length, key, done, sampling
         )
+        drawn = np.asarray(token)[None]
       else:
-        token, cache = self._add(self.params, token, cache, keys[i], sampling)
-      drawn = np.asarray(token)
-      yield drawn
+        start = time.perf_counter()
+        # The token that makes a window start again is drawn from the old one.
+        room = size - int(length.max()) + 1
+        count = min(at_once, room, num_tokens - done)
+        tokens, token, cache = self._add(
+          self.params, token, cache, key, done, count, sampling
+        )
+        drawn = np.asarray(tokens)[:count]
+        seconds = time.perf_counter() - start
+        if count == at_once and 2 * seconds < CALL_SECONDS:
+          at_once = min(2 * at_once, MAX_TOKENS)
+      done += len(drawn)
+      yield from drawn
       if self._append(window, length, drawn) or not self.cached:
         cache = None
 
-  def _append(self, window, length, token) -> bool:
-    """Puts tokens behind their windows; whether a window started again."""
-    full = length == self.block_size
-    half = self.block_size // 2
-    window[full, :half] = window[full, self.block_size - half :]
-    length[full] = half
-    window[np.arange(len(token)), length] = token
-    length += 1
-    return bool(full.any())
+  def _append(self, window, length, drawn) -> bool:
+    """Puts tokens behind their windows; whether one started again."""
+    again = False
+    for token in drawn:
+      full = length == self.block_size
+      half = self.block_size // 2
+      window[full, :half] = window[full, self.block_size - half :]
+      length[full] = half
+      window[np.arange(len(token)), length] = token
+      length += 1
+      again |= bool(full.any())
+    return again

@@ -6,6 +6,13 @@ from typing import Any, NamedTuple
 
 from trainers.spec import did_you_mean
 
+_NOUNS = {
+  bool: 'true or false',
+  int: 'an integer',
+  float: 'a number',
+  str: 'a text',
+}
+
 
 class Field(NamedTuple):
   """Of a number: low <= value, and value < below (of integers, 2**31)."""
@@ -20,7 +27,7 @@ class Field(NamedTuple):
   def allowed(self) -> str:
     if self.choices:
       return f'one of {", ".join(map(repr, self.choices))}'
-    noun = {int: 'an integer', float: 'a number', str: 'a text'}[self.kind]
+    noun = _NOUNS[self.kind]
     bounds = [] if self.low is None else [f'>= {self.low:g}']
     bounds += [] if self.below is None else [f'< {self.below:g}']
     return f'{noun} {" and ".join(bounds)}'.strip()
@@ -48,6 +55,7 @@ FIELDS: dict[str, Field] = {
   'model.num_layers': Field(int, 'blocks', 1),
   'model.num_heads': Field(int, 'of attention; a divisor of d_model', 1),
   'model.dropout_rate': Field(float, 'of every dropout', 0, 1),
+  'model.remat': Field(bool, 'computes blocks twice, to keep less of them'),
   'moe.num_experts': Field(int, 'experts in a layer', 1),
   'moe.top_k': Field(int, 'experts for a token', 1),
   'moe.d_ff': Field(int, "width of an expert's hidden layer", 1),
@@ -185,7 +193,7 @@ def _violation(field: Field, value: Any) -> str | None:
     return wrong
   if field.choices and value not in field.choices:
     return wrong + did_you_mean(str(value), field.choices)
-  if field.kind is str:
+  if field.kind in (bool, str):
     return None
   if isinstance(value, float) and not math.isfinite(value):
     return wrong

@@ -7,20 +7,17 @@ import json
 import logging
 import os
 import pathlib
-import sys
 import tempfile
-from typing import Any, TextIO
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from nanomoe import schema
+from nanomoe import schema, terminal
 from nanomoe.config import Config
 from trainers.errors import UserError
 from trainers.files import to_json, write_atomically
 
 log = logging.getLogger(__name__)
-
-_LOGGERS = ('nanomoe', 'trainers')
 
 # What a run in progress may change: when it ends and what it reports, and how
 # fast it learns. Anything else would make it another run.
@@ -34,6 +31,7 @@ _MAY_CHANGE = (
   'optimizer.decay_mask',
   'optimizer.beta',
   'optimizer.clip_norm',
+  'model.remat',
   'moe.aux_weight',
   'checkpoint.',
   'callbacks.',
@@ -119,24 +117,6 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   write_atomically(path, to_json(value, indent=2) + '\n')
 
 
-def log_to_terminal(stream: TextIO = sys.stdout) -> None:
-  """Progress to `stream`, a line as it is; warnings to stderr."""
-  logging.raiseExceptions = False  # A closed pipe ends no run.
-  out = logging.StreamHandler(stream)
-  out.setLevel(logging.INFO)
-  out.addFilter(lambda record: record.levelno < logging.WARNING)
-  err = logging.StreamHandler(sys.stderr)
-  err.setLevel(logging.WARNING)
-  for name in _LOGGERS:
-    logger = logging.getLogger(name)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    logger.handlers = [out, err]
-  # Libraries: what they warn of, not what they do.
-  for name in ('absl', 'jax'):
-    logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def problems(workdir: pathlib.Path) -> list[str]:
   """What is in the way of making or writing `workdir`; makes nothing."""
   try:
@@ -178,5 +158,5 @@ def log_to(workdir: pathlib.Path) -> None:
   handler.setFormatter(
     logging.Formatter('%(asctime)s %(levelname)s %(message)s')
   )
-  for name in _LOGGERS:
+  for name in terminal.LOGGERS:
     logging.getLogger(name).addHandler(handler)

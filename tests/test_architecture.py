@@ -63,7 +63,7 @@ def test_every_package_is_listed_for_installation():
 def test_main_is_light_and_answers_before_jax():
   code = (
     'import sys, nanomoe.main\n'
-    'print([m for m in ("jax", "flax", "orbax") if m in sys.modules])'
+    'print([m for m in ("jax", "flax", "orbax", "rich") if m in sys.modules])'
   )
   out = subprocess.run(
     [sys.executable, '-c', code],
@@ -123,9 +123,10 @@ OTHER = {
   'sample.temperature': 0.1,
 }
 # Shown elsewhere: what a fallback is for, that dispatches agree, what plug-ins
-# and callbacks do.
+# and callbacks do, what remat saves.
 ELSEWHERE = {
   'init_from',
+  'model.remat',
   'data.fallback',
   'data.dataset.type',
   'optimizer.type',

@@ -39,7 +39,8 @@ def _by_definition(model, prompt, num_tokens, sampling, seed):
   """One sequence, no padding, no cache: the window grows, then is halved."""
   logits, params = model
   window, text = list(prompt[-BLOCK:]), []
-  for key in jax.random.split(jax.random.key(seed), num_tokens):
+  for i in range(num_tokens):
+    key = jax.random.fold_in(jax.random.key(seed), i)
     every, _ = logits(params, jnp.asarray([window], jnp.int32))
     token = int(draw(every[:, -1], key, sampling)[0])
     text.append(token)

@@ -6,26 +6,31 @@ import time
 
 
 class Clock:
-  """Seconds by phase; an inner phase pauses the outer one."""
+  """Seconds by phase; an inner phase pauses the outer one.
+
+  Attributes:
+    seconds: {phase: seconds}; `read` for the current one.
+    current: the phase.
+  """
 
   def __init__(self):
     self.seconds: defaultdict[str, float] = defaultdict(float)
-    self._phase = 'start'
+    self.current = 'start'
     self._since = time.perf_counter()
 
   def _switch(self, phase: str) -> None:
     now = time.perf_counter()
-    self.seconds[self._phase] += now - self._since
-    self._phase, self._since = phase, now
+    self.seconds[self.current] += now - self._since
+    self.current, self._since = phase, now
 
   def read(self, phase: str) -> float:
     """Seconds spent in `phase` so far."""
-    self._switch(self._phase)
+    self._switch(self.current)
     return self.seconds[phase]
 
   @contextlib.contextmanager
   def phase(self, name: str):
-    outer = self._phase
+    outer = self.current
     self._switch(name)
     try:
       yield

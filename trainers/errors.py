@@ -17,3 +17,14 @@ class UserError(Exception):
 
 class Interrupted(Exception):
   """SIGTERM or Ctrl-C arrived: raised where a long action polls for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+  """Whether memory, of the host or of a device, ran out.
+
+  XLA's errors have one class for all reasons: the text tells.
+  """
+  words = ('RESOURCE_EXHAUSTED', 'Out of memory', 'bad_alloc')
+  return isinstance(error, MemoryError) or (
+    isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+  )

@@ -13,6 +13,7 @@ from clu import metric_writers, periodic_actions
 import jax
 import optax
 
+from trainers import memory as memory_lib
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
 from trainers.board import Board
@@ -80,6 +81,7 @@ class Trainer:
     writers: Sequence[metric_writers.MetricWriter] = (),
     workdir: pathlib.Path | None = None,
     board: Board | None = None,
+    memory_hint: memory_lib.Hint = lambda _: 'try a smaller batch',
   ):
     self.task = task
     self.dataset = dataset
@@ -107,6 +109,8 @@ class Trainer:
     # Jitted by itself too: it is traced once for its shapes and its program.
     self._step_fn = jax.jit(step_lib.make_train_step(task, optimizer, schedule))
     self._evaluator = Evaluator(task)
+    self._memory_hint = memory_hint
+    self._memory: memory_lib.StepMemory | None = None  # Until it is compiled.
     self._in_flight: deque[metrics_lib.Metrics] = deque()
     self._unlogged: metrics_lib.Metrics | None = None
     self._next_hook = len(self.callbacks)  # Of this step's; there is no step 0.
@@ -127,7 +131,11 @@ class Trainer:
           self._train()
         self._save_last()
       except BaseException as raised:
-        error = self._fail(raised)
+        error = self._fail(
+          memory_lib.explained(
+            raised, self.step, self._memory, self._memory_hint
+          )
+        )
       error = self._close(error)
     if error:
       raise error
@@ -147,7 +155,10 @@ class Trainer:
   def _train_step(self, batch: Batch) -> None:
     first = 'compile' not in self.clock.seconds
     with self.clock.phase('compile') if first else nullcontext():
-      self.state, self._running, self.metrics = self._update.result()(
+      update = self._update.result()
+      if first:
+        self._check_memory(update)
+      self.state, self._running, self.metrics = update(
         self.state, self._running, batch, self._step_key
       )
       self._in_flight.append(self.metrics)
@@ -159,6 +170,12 @@ class Trainer:
     self._next_hook = 0
     if self.step % self.log_interval == 0 or self.step == self.num_train_steps:
       self._unlogged, self._running = self._running, self._zeros
+
+  def _check_memory(self, update: jax.stages.Compiled) -> None:
+    """Warns in time: where Linux kills a process, nothing more is told."""
+    self._memory = memory = memory_lib.measure(update, self.state)
+    if memory and not memory.fits:
+      log.warning('it may not fit: %s; %s', memory, self._memory_hint(memory))
 
   def _run_hooks(self) -> None:
     """Each callback once per step, whatever happens between two of them."""

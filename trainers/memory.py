@@ -1,0 +1,89 @@
+"""What a training step needs, what is free, and what to say if it is less."""
+
+from collections.abc import Callable
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from trainers.errors import UserError, is_out_of_memory
+
+
+class StepMemory(NamedTuple):
+  """In bytes.
+
+  Attributes:
+    state: parameters, the optimizer's state and the model's.
+    temporaries: what a step allocates beside it: activations and gradients.
+    free: before the first step; None: not known.
+  """
+
+  state: int
+  temporaries: int
+  free: int | None
+
+  @property
+  def fits(self) -> bool:
+    return self.free is None or self.temporaries <= self.free
+
+  def __str__(self) -> str:
+    free = '' if self.free is None else f', and {_gb(self.free)} are free'
+    return (
+      f'a step needs {_gb(self.temporaries)} beside {_gb(self.state)} of '
+      f"parameters and optimizer's state{free}"
+    )
+
+
+# Of what a user may change, given that much.
+Hint = Callable[[StepMemory], str]
+
+
+def measure(step: jax.stages.Compiled, state: Any) -> StepMemory | None:
+  """Of a compiled step whose inputs exist; None if XLA does not tell."""
+  analysis = step.memory_analysis()
+  if analysis is None:
+    return None
+  on_host = jax.default_backend() == 'cpu'
+  temporaries = (
+    analysis.temp_size_in_bytes
+    + analysis.output_size_in_bytes
+    - analysis.alias_size_in_bytes
+  )
+  return StepMemory(
+    state=sum(x.nbytes for x in jax.tree.leaves(state)),
+    temporaries=temporaries,
+    free=_free_on_host() if on_host else _free_on_device(),
+  )
+
+
+def explained(
+  error: BaseException, step: int, memory: StepMemory | None, hint: Hint
+) -> BaseException:
+  """`error`, or a UserError that says what would help if memory ran out."""
+  if not is_out_of_memory(error):
+    return error
+  told = f': {memory}; {hint(memory)}' if memory else f': {error}'
+  explanation = UserError(f'out of memory after step {step}{told}')
+  explanation.__cause__ = error
+  return explanation
+
+
+def _gb(num_bytes: int) -> str:
+  return f'{num_bytes / 1e9:.{2 if num_bytes < 1e9 else 1}f} GB'
+
+
+def _free_on_device() -> int | None:
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'bytes_limit' not in stats:
+    return None
+  return stats['bytes_limit'] - stats['bytes_in_use']
+
+
+def _free_on_host() -> int | None:
+  """What Linux can give without swapping; elsewhere None."""
+  try:
+    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+  except OSError:
+    return None
+  kilobytes = [x.split()[1] for x in lines if x.startswith('MemAvailable:')]
+  return int(kilobytes[0]) * 1024 if kilobytes else None
