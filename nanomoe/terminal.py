@@ -29,9 +29,9 @@ def log_to_terminal(
     must be drawn there. None if they are written as they are.
   """
   logging.raiseExceptions = False  # A closed pipe ends no run.
-  stream = sys.stdout if stream is None else stream
-  console = _console(stream)
-  out = _DrawingHandler(console) if console else logging.StreamHandler(stream)
+  target: TextIO = sys.stdout if stream is None else stream
+  console = _console(target)
+  out = _DrawingHandler(console) if console else logging.StreamHandler(target)
   out.setLevel(logging.INFO)
   out.addFilter(lambda record: record.levelno < logging.WARNING)
   if quiet:

@@ -17,7 +17,7 @@ from trainers import memory as memory_lib
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
 from trainers.board import Board
-from trainers.callbacks.callback import Callback, PeriodicActionCallback
+from trainers.callbacks.callback import Callback, Callbacks
 from trainers.checkpoint import (
   Checkpointer,
   SaveError,
@@ -90,12 +90,7 @@ class Trainer:
     self.log_interval = log_interval
     self.workdir = workdir
     self.checkpointer = checkpointer
-    self.callbacks: list[Callback] = [
-      PeriodicActionCallback(c)
-      if isinstance(c, periodic_actions.PeriodicAction)
-      else c
-      for c in callbacks
-    ]
+    self.callbacks = Callbacks(callbacks)
     self._writers = Writers(workdir, writers, board)
     self.clock = Clock()
     self.interrupt = Interrupt()
@@ -131,11 +126,7 @@ class Trainer:
           self._train()
         self._save_last()
       except BaseException as raised:
-        error = self._fail(
-          memory_lib.explained(
-            raised, self.step, self._memory, self._memory_hint
-          )
-        )
+        error = self._fail(raised)
       error = self._close(error)
     if error:
       raise error
@@ -277,17 +268,12 @@ class Trainer:
       raise UserError(
         f'num_train_steps={self.num_train_steps}: this run has done {self.step}'
       )
-    names = [name for name, _ in self._named_callbacks()]
-    self._next_hook = (
-      names.index(meta['next_hook'])
-      if meta['next_hook'] in names
-      else len(names)
-    )
+    # None, or one that is not there any more: all have been called.
+    names = [*self.callbacks.names, meta['next_hook']]
+    self._next_hook = names.index(meta['next_hook'])
     self.score = meta['score'] and Score(*meta['score'])
     self.best = meta['best'] and Score(*meta['best'])
-    for name, callback in self._named_callbacks():
-      if name in meta['callbacks']:
-        callback.load_state_dict(meta['callbacks'][name])
+    self.callbacks.load_state_dict(meta['callbacks'])
     log.info('resuming after step %d', self.step)
 
   def _save_last(self) -> None:
@@ -327,13 +313,11 @@ class Trainer:
     return error
 
   def _fail(self, error: BaseException) -> BaseException:
-    """Tells every callback; what they raise does not hide `error`."""
+    error = memory_lib.explained(
+      error, self.step, self._memory, self._memory_hint
+    )
     self.status = 'failed'
-    for callback in self.callbacks:
-      try:
-        callback.on_exception(self, error)
-      except Exception as other:
-        log.error('in on_exception of %s: %r', type(callback).__name__, other)
+    self.callbacks.on_exception(self, error)
     return error
 
   # Helpers.
@@ -344,20 +328,16 @@ class Trainer:
     self._log()
     self._confirm()
     jax.block_until_ready(self.state)
-    names = [name for name, _ in self._named_callbacks()]
     with self.clock.phase('checkpoint'):
       meta = {
         'step': self.step,
-        'next_hook': dict(enumerate(names)).get(next_hook),
+        # None: all have been called.
+        'next_hook': dict(enumerate(self.callbacks.names)).get(next_hook),
         'fingerprint': self.dataset.fingerprint,
         'metrics_size': self._writers.file_size(),
         'score': self.score,
         'best': self.best,
-        'callbacks': {
-          name: state
-          for name, callback in self._named_callbacks()
-          if (state := callback.state_dict())
-        },
+        'callbacks': self.callbacks.state_dict(),
       }
       tree = {
         'state': self.state,
@@ -375,14 +355,6 @@ class Trainer:
         step = self.checkpointer.wait()
       if step is not None:
         self._each('on_checkpoint', step)
-
-  def _named_callbacks(self):
-    """(name, callback): the class name, numbered where it occurs again."""
-    seen: dict[str, int] = {}
-    for callback in self.callbacks:
-      name = type(callback).__name__
-      seen[name] = seen.get(name, 0) + 1
-      yield f'{name}:{seen[name]}' if seen[name] > 1 else name, callback
 
   def _batch(self, index: int) -> Batch:
     rows = slice(0, self.batch_size)
@@ -405,8 +377,7 @@ class Trainer:
 
   def _each(self, hook: str, *args: Any) -> None:
     may_save, self._may_save = self._may_save, False
-    for callback in self.callbacks:
-      getattr(callback, hook)(self, *args)
+    self.callbacks.each(hook, self, *args)
     self._may_save = may_save
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+import logging
 from typing import TYPE_CHECKING, Any
 
 from clu import periodic_actions, profiler
 
 if TYPE_CHECKING:
   from trainers.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 class Callback:
@@ -60,3 +64,52 @@ class PeriodicActionCallback(Callback):
     # CLU's Profile loses what it is taking when training ends.
     if getattr(self.action, '_session_running', False):
       profiler.stop()
+
+
+class Callbacks(list[Callback]):
+  """In the order in which they are called; CLU's periodic actions among them.
+
+  Attributes:
+    names: the class names, numbered where one occurs again.
+  """
+
+  def __init__(
+    self, callbacks: Iterable[Callback | periodic_actions.PeriodicAction]
+  ):
+    super().__init__(
+      PeriodicActionCallback(c)
+      if isinstance(c, periodic_actions.PeriodicAction)
+      else c
+      for c in callbacks
+    )
+    seen: dict[str, int] = {}
+    self.names: list[str] = []
+    for callback in self:
+      name = type(callback).__name__
+      seen[name] = seen.get(name, 0) + 1
+      self.names.append(f'{name}:{seen[name]}' if seen[name] > 1 else name)
+
+  def each(self, hook: str, *args: Any) -> None:
+    for callback in self:
+      getattr(callback, hook)(*args)
+
+  def on_exception(self, loop: Trainer, error: BaseException) -> None:
+    """Tells every one; what they raise does not hide `error`."""
+    for callback in self:
+      try:
+        callback.on_exception(loop, error)
+      except Exception as other:
+        log.error('in on_exception of %s: %r', type(callback).__name__, other)
+
+  def state_dict(self) -> dict[str, Any]:
+    """By name, of those that have something to remember."""
+    states = {
+      name: callback.state_dict()
+      for name, callback in zip(self.names, self, strict=True)
+    }
+    return {name: state for name, state in states.items() if state}
+
+  def load_state_dict(self, states: dict[str, Any]) -> None:
+    for name, callback in zip(self.names, self, strict=True):
+      if name in states:
+        callback.load_state_dict(states[name])
