@@ -36,12 +36,13 @@ def evaluate(workdir: pathlib.Path, split: str, step: str) -> dict[str, Any]:
   config = workdir_lib.config_of(workdir)
 
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe.data import text as text_lib  # noqa: PLC0415
   from trainers.checkpoint import check_fingerprint  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
 
   config.eval_iters = 0  # Each target of the split, once.
   run = experiment.restore(config, workdir, step)
-  _, _, dataset = experiment.read_data(config, workdir)
+  _, _, dataset = text_lib.read(config, workdir)
   check_fingerprint(run.fingerprint, dataset.fingerprint)
   batches = list(dataset.eval_batches(split, slice(0, config.batch_size)))
   num_tokens = int(sum(batch['weights'].sum() for batch in batches))

@@ -23,26 +23,21 @@ from nanomoe import (
 )
 from nanomoe.callbacks import ExpertLoads, TextSample
 from nanomoe.config import Config
-from nanomoe.data import corpus as corpus_lib
+from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
-from nanomoe.data.corpus import Corpus
+from nanomoe.data.text import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.data.windows import Windows
 from nanomoe.model import Attention, Block, Transformer
 from nanomoe.moe import MoE
 from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import callbacks, checkpoint, spec
 from trainers.errors import UserError
-from trainers.task import Dataset
 from trainers.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 CALLBACKS = {name: getattr(callbacks, name) for name in callbacks.__all__}
-DATASETS = {'Windows': Windows}
-VOCABULARY = 'vocabulary.json'
-TRAIN_SHARE = 0.9  # Of the text; the rest is the validation split.
 
 
 def build(config: Config, directory: pathlib.Path) -> Trainer:
@@ -56,7 +51,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
   if lines := schema.problems(config.to_dict()):
     raise UserError(lines)
   config = decide(config)
-  corpus, tokenizer, dataset = read_data(config, directory)
+  corpus, tokenizer, dataset = text_lib.read(config, directory)
   task = build_task(config, tokenizer.vocab_size, tokenizer.token_bytes())
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps
@@ -159,80 +154,6 @@ def decide(config: Config) -> Config:
   config.precision = numerics.resolve_precision(config.precision)
   config.moe.dispatch = dispatch.resolve_dispatch(config.moe.dispatch)
   return config
-
-
-def read_data(
-  config: Config, directory: pathlib.Path
-) -> tuple[Corpus, Tokenizer, Dataset]:
-  """The text, its tokenizer, and the batches that are cut from it.
-
-  A run that is in `directory` gets the text and the tokenizer that it began
-  with, or an error; one that starts from another run, that one's tokenizer.
-  """
-  path = directory / VOCABULARY
-  spec_of_tokenizer = config.data.tokenizer.to_dict()
-  if path.exists():
-    recorded = tokenizers.read(path)
-    corpus = corpus_lib.find_again(
-      config.data.path, recorded['corpus'], recorded['corpus_sha256']
-    )
-    tokenizer = tokenizers.load(spec_of_tokenizer, path)
-  else:
-    corpus = corpus_lib.find(config.data.path, config.data.fallback)
-    if config.init_from:
-      tokenizer = _tokenizer_of(
-        pathlib.Path(config.init_from), spec_of_tokenizer
-      )
-    else:
-      tokenizer = tokenizers.build(spec_of_tokenizer)
-      tokenizer.fit(split(corpus.text))
-  try:
-    tokens = {
-      name: tokenizer.encode(text) for name, text in split(corpus.text).items()
-    }
-  except UserError as error:
-    where = f'init_from={config.init_from}: ' if config.init_from else ''
-    raise UserError(
-      f'{where}{corpus.name} does not fit the vocabulary: {error}'
-    ) from error
-  return corpus, tokenizer, build_dataset(config, tokens)
-
-
-def split(whole: Any) -> dict[str, Any]:
-  """Of the text, so that the splits are the same whatever its tokens."""
-  num_train = int(len(whole) * TRAIN_SHARE)
-  return {'train': whole[:num_train], 'val': whole[num_train:]}
-
-
-def build_dataset(config: Config, splits: dict[str, np.ndarray]) -> Dataset:
-  own = config.data.dataset.to_dict()
-  dataset = spec.build(
-    'data.dataset',
-    own,
-    DATASETS,
-    splits=splits,
-    seed=config.seed,
-    batch_size=config.batch_size,
-    block_size=config.block_size,
-    eval_iters=config.eval_iters,
-  )
-  if not isinstance(dataset, Dataset):
-    raise UserError(
-      f'data.dataset.type={own["type"]!r} is not a trainers.task.Dataset: it '
-      'must have fingerprint, train_batch and eval_batches'
-    )
-  return dataset
-
-
-def _tokenizer_of(source: pathlib.Path, wanted: dict[str, Any]) -> Tokenizer:
-  """That of the run in `source`: weights mean nothing with another."""
-  theirs = workdir.config_of(source).data.tokenizer.to_dict()
-  if theirs != wanted:
-    raise UserError(
-      f'init_from={source}: its weights are for data.tokenizer={theirs}, and '
-      f'this config has {wanted}'
-    )
-  return tokenizers.load(theirs, source / VOCABULARY)
 
 
 def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:

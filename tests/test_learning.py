@@ -3,6 +3,7 @@
 import numpy as np
 
 from nanomoe import experiment, optimizers
+from nanomoe.data import text as text_lib
 from trainers import callbacks
 from trainers.trainer import Trainer
 
@@ -40,7 +41,7 @@ def test_reaches_the_entropy_of_its_source(tiny, rng):
       }
     )
   )
-  dataset = experiment.build_dataset(config, experiment.split(tokens))
+  dataset = text_lib.build_dataset(config, text_lib.split(tokens))
   task = experiment.build_task(config, NUM_SYMBOLS)
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps

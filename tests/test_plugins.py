@@ -14,6 +14,7 @@ import pytest
 
 from nanomoe import config as config_lib
 from nanomoe import experiment, optimizers, schema
+from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
 from tests.shrunk import ROOT
 from trainers.errors import UserError
@@ -130,7 +131,7 @@ def test_the_router_is_topk_of_softer_logits(importable, tiny):
 def test_the_dataset_reads_on(importable, tiny):
   config = tiny({'data.dataset.type': 'my_dataset.InOrder'})
   tokens = np.arange(1000, dtype=np.int32)
-  dataset = experiment.build_dataset(config, experiment.split(tokens))
+  dataset = text_lib.build_dataset(config, text_lib.split(tokens))
   rows = slice(0, config.batch_size)
   first, second = (dataset.train_batch(i, rows)['inputs'] for i in (0, 1))
   np.testing.assert_array_equal(second[:, 0], first[:, -1] + 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nanomoe import experiment
+from nanomoe.data import text as text_lib
 from nanomoe.data.windows import Windows
 from trainers.errors import UserError
 
@@ -134,8 +134,8 @@ def test_evaluation_on_the_training_text_has_windows_of_its_own():
 def test_splits_never_mix(tiny):
   """The composition root's split: the last tenth is never trained on."""
   config = tiny({'eval_iters': 0, 'batch_size': 16})
-  data = experiment.build_dataset(
-    config, experiment.split(np.arange(1005, dtype=np.int32))
+  data = text_lib.build_dataset(
+    config, text_lib.split(np.arange(1005, dtype=np.int32))
   )
   seen = np.concatenate(
     [
