@@ -138,7 +138,10 @@ class Trainer:
 
   def _train_step(self, batch: Batch) -> None:
     first = 'compile' not in self.clock.seconds
-    with self.clock.phase('compile') if first else nullcontext():
+    with (
+      self.clock.phase('compile') if first else nullcontext(),
+      jax.profiler.StepTraceAnnotation('train', step_num=self.step + 1),
+    ):
       self.state, self._running, self.metrics = self._update.result()(
         self.state, self._running, batch, self._step_key
       )

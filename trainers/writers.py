@@ -159,7 +159,8 @@ class RunWriter(metric_writers.MetricWriter):
     """
     self._hparams.update(hparams)
     directory = self._workdir / self._board.split
-    (directory / f'events.out.tfevents.{self.SESSION}').unlink(missing_ok=True)
+    if self.SESSION in self._files:
+      self._files[self.SESSION].close()
     self._files[self.SESSION] = SummaryWriter(directory, self.SESSION)
     self._files[self.SESSION].write_hparams(self._hparams)
 
@@ -252,7 +253,7 @@ class Writers:
     self._file_failed = False
     self._run: Guarded | None = None
     self._extra = [Guarded(writer) for writer in extra]
-    self.splits = {'train'}
+    self.splits = {'train', self._board.split}
     self.clu = metric_writers.MultiWriter(self._extra)
 
   def start(self, step: int, file_size: int) -> None:
