@@ -285,6 +285,21 @@ def test_every_kind_goes_to_the_directory_of_its_split(tmp_path):
   assert len(rows) == 2
 
 
+def test_what_is_evaluated_is_a_split(tmp_path):
+  """The training and the board's split are, from the start."""
+  writers = Writers(tmp_path)
+  writers.start(0, 0)
+  for step in (1, 2):
+    for split in ('train', 'val', 'test'):
+      writers.clu.write_scalars(step, {f'{split}/x': step})
+    writers.splits.add('test')
+  writers.close('done')
+  for split in ('train', 'val'):
+    assert tensors(tmp_path / split, 'x') == [(1, 1), (2, 2)]
+  assert tensors(tmp_path, 'test/x') == [(1, 1)]
+  assert tensors(tmp_path / 'test', 'x') == [(2, 2)]
+
+
 def test_directories_are_made_when_needed_and_charts_described(tmp_path):
   writer = RunWriter(tmp_path, BOARD._replace(hparams={}), 0, {'train', 'val'})
   writer.write_scalars(1, {'train/loss': 1.0})

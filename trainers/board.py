@@ -126,7 +126,8 @@ class RunWriter(metric_writers.MetricWriter):
     """
     self._hparams.update(hparams)
     directory = self._workdir / self._board.split
-    (directory / f'events.out.tfevents.{self.SESSION}').unlink(missing_ok=True)
+    if self.SESSION in self._files:
+      self._files[self.SESSION].close()
     self._files[self.SESSION] = SummaryWriter(directory, self.SESSION)
     self._files[self.SESSION].write_hparams(self._hparams)
 

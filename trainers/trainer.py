@@ -145,7 +145,10 @@ class Trainer:
 
   def _train_step(self, batch: Batch) -> None:
     first = 'compile' not in self.clock.seconds
-    with self.clock.phase('compile') if first else nullcontext():
+    with (
+      self.clock.phase('compile') if first else nullcontext(),
+      jax.profiler.StepTraceAnnotation('train', step_num=self.step + 1),
+    ):
       update = self._update.result()
       if first:
         self._check_memory(update)

@@ -102,7 +102,7 @@ class Writers:
     self._file_failed = False
     self._run: Guarded | None = None
     self._extra = [Guarded(writer) for writer in extra]
-    self.splits = {'train'}
+    self.splits = {'train', self._board.split}
     self.clu = metric_writers.MultiWriter(self._extra)
 
   def start(self, step: int, file_size: int) -> None:

@@ -67,11 +67,7 @@ class PeriodicActionCallback(Callback):
 
 
 class Callbacks(list[Callback]):
-  """In the order in which they are called; CLU's periodic actions among them.
-
-  Attributes:
-    names: the class names, numbered where one occurs again.
-  """
+  """In the order of their calls; CLU's periodic actions among them."""
 
   def __init__(
     self, callbacks: Iterable[Callback | periodic_actions.PeriodicAction]
@@ -82,12 +78,16 @@ class Callbacks(list[Callback]):
       else c
       for c in callbacks
     )
-    seen: dict[str, int] = {}
-    self.names: list[str] = []
+
+  @property
+  def names(self) -> list[str]:
+    """The class names, numbered where one occurs again."""
+    names: list[str] = []
     for callback in self:
       name = type(callback).__name__
-      seen[name] = seen.get(name, 0) + 1
-      self.names.append(f'{name}:{seen[name]}' if seen[name] > 1 else name)
+      number = 1 + sum(n.partition(':')[0] == name for n in names)
+      names.append(f'{name}:{number}' if number > 1 else name)
+    return names
 
   def each(self, hook: str, *args: Any) -> None:
     for callback in self:
