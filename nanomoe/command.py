@@ -14,6 +14,7 @@ import warnings
 
 from absl import app, flags
 
+from nanomoe.data import corpus
 from trainers.errors import UserError, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -102,13 +103,7 @@ def _keep_compiled_programs() -> None:
   if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
     return
   try:
-    home = os.environ.get('XDG_CACHE_HOME', '')
-    caches = (
-      pathlib.Path(home)
-      if os.path.isabs(home)
-      else pathlib.Path.home() / '.cache'
-    )
-    path = caches / 'nanomoe' / f'xla-{_cpu_fingerprint()}'
+    path = corpus.cache_directory() / f'xla-{_cpu_fingerprint()}'
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not os.access(path, os.W_OK | os.X_OK):
       return
