@@ -20,7 +20,7 @@ from trainers.files import to_json
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Of the run.', required=True, flag_values=_FLAGS
+  'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
 )
 _SPLIT = flags.DEFINE_enum(
   'split',
@@ -36,7 +36,10 @@ _DATA = flags.DEFINE_string(
   flag_values=_FLAGS,
 )
 _STEP = flags.DEFINE_string(
-  'step', 'best', 'A step, best, or latest.', flag_values=_FLAGS
+  'step',
+  'best',
+  'Of the checkpoint: a number, best, or latest.',
+  flag_values=_FLAGS,
 )
 
 
@@ -90,10 +93,10 @@ def evaluate(
   batches = list(dataset.eval_batches(split, slice(0, config.batch_size)))
   num_tokens = int(sum(batch['weights'].sum() for batch in batches))
   evaluator = Evaluator(run.task)
-  state = jax.device_put((run.params, run.model_state))
-  evaluator(*state, batches[:1])  # Compiles.
+  params, model_state = jax.device_put((run.params, run.model_state))
+  evaluator(params, model_state, batches[:1])  # Compiles.
   start = time.perf_counter()
-  metrics = evaluator(*state, batches)
+  metrics = evaluator(params, model_state, batches)
   return {
     'workdir': str(workdir),
     'step': run.step,

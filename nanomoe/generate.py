@@ -16,17 +16,17 @@ from trainers.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Of the run.', required=True, flag_values=_FLAGS
+  'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
 )
 _PROMPT = flags.DEFINE_multi_string(
   'prompt',
   ['\n'],
-  'A text to continue, exactly as the shell hands it over (a new line is '
-  "--prompt=$'one\\ntwo' in bash and zsh); may be given several times.",
+  'A text to continue, exactly as the shell hands it over: a new line is '
+  "--prompt=$'one\\ntwo' in bash and zsh. May be given several times.",
   flag_values=_FLAGS,
 )
 _NUM_TOKENS = flags.DEFINE_integer(
-  'num_tokens', 500, 'To generate.', lower_bound=0, flag_values=_FLAGS
+  'num_tokens', 500, 'How many to generate.', lower_bound=0, flag_values=_FLAGS
 )
 _TEMPERATURE = flags.DEFINE_float(
   'temperature',
@@ -54,7 +54,10 @@ _SEED = flags.DEFINE_integer(
   'seed', 0, 'Of the draws.', lower_bound=0, flag_values=_FLAGS
 )
 _STEP = flags.DEFINE_string(
-  'step', 'best', 'A step, best, or latest.', flag_values=_FLAGS
+  'step',
+  'best',
+  'Of the checkpoint: a number, best, or latest.',
+  flag_values=_FLAGS,
 )
 
 

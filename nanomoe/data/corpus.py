@@ -95,7 +95,7 @@ def cache_directory() -> pathlib.Path:
 
 
 def path_problems(path: str, key: str = 'data.path') -> list[str]:
-  """What is wrong with the file at `path`, the value of `key`; reads nothing."""
+  """What is wrong with the file at `path`, which `key` names; reads nothing."""
   try:
     status = os.stat(path)
   except (OSError, ValueError) as error:
