@@ -153,14 +153,16 @@ def main(_: None) -> int:
   live = len(prompts) == 1
   if live:
     _show(prompts[0])
-  for piece in pieces:
-    if live:
-      _show(piece[0])
-    for text, new in zip(texts, piece, strict=True):
-      text.append(new)
-  if not live:
-    _show('\n\n'.join(''.join(text) for text in texts))
-  _show('\n')
+  try:
+    for piece in pieces:
+      if live:
+        _show(piece[0])
+      for text, new in zip(texts, piece, strict=True):
+        text.append(new)
+    if not live:
+      _show('\n\n'.join(''.join(text) for text in texts))
+  finally:  # Ctrl-C too ends the line.
+    _show('\n')
   return 0
 
 

@@ -71,7 +71,7 @@ def columns(rows: Iterable[tuple[str, str]]) -> str:
     textwrap.fill(
       text,
       80,
-      initial_indent=f'  {name:26}',
+      initial_indent=f'  {name:25} ',
       subsequent_indent=' ' * 28,
       break_on_hyphens=False,
     )

@@ -101,6 +101,15 @@ def test_no_run_and_no_checkpoint(tmp_path, finished):
     generate_lib.generate(tmp_path, ['a'])
 
 
+def test_a_config_of_another_version_is_told(finished, tmp_path):
+  workdir, _ = finished
+  config = json.loads((workdir / 'config.json').read_text())
+  del config['moe']['top_k']
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(UserError, match=r'config\.json: moe\.top_k is missing'):
+    generate_lib.generate(tmp_path, ['a'])
+
+
 @pytest.mark.parametrize(
   'text', ['', '[]', '{"characters": "ba"}', '{"characters": 5}', '{}']
 )
