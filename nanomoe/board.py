@@ -11,7 +11,12 @@ from trainers.board import Board, Chart
 CHARTS = {
   'cross_entropy': Chart('loss/cross_entropy', 'Nats per token.'),
   'best_cross_entropy': Chart('loss/best_cross_entropy', 'Lowest so far.'),
-  'bits_per_char': Chart('loss/bits_per_char', 'Cross-entropy over ln 2.'),
+  'bits_per_char': Chart(
+    'loss/bits_per_char', 'Cross-entropy over ln 2, for a character.'
+  ),
+  'bits_per_byte': Chart(
+    'loss/bits_per_byte', 'The same for a byte: it compares tokenizers.'
+  ),
   'loss': Chart(
     'loss/total', 'What is minimized: cross-entropy and weighted balance loss.'
   ),

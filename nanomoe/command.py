@@ -14,6 +14,8 @@ import warnings
 
 from absl import app, flags
 
+from nanomoe import terminal
+from nanomoe.data import corpus
 from trainers.errors import UserError, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -22,16 +24,22 @@ USER_ERROR = 2
 INTERRUPTED = 75
 
 
-def parse_flags(argv: list[str], values: flags.FlagValues, usage: str) -> None:
+def parse_flags(
+  argv: list[str],
+  values: flags.FlagValues,
+  usage: str,
+  more_help: Callable[[], str] = str,
+) -> None:
   """Sets a command's own flags from argv, which must hold nothing else.
 
-  --help prints `usage` and the flags, and exits.
+  --help prints `usage`, the flags and `more_help()`, and exits.
 
   Raises:
     UserError: an unknown flag, a bad value, or a stray word.
   """
   if {'--help', '-help', '-h'} & set(argv):
-    print(usage.strip(), values.get_help(), sep='\n\n')
+    parts = usage.strip(), _flags_help(values), more_help()
+    print('\n\n'.join(part for part in parts if part))
     sys.exit(0)
   try:
     rest = values(argv)
@@ -59,6 +67,21 @@ def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
   app.run(_guarded(main), flags_parser=parser)
 
 
+def _flags_help(values: flags.FlagValues) -> str:
+  """A command's own flags, in the order of their definition."""
+  rows = []
+  for module, of_module in values.flags_by_module_dict().items():
+    for flag in of_module if module != 'absl.flags' else ():
+      name = f'-{flag.short_name}, ' if flag.short_name else ''
+      text = str(flag.help).partition(';\n')[0]  # Absl adds to what repeats.
+      if flag.default is not None and flag.default is not False:
+        listed = isinstance(flag.default, list)
+        default = ' '.join(map(repr, flag.default)) if listed else flag.default
+        text = f'{text} [{default}]'
+      rows.append((f'{name}--{flag.name}', text))
+  return terminal.columns([*rows, ('-h, --help', 'This.')])
+
+
 def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
   def guarded(argument):
     try:
@@ -71,6 +94,9 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `| head`, for example, has seen enough.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
       log.debug('a bug', exc_info=True)
       if is_out_of_memory(error):
@@ -102,13 +128,7 @@ def _keep_compiled_programs() -> None:
   if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
     return
   try:
-    home = os.environ.get('XDG_CACHE_HOME', '')
-    caches = (
-      pathlib.Path(home)
-      if os.path.isabs(home)
-      else pathlib.Path.home() / '.cache'
-    )
-    path = caches / 'nanomoe' / f'xla-{_cpu_fingerprint()}'
+    path = corpus.cache_directory() / f'xla-{_cpu_fingerprint()}'
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not os.access(path, os.W_OK | os.X_OK):
       return

@@ -1,7 +1,8 @@
 """python -m nanomoe.evaluate --workdir=DIR --split=val --step=best
 
-Prints, as JSON, the exact cross-entropy of a run's checkpoint: one pass over
-the split, each target once.
+Prints, as JSON, the exact cross-entropy of a run's checkpoint: one pass over a
+split of its text, or over the whole of any other text (--data=FILE), each
+target once. Speed is without compiling.
 """
 
 import pathlib
@@ -13,45 +14,94 @@ from absl import flags
 
 from nanomoe import command, terminal
 from nanomoe import workdir as workdir_lib
+from nanomoe.data import corpus
+from trainers.errors import UserError
 from trainers.files import to_json
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Of the run.', required=True, flag_values=_FLAGS
+  'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
 )
 _SPLIT = flags.DEFINE_enum(
-  'split', 'val', ['train', 'val'], 'What to read.', flag_values=_FLAGS
+  'split',
+  None,
+  ['train', 'val'],
+  "Of the run's own text. Default: val.",
+  flag_values=_FLAGS,
+)
+_DATA = flags.DEFINE_string(
+  'data',
+  None,
+  'Another UTF-8 text, read from its first to its last character.',
+  flag_values=_FLAGS,
 )
 _STEP = flags.DEFINE_string(
-  'step', 'best', 'A step, best, or latest.', flag_values=_FLAGS
+  'step',
+  'best',
+  'Of the checkpoint: a number, best, or latest.',
+  flag_values=_FLAGS,
 )
 
 
-def evaluate(workdir: pathlib.Path, split: str, step: str) -> dict[str, Any]:
+def evaluate(
+  workdir: pathlib.Path, split: str, step: str, data: str | None = None
+) -> dict[str, Any]:
   """JSON values: the task's metrics over one pass, and what was evaluated.
 
+  Args:
+    workdir: of the run.
+    split: of the run's own text, if `data` is None.
+    step: a number, best or latest.
+    data: the path of another text: all of it is evaluated on.
+
   Raises:
-    UserError: there is no such run, or no such checkpoint.
+    UserError: there is no such run, no such checkpoint, or no such text; or
+      the text has characters that the run's tokenizer does not know.
   """
   config = workdir_lib.config_of(workdir)
 
-  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  if data is not None:
+    text = corpus.read(data, '--data').text
+
+  import jax  # noqa: PLC0415 (it takes seconds)
+
+  from nanomoe import experiment  # noqa: PLC0415
   from nanomoe.data import text as text_lib  # noqa: PLC0415
+  from nanomoe.data.windows import Windows  # noqa: PLC0415
   from trainers.checkpoint import check_fingerprint  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
 
   config.eval_iters = 0  # Each target of the split, once.
   run = experiment.restore(config, workdir, step)
-  _, _, dataset = text_lib.read(config, workdir)
-  check_fingerprint(run.fingerprint, dataset.fingerprint)
+  if data is None:
+    _, _, dataset = text_lib.read(config, workdir)
+    check_fingerprint(run.fingerprint, dataset.fingerprint)
+    of = {'split': split}
+  else:
+    split = f'--data={data}'
+    try:
+      tokens = run.tokenizer.encode(text)
+    except UserError as error:
+      raise UserError(f'{split}: {error}') from error
+    dataset = Windows(
+      {split: tokens},
+      seed=config.seed,
+      batch_size=config.batch_size,
+      block_size=config.block_size,
+      eval_iters=0,
+    )
+    of = {'data': data}
   batches = list(dataset.eval_batches(split, slice(0, config.batch_size)))
   num_tokens = int(sum(batch['weights'].sum() for batch in batches))
+  evaluator = Evaluator(run.task)
+  params, model_state = jax.device_put((run.params, run.model_state))
+  evaluator(params, model_state, batches[:1])  # Compiles.
   start = time.perf_counter()
-  metrics = Evaluator(run.task)(run.params, run.model_state, batches)
+  metrics = evaluator(params, model_state, batches)
   return {
     'workdir': str(workdir),
     'step': run.step,
-    'split': split,
+    **of,
     **metrics,
     'num_tokens': num_tokens,
     'tokens_per_sec': num_tokens / (time.perf_counter() - start),
@@ -64,7 +114,14 @@ def _parse(argv: list[str]) -> None:
 
 def main(_: None) -> int:
   terminal.log_to_terminal(sys.stderr)
-  result = evaluate(pathlib.Path(_WORKDIR.value), _SPLIT.value, _STEP.value)
+  if _DATA.value is not None and _SPLIT.value:
+    raise UserError("--split is of the run's own text: not with --data")
+  result = evaluate(
+    pathlib.Path(_WORKDIR.value),
+    _SPLIT.value or 'val',
+    _STEP.value,
+    _DATA.value,
+  )
   print(to_json(result, indent=2))
   return 0
 

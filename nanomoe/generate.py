@@ -4,7 +4,7 @@ Prints the prompt and what the model makes of it, alone on standard output, as
 it is made.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import pathlib
 import sys
 
@@ -16,16 +16,17 @@ from trainers.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Of the run.', required=True, flag_values=_FLAGS
+  'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
 )
 _PROMPT = flags.DEFINE_multi_string(
   'prompt',
   ['\n'],
-  'A text to continue; may be given several times.',
+  'A text to continue, exactly as the shell hands it over: a new line is '
+  "--prompt=$'one\\ntwo' in bash and zsh. May be given several times.",
   flag_values=_FLAGS,
 )
 _NUM_TOKENS = flags.DEFINE_integer(
-  'num_tokens', 500, 'To generate.', lower_bound=0, flag_values=_FLAGS
+  'num_tokens', 500, 'How many to generate.', lower_bound=0, flag_values=_FLAGS
 )
 _TEMPERATURE = flags.DEFINE_float(
   'temperature',
@@ -53,7 +54,10 @@ _SEED = flags.DEFINE_integer(
   'seed', 0, 'Of the draws.', lower_bound=0, flag_values=_FLAGS
 )
 _STEP = flags.DEFINE_string(
-  'step', 'best', 'A step, best, or latest.', flag_values=_FLAGS
+  'step',
+  'best',
+  'Of the checkpoint: a number, best, or latest.',
+  flag_values=_FLAGS,
 )
 
 
@@ -70,6 +74,8 @@ def generate(
 ) -> Iterator[list[str]]:
   """Yields, `num_tokens` times, the next piece of each prompt's continuation.
 
+  A piece is '' while a character is incomplete: a token may be a part of one.
+
   Raises:
     UserError: there is no such run or checkpoint, a prompt is empty, or a
       character of it is unknown. All of it before the first piece.
@@ -83,16 +89,46 @@ def generate(
 
   run = experiment.restore(config, workdir, step)
   generator = Generator(run.task.logits, run.params, config.block_size)
+  try:
+    tokens = [run.tokenizer.encode(prompt).tolist() for prompt in prompts]
+  except UserError as error:
+    raise UserError(f'--prompt: {error}') from error
   drawn = generator(
-    [run.tokenizer.encode(prompt).tolist() for prompt in prompts],
-    num_tokens,
-    Sampling(temperature, top_k, top_p),
-    seed,
+    tokens, num_tokens, Sampling(temperature, top_k, top_p), seed
   )
+  texts = [Text(run.tokenizer.decode, row) for row in tokens]
   return (
-    [run.tokenizer.decode(token) for token in tokens[:, None]]
-    for tokens in drawn
+    [
+      text.add(int(token), last=i == num_tokens)
+      for text, token in zip(texts, row, strict=True)
+    ]
+    for i, row in enumerate(drawn, 1)
   )
+
+
+class Text:
+  """Tokens -> text as they come, in whole characters.
+
+  Args:
+    decode: of a tokenizer: the text of some tokens, U+FFFD for what is none.
+    prompt: tokens whose text is there already.
+  """
+
+  def __init__(self, decode: Callable[[list[int]], str], prompt: list[int]):
+    self._decode = decode
+    # The last tokens that made whole characters, and those since then: a
+    # decoder may see a token's neighbours, and all of a long text costs more.
+    self._told, self._new = list(prompt), []
+
+  def add(self, token: int, *, last: bool = False) -> str:
+    """What `token` completes; all that is left if it is the `last`."""
+    self._new.append(token)
+    before = self._decode(self._told)
+    text = self._decode(self._told + self._new)
+    if text.endswith('\N{REPLACEMENT CHARACTER}') and not last:
+      return ''
+    self._told, self._new = self._new, []
+    return text[len(before) :]
 
 
 def _parse(argv: list[str]) -> None:
@@ -117,14 +153,16 @@ def main(_: None) -> int:
   live = len(prompts) == 1
   if live:
     _show(prompts[0])
-  for piece in pieces:
-    if live:
-      _show(piece[0])
-    for text, new in zip(texts, piece, strict=True):
-      text.append(new)
-  if not live:
-    _show('\n\n'.join(''.join(text) for text in texts))
-  _show('\n')
+  try:
+    for piece in pieces:
+      if live:
+        _show(piece[0])
+      for text, new in zip(texts, piece, strict=True):
+        text.append(new)
+    if not live:
+      _show('\n\n'.join(''.join(text) for text in texts))
+  finally:  # Ctrl-C too ends the line.
+    _show('\n')
   return 0
 
 

@@ -1,7 +1,9 @@
-"""python -m nanomoe.main --config=configs/base.py --config.key=value
+"""python -m nanomoe.main --config=configs/base.py --config.batch_size=64
 
-Flags are parsed before JAX is imported: a mistake is answered at once.
+Trains a model, or goes on training one: python -m nanomoe.main --workdir=DIR
 """
+
+# Flags are parsed before JAX is imported: a mistake is answered at once.
 
 import logging
 import pathlib
@@ -59,10 +61,23 @@ EXIT_CODES = {
 def _parse(argv: list[str]) -> list[config_lib.Override]:
   """The overrides. Absl does not know the config's keys: it gets the rest."""
   argv, overrides = config_lib.split_arguments(argv)
-  command.parse_flags(argv, _FLAGS, f'{__doc__}\n{schema.help_text()}')
+  command.parse_flags(argv, _FLAGS, str(__doc__), lambda: _keys_help(argv))
   if _INIT_FROM.value:
     overrides.append(('init_from', _INIT_FROM.value))
   return overrides
+
+
+def _keys_help(argv: list[str]) -> str:
+  """With the values of the --config in argv, if it is there."""
+  paths = [w.partition('=')[2] for w in argv if w.startswith('--config=')]
+  where, config = '--config=FILE --help shows its values', None
+  if paths:
+    where = f'[the value in {paths[-1]}]'
+    config = config_lib.load_file(paths[-1]).to_dict()
+  return (
+    f'--config.KEY=VALUE, for these keys; {where}:\n\n'
+    f'{schema.help_text(config)}'
+  )
 
 
 def main(overrides: list[config_lib.Override]) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 import math
 from typing import Any, NamedTuple
 
+from nanomoe import terminal
 from trainers.spec import did_you_mean
 
 _NOUNS = {
@@ -28,8 +29,8 @@ class Field(NamedTuple):
     if self.choices:
       return f'one of {", ".join(map(repr, self.choices))}'
     noun = _NOUNS[self.kind]
-    bounds = [] if self.low is None else [f'>= {self.low:g}']
-    bounds += [] if self.below is None else [f'< {self.below:g}']
+    bounds = [] if self.low is None else [f'>= {self.low:.10g}']
+    bounds += [] if self.below is None else [f'< {self.below:.10g}']
     return f'{noun} {" and ".join(bounds)}'.strip()
 
 
@@ -81,13 +82,16 @@ FIELDS: dict[str, Field] = {
 }
 
 
-def help_text() -> str:
-  """A line for every key: --config.key=value."""
+def help_text(config: Mapping[str, Any] | None = None) -> str:
+  """Every key and its meaning, and what it is in `config`."""
   rows = [(key, f'{f.meaning}; {f.allowed}') for key, f in FIELDS.items()]
   rows += [(f'{key}.type', meaning) for key, meaning in SPECS.items()]
   rows += [(f'{key}.NAME.type', text) for key, text in SPEC_GROUPS.items()]
-  width = max(len(key) for key, _ in rows)
-  return '\n'.join(f'  --config.{key:{width}}  {text}' for key, text in rows)
+  values = dict(flatten(config or {}))
+  return terminal.columns(
+    (key, f'{text} [{values[key]!r}]' if key in values else text)
+    for key, text in rows
+  )
 
 
 # Sections with a `type`: their other keys are arguments of what it names.

@@ -75,10 +75,15 @@ def read_config(workdir: pathlib.Path) -> ConfigDict | None:
 
 
 def config_of(workdir: pathlib.Path) -> Config:
-  """As `read_config`; raises UserError if there is no run."""
+  """As `read_config`; raises UserError if there is no run, or not one of ours.
+
+  An older version's config may lack keys.
+  """
   config = read_config(workdir)
   if config is None:
     raise UserError(f'--workdir={workdir}: no run is there (no config.json)')
+  if lines := schema.problems(config.to_dict()):
+    raise UserError([f'{workdir / "config.json"}: {line}' for line in lines])
   return config
 
 

@@ -1,11 +1,12 @@
 """What every command does before its own work."""
 
 import os
+import subprocess
 import sys
 
 import pytest
 
-from nanomoe import command
+from nanomoe import command, evaluate, generate, main
 from tests.shrunk import ROOT
 
 # A command that compiles one program, and tells whether it had to.
@@ -68,3 +69,41 @@ def test_no_cache_where_nothing_can_be_written(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
   command._keep_compiled_programs()
   assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ
+
+
+@pytest.mark.parametrize(
+  ('module', 'arguments', 'told'),
+  [
+    (main, ['--config=configs/base.py'], ['num_train_steps', '[5000]', '-q,']),
+    (main, [], ['optimizer.schedule.type', '--config=FILE --help']),
+    (generate, [], ['--num_tokens', '[500]', r"['\n']", '--seed']),
+    (evaluate, [], ['--data', '--split', '[best]']),
+  ],
+)
+def test_help_is_of_this_command_in_80_columns(
+  capsys, monkeypatch, module, arguments, told
+):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(SystemExit) as left:
+    module._parse([module.__name__, *arguments, '--help'])
+  assert left.value.code == 0
+  text = capsys.readouterr().out
+  for word in told:
+    assert word in text
+  assert max(map(len, text.splitlines())) <= 80
+  assert 'absl' not in text and 'undefok' not in text
+
+
+def test_a_closed_pipe_is_the_end_and_no_bug(environment):
+  """As in `python -m nanomoe.main --help | true`."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  process = subprocess.run(
+    [sys.executable, '-m', 'nanomoe.main', '--help'],
+    cwd=ROOT,
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    env={**environment, 'PYTHONUNBUFFERED': '1'},
+  )
+  os.close(writer)
+  assert (process.returncode, process.stderr) == (141, b'')

@@ -60,7 +60,7 @@ def test_prompts_in_a_batch_and_options(finished):
 @pytest.mark.parametrize(
   ('kwargs', 'words'),
   [
-    (dict(prompts=['aXb']), ["'X'", 'position 1']),
+    (dict(prompts=['aXb']), ['--prompt', "'X'", 'position 1']),
     (dict(prompts=['']), ['--prompt', 'empty']),
     (dict(step='7'), ['7', '8, 12']),
     (dict(step='soon'), ['soon', 'best', 'latest']),
@@ -75,6 +75,22 @@ def test_mistakes_are_told_in_a_line(finished, kwargs, words):
     assert word in line
 
 
+@pytest.mark.parametrize('ending', ['!', '\N{EURO SIGN}'])
+def test_characters_are_whole_however_tokens_cut_them(ending):
+  """Bytes, for example: nothing is shown of a character until it is there."""
+  whole = 'aé€\N{GRINNING FACE}' + ending
+  cut = whole.encode()[: -1 if ending != '!' else None]
+
+  def decode(tokens):
+    return bytes(tokens).decode(errors='replace')
+
+  text = generate_lib.Text(decode, list('è'.encode()))
+  pieces = [text.add(b, last=i == len(cut)) for i, b in enumerate(cut, 1)]
+  assert ''.join(pieces) == cut.decode(errors='replace')
+  assert pieces[:7] == ['a', '', 'é', '', '', '€', '']
+  assert not any('\ufffd' in piece for piece in pieces[:-1])
+
+
 def test_no_run_and_no_checkpoint(tmp_path, finished):
   with pytest.raises(UserError, match=r'config\.json'):
     generate_lib.generate(tmp_path, ['a'])
@@ -82,6 +98,15 @@ def test_no_run_and_no_checkpoint(tmp_path, finished):
   text = (workdir / 'config.json').read_text()
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(UserError, match='no checkpoint'):
+    generate_lib.generate(tmp_path, ['a'])
+
+
+def test_a_config_of_another_version_is_told(finished, tmp_path):
+  workdir, _ = finished
+  config = json.loads((workdir / 'config.json').read_text())
+  del config['moe']['top_k']
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(UserError, match=r'config\.json: moe\.top_k is missing'):
     generate_lib.generate(tmp_path, ['a'])
 
 
@@ -120,6 +145,45 @@ def test_evaluation_of_the_training_split_is_another(finished):
   assert train['step'] == val['step']
   assert train['num_tokens'] > 8 * val['num_tokens']
   assert train['cross_entropy'] != val['cross_entropy']
+
+
+def test_any_text_can_be_evaluated_on(finished, corpus, tmp_path):
+  """The whole of it: the validation split as a file gives the split's loss."""
+  workdir, _ = finished
+  text = corpus.read_text()
+  path = tmp_path / 'other.txt'
+  path.write_text(text[len(text) * 9 // 10 :])
+  split = evaluate_lib.evaluate(workdir, 'val', 'best')
+  other = evaluate_lib.evaluate(workdir, 'val', 'best', str(path))
+  assert other.pop('data') == str(path)
+  assert split.pop('split') == 'val'
+  assert {**other, 'tokens_per_sec': 0} == {**split, 'tokens_per_sec': 0}
+
+
+@pytest.mark.parametrize(
+  ('text', 'told'),
+  [
+    (None, 'no such file'),
+    ('', 'empty'),
+    ('abcZ' * 20, "'Z' at position 3"),
+    ('abc', 'needs 17'),
+  ],
+)
+def test_texts_that_cannot_be_evaluated_on(finished, tmp_path, text, told):
+  workdir, _ = finished
+  path = tmp_path / 'other.txt'
+  if text is not None:
+    path.write_text(text)
+  with pytest.raises(UserError) as error:
+    evaluate_lib.evaluate(workdir, 'val', 'best', str(path))
+  (line,) = error.value.problems
+  assert told in line and f'--data={path}' in line.replace("'", '')
+
+
+def test_a_split_is_not_of_another_text(nanomoe):
+  process = nanomoe('evaluate', '--split=val', '--data=text.txt')
+  assert process.returncode == 2
+  assert process.stderr.startswith('error: --split ')
 
 
 def test_other_data_is_refused(finished, tmp_path):

@@ -72,7 +72,7 @@ def test_a_split_has_every_chart(finished, split, steps, only):
   events = Events(workdir / split)
   layers = range(NUM_LAYERS)
   scalars = only | {'loss/cross_entropy', 'loss/bits_per_char'}
-  scalars |= {'routing/aux_loss'}
+  scalars |= {'loss/bits_per_byte', 'routing/aux_loss'}
   scalars |= {f'routing/router_entropy/{i}' for i in layers}
   scalars |= {f'routing/max_over_mean_load/{i}' for i in layers}
   histograms = {f'routing/expert_load/{i}' for i in layers}
@@ -172,10 +172,12 @@ def test_samples_are_at_their_steps_and_compiled_once(
     length = jnp.zeros((1, rows), jnp.int32)
     return params * jnp.zeros((rows, time, 3)), Cache(nothing, nothing, length)
 
+  tokenizer = Characters()
+  tokenizer.fit({'train': 'a\nb'})
   callback = TextSample(
     logits,
     tmp_path / 'sample.txt',
-    Characters('a\nb'),
+    tokenizer,
     prompt=[0],
     block_size=8,
     every_steps=every_steps,

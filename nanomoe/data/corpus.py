@@ -51,8 +51,7 @@ def find(path: str, fallback: str) -> Corpus:
     UserError: there is no text, or it is none.
   """
   if path:
-    raw = _read_file(path)
-    return Corpus(pathlib.Path(path).name, _decode(path, raw), _sha256(raw))
+    return read(path)
   raw = _local_copy() or _downloaded()
   if raw:
     return Corpus(NAME, raw.decode(), SHA256)
@@ -95,38 +94,39 @@ def cache_directory() -> pathlib.Path:
   return pathlib.Path(base).expanduser() / 'nanomoe'
 
 
-def path_problems(path: str) -> list[str]:
-  """What is wrong with the file at `path`, before it is read."""
+def path_problems(path: str, key: str = 'data.path') -> list[str]:
+  """What is wrong with the file at `path`, which `key` names; reads nothing."""
   try:
     status = os.stat(path)
   except (OSError, ValueError) as error:
     reason = str(getattr(error, 'strerror', error)).lower()
-    return [f'data.path={path!r}: {reason}']
+    return [f'{key}={path!r}: {reason}']
   if not stat.S_ISREG(status.st_mode):  # Reading a FIFO would wait for ever.
     directory = stat.S_ISDIR(status.st_mode)
     kind = 'a directory' if directory else 'not a regular file'
-    return [f'data.path={path!r} is {kind}; it must be a text file']
+    return [f'{key}={path!r} is {kind}; it must be a text file']
   if not status.st_size:
-    return [f'data.path={path!r} is empty']
+    return [f'{key}={path!r} is empty']
   return []
 
 
-def _read_file(path: str) -> bytes:
-  if lines := path_problems(path):
+def read(path: str, key: str = 'data.path') -> Corpus:
+  """The text at `path`, given as `key`.
+
+  Raises:
+    UserError: there is no such file, or it is no UTF-8 text.
+  """
+  if lines := path_problems(path, key):
     raise UserError(lines)
   try:
-    return pathlib.Path(path).read_bytes()
+    raw = pathlib.Path(path).read_bytes()
+    return Corpus(pathlib.Path(path).name, raw.decode('utf-8'), _sha256(raw))
   except OSError as error:
-    raise UserError(f'data.path={path!r}: {error.strerror}') from error
-
-
-def _decode(path: str, raw: bytes) -> str:
-  try:
-    return raw.decode('utf-8')
+    raise UserError(f'{key}={path!r}: {error.strerror}') from error
   except UnicodeDecodeError as error:
     raise UserError(
-      f'data.path={path!r} is not UTF-8: byte {error.start} is '
-      f'0x{raw[error.start]:02x}'
+      f'{key}={path!r} is not UTF-8: byte {error.start} is '
+      f'0x{error.object[error.start]:02x}'
     ) from error
 
 
