@@ -30,11 +30,10 @@ class Experts(NamedTuple):
     precision: str,
   ) -> Float[Array, 'experts rows d_model']:
     """weight * expert(x)."""
-    hidden = dot('gnd,gdf->gnf', x, self.w_in, precision)
-    hidden = gelu(hidden + self.b_in[:, None])
-    y = dot('gnf,gfd->gnd', hidden, self.w_out, precision)
+    hidden = gelu(dot('gnd,gdf->gnf', x, self.w_in, precision, self.b_in))
+    y = dot('gnf,gfd->gnd', hidden, self.w_out, precision, self.b_out)
     # Not to the hidden layer, which is several times as wide.
-    return weight[..., None] * (y + self.b_out[:, None])
+    return weight[..., None] * y
 
 
 def dense(
