@@ -4,13 +4,14 @@ Writes benchmarks/results/<name>.json from a run's metrics.jsonl and
 result.json, and from it the table in README.md between its two markers.
 """
 
+import functools
 import json
 import pathlib
 import re
 
 from absl import app, flags
 
-from benchmarks import step_time
+from benchmarks import generate, peers, results, scaling, step_time
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
 _NAME = flags.DEFINE_string('name', 'base', 'Of the figures and the table.')
@@ -115,11 +116,41 @@ def main(argv):
   data = json.loads(path.read_text())
   readme = ROOT / 'README.md'
   text = _between(readme.read_text(), _NAME.value, table(data))
-  path = path.with_name('step_time.json')
-  if path.exists():
-    speed = step_time.table(json.loads(path.read_text()))
-    text = _between(text, 'step_time', speed)
+  for name, make in SPEED.items():
+    if speed := make():
+      text = _between(text, name, speed)
   readme.write_text(text)
+
+
+def _variants() -> str | None:
+  measured = results.read('step_time')
+  return step_time.table(measured) if measured else None
+
+
+def _scaling() -> str | None:
+  measured = results.read('scaling')
+  return scaling.table(measured) if measured else None
+
+
+def _against() -> str | None:
+  """Every peer's rows, of what was measured."""
+  rows, machines = [], []
+  for peer in peers.PEERS:
+    for name, make in [
+      (f'step_time-{peer}', functools.partial(step_time.peer_rows, peer)),
+      (f'generate-{peer}', generate.rows),
+    ]:
+      if measured := results.read(name):
+        rows += make(measured)
+        machines.append(results.describe(measured['machine']))
+  if not rows:
+    return None
+  head = ['| what | against | ours | theirs | theirs / ours |']
+  lines = [*head, '|---|---|---:|---:|---:|', *rows, '']
+  return '\n'.join([*lines, ' '.join(dict.fromkeys(machines))])
+
+
+SPEED = {'against': _against, 'step_time': _variants, 'scaling': _scaling}
 
 
 def _between(text: str, name: str, new: str) -> str:

@@ -1,36 +1,34 @@
-"""python -m benchmarks.step_time
+"""python -m benchmarks.step_time [--against=nano-moe-jax|torch-dense]
 
 Seconds of a training step of configs/base.py, as it is and with one thing
 changed, taken in turn within one process; seconds of starting, each in a
-process of its own. On random tokens. Writes benchmarks/results/step_time.json.
+process of its own. With a peer: seconds of its step and of its evaluation
+batch, block by block in turn with ours, and the memory that a short run holds.
+On random tokens. Writes benchmarks/results/step_time[-PEER].json.
 """
 
-import json
-import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from absl import flags
-import jax
 import numpy as np
 
-from benchmarks import products
-from configs import base
-from nanomoe import command, experiment, optimizers
-from nanomoe import config as config_lib
-from trainers import step as step_lib
-from trainers.state import TrainState
+from benchmarks import peers, results
+from benchmarks.variant import VOCAB_SIZE, Variant
+from nanomoe import command
 
 _FLAGS = flags.FlagValues()
 _STEPS = flags.DEFINE_integer(
-  'steps', 30, 'Timed steps of each variant.', flag_values=_FLAGS
+  'steps', 30, 'Timed steps of each.', lower_bound=2, flag_values=_FLAGS
 )
-_PATH = pathlib.Path(__file__).parent / 'results' / 'step_time.json'
+_AGAINST = flags.DEFINE_enum(
+  'against', None, list(peers.PEERS), 'A peer.', flag_values=_FLAGS
+)
 
 VARIANTS = {
   'base.py': {},
@@ -39,68 +37,46 @@ VARIANTS = {
   'dense dispatch': {'moe.dispatch': 'dense'},
   'no dropout': {'model.dropout_rate': '0'},
 }
-VOCAB_SIZE = 65
+_BLOCK = 3  # Steps that one side takes before it is the other's turn.
 
 
-class Variant:
-  """A step function with its state; calling it returns the seconds it took."""
-
-  def __init__(self, changes: dict[str, str]):
-    config = config_lib.apply(base.get_config(), list(changes.items()))
-    config = experiment.decide(config)
-    task = experiment.build_task(config, VOCAB_SIZE)
-    optimizer, schedule = optimizers.build(config.optimizer, 5000)
-    shape = (config.batch_size, config.block_size + 1)
-    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32)
-    self._batch = jax.device_put(
-      {
-        'inputs': tokens[:, :-1],
-        'targets': tokens[:, 1:],
-        'weights': np.ones((shape[0], shape[1] - 1), np.float32),
+def alone() -> dict[str, Any]:
+  """Steps of the variants, and starts."""
+  started = [starting() for _ in range(3)]
+  variants = {name: Variant(changes) for name, changes in VARIANTS.items()}
+  seconds: dict[str, list[float]] = {name: [] for name in variants}
+  for i in range(_STEPS.value + 3):
+    for name, variant in variants.items():
+      took = variant()
+      if i >= 3:
+        seconds[name].append(took)
+  return {
+    'start': {
+      key: statistics.median(s[key] for s in started) for key in started[0]
+    },
+    'step': {
+      name: {
+        **peers.summary(values),
+        'gflop': variants[name].flops() / 1e9,
+        'precision': variants[name].config.precision,
       }
-    )
-    self._key = jax.random.key(0)
-    self._state = jax.jit(
-      lambda key: TrainState.create(*task.init(key, self._batch), optimizer)
-    )(self._key)
-    step = step_lib.make_train_step(task, optimizer, schedule)
-    self.flops = products.count(step, self._state, self._batch, self._key)
-    self.precision = config.precision
-    self._step = jax.jit(step, donate_argnums=0)
-
-  def __call__(self) -> float:
-    start = time.perf_counter()
-    self._state, _ = self._step(self._state, self._batch, self._key)
-    jax.block_until_ready(self._state)
-    return time.perf_counter() - start
+      for name, values in seconds.items()
+    },
+  }
 
 
 def starting() -> dict[str, float]:
   """Seconds to import the command, and from the command to the first step."""
-  root = pathlib.Path(__file__).parent.parent
   begin = time.perf_counter()
   subprocess.run(
-    [sys.executable, '-c', 'import nanomoe.main'], cwd=root, check=True
+    [sys.executable, '-c', 'import nanomoe.main'], cwd=peers.ROOT, check=True
   )
   imported = time.perf_counter() - begin
   with tempfile.TemporaryDirectory() as directory:
-    text = pathlib.Path(directory) / 'text'
-    text.write_text('abcdefgh' * 10_000)
     begin = time.perf_counter()
     process = subprocess.Popen(
-      [
-        sys.executable,
-        '-m',
-        'nanomoe.main',
-        '--config=configs/base.py',
-        f'--workdir={directory}/run',
-        f'--config.data.path={text}',
-        '--config.num_train_steps=2',
-        '--config.log_interval=1',
-        '--config.eval_iters=1',
-        '--config.sample.num_tokens=0',
-      ],
-      cwd=root,
+      [*_main_job(directory, 2), '--config.log_interval=1'],
+      cwd=peers.ROOT,
       stdout=subprocess.PIPE,
       text=True,
       env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': ''},  # It compiles.
@@ -114,73 +90,108 @@ def starting() -> dict[str, float]:
   return {'import_sec': imported, 'first_step_sec': first}
 
 
-def main(_: None) -> int:
-  started = [starting() for _ in range(3)]
-  variants = {name: Variant(changes) for name, changes in VARIANTS.items()}
-  seconds: dict[str, list[float]] = {name: [] for name in variants}
-  for i in range(_STEPS.value + 3):
-    for name, variant in variants.items():
-      took = variant()
-      if i >= 3:
-        seconds[name].append(took)
-  rows = {
-    name: {
-      'median_sec': statistics.median(values),
-      'min_sec': min(values),
-      'max_sec': max(values),
-      'gflop': variants[name].flops / 1e9,
-      'precision': variants[name].precision,
+def _main_job(directory: str, num_steps: int) -> list[str]:
+  """A short run on a text of Tiny Shakespeare's size, evaluated twice."""
+  return [
+    sys.executable,
+    '-m',
+    'nanomoe.main',
+    '--config=configs/base.py',
+    f'--workdir={directory}/run',
+    f'--config.data.path={_text(directory)}',
+    f'--config.num_train_steps={num_steps}',
+    '--config.eval_iters=5',
+    '--config.sample.num_tokens=0',
+  ]
+
+
+def _text(directory: str) -> pathlib.Path:
+  path = pathlib.Path(directory) / 'text'
+  codes = np.random.default_rng(0).integers(32, 32 + VOCAB_SIZE, 1_115_394)
+  path.write_bytes(codes.astype(np.uint8).tobytes())
+  return path
+
+
+def against(peer: str) -> dict[str, Any]:
+  """{what: {'ours': ..., peer: ...}}; memory in bytes."""
+  with peers.Worker('ours') as ours, peers.Worker(peer) as theirs:
+    both = {'ours': ours, peer: theirs}
+    blocks = -(-_STEPS.value // _BLOCK)
+    figures: dict[str, Any] = {
+      'step': peers.interleave(both, 'step', blocks=blocks, n=_BLOCK),
+      'evaluation': peers.interleave(both, 'evaluation', blocks=blocks, n=5),
     }
-    for name, values in seconds.items()
-  }
-  figures = {
-    'machine': {
-      'cpu': _cpu(),
-      'num_cpus': os.cpu_count(),
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-    },
-    'start': {
-      key: statistics.median(s[key] for s in started) for key in started[0]
-    },
-    'step': rows,
-  }
-  _PATH.parent.mkdir(exist_ok=True)
-  _PATH.write_text(json.dumps(figures, indent=1) + '\n')
-  print(table(figures))
-  return 0
+  if peer == 'nano-moe-jax':
+    with tempfile.TemporaryDirectory() as directory:
+      job = _main_job(directory, 20)
+      training = [*peers.words(peer), str(_text(directory))]
+      figures['peak_memory_bytes'] = {
+        'ours': peers.peak_memory(job, ours=True),
+        peer: peers.peak_memory(training, ours=False),
+      }
+  return figures
 
 
-def table(figures: dict) -> str:
-  """Markdown."""
+def table(figures: dict[str, Any]) -> str:
+  """Markdown, of the variants."""
   base_seconds = figures['step']['base.py']['median_sec']
   lines = [
-    '| base.py, or with | precision | s a step: median (min to max) '
+    '| base.py, or with | precision | s a step: median (quartiles) '
     '| against base.py | GFLOP of products |',
     '|---|---|---:|---:|---:|',
   ]
   lines += [
-    f'| {name} | {row["precision"]} | {row["median_sec"]:.3f} '
-    f'({row["min_sec"]:.3f} to {row["max_sec"]:.3f}) '
+    f'| {name} | {row["precision"]} | {seconds(row)} '
     f'| {row["median_sec"] / base_seconds:.2f} | {row["gflop"]:.1f} |'
     for name, row in figures['step'].items()
   ]
-  start, machine = figures['start'], figures['machine']
+  start = figures['start']
   lines += [
     '',
-    f'{machine["cpu"]}, {machine["num_cpus"]} cores, jax {machine["jax"]}. '
+    f'{results.describe(figures["machine"])} '
     f'`import nanomoe.main`: {start["import_sec"]:.2f} s; from the command to '
     f'the end of the first step: {start["first_step_sec"]:.1f} s.',
   ]
   return '\n'.join(lines)
 
 
-def _cpu() -> str:
-  path = pathlib.Path('/proc/cpuinfo')
-  if not path.exists():
-    return platform.processor()
-  names = [x for x in path.read_text().splitlines() if 'model name' in x]
-  return names[0].partition(':')[2].strip() if names else platform.processor()
+def seconds(row: dict[str, Any]) -> str:
+  low, high = row['quartiles_sec']
+  return f'{row["median_sec"]:.3f} ({low:.3f} to {high:.3f})'
+
+
+def peer_rows(peer: str, figures: dict[str, Any]) -> list[str]:
+  """Markdown rows: what, peer, ours, theirs, how many times theirs is ours."""
+  rows = []
+  for what, label in [
+    ('step', 'training step, s'),
+    ('evaluation', 'evaluation batch, s'),
+  ]:
+    ours, theirs = figures[what]['ours'], figures[what][peer]
+    ratio = theirs['median_sec'] / ours['median_sec']
+    rows.append(
+      f'| {label} | {peer} | {seconds(ours)} | {seconds(theirs)} '
+      f'| {ratio:.2f} |'
+    )
+  if memory := figures.get('peak_memory_bytes'):
+    ours, theirs = memory['ours'], memory[peer]
+    rows.append(
+      f'| peak memory of training, GB | {peer} | {ours / 1e9:.2f} '
+      f'| {theirs / 1e9:.2f} | {theirs / ours:.2f} |'
+    )
+  return rows
+
+
+def main(_: None) -> int:
+  peer = _AGAINST.value
+  if peer:
+    name = f'step_time-{peer}'
+    results.write(name, against(peer))
+    print('\n'.join(peer_rows(peer, results.read(name) or {})))
+  else:
+    results.write('step_time', alone())
+    print(table(results.read('step_time') or {}))
+  return 0
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nanomoe.activations import gelu
 from nanomoe.numerics import dot
 from nanomoe.routers import Routing
 
@@ -28,14 +29,11 @@ class Experts(NamedTuple):
     weight: Float[Array, 'experts rows'],
     precision: str,
   ) -> Float[Array, 'experts rows d_model']:
-    """weight * expert(x).
-
-    The weight goes to the hidden layer: its gradient then needs no output.
-    """
-    hidden = dot('gnd,gdf->gnf', x, self.w_in, precision)
-    hidden = jax.nn.gelu(hidden + self.b_in[:, None], approximate=True)
-    y = dot('gnf,gfd->gnd', hidden * weight[..., None], self.w_out, precision)
-    return y + weight[..., None] * self.b_out[:, None]
+    """weight * expert(x)."""
+    hidden = gelu(dot('gnd,gdf->gnf', x, self.w_in, precision, self.b_in))
+    y = dot('gnf,gfd->gnd', hidden, self.w_out, precision, self.b_out)
+    # Not to the hidden layer, which is several times as wide.
+    return weight[..., None] * y
 
 
 def dense(

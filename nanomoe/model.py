@@ -29,7 +29,7 @@ class Linear(nn.Module):
     kernel = self.param('kernel', self.kernel_init, shape)
     bias = self.param('bias', nn.initializers.zeros_init(), shape[1:])
     rows = x.reshape(-1, x.shape[-1])
-    y = dot('nd,df->nf', rows, kernel, self.precision) + bias
+    y = dot('nd,df->nf', rows, kernel, self.precision, bias)
     return y.reshape(*x.shape[:-1], self.features)
 
 

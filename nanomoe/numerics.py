@@ -31,7 +31,11 @@ def _cpu_flags() -> set[str]:
 
 
 def dot(
-  subscripts: str, x: jax.Array, w: jax.Array, precision: str
+  subscripts: str,
+  x: jax.Array,
+  w: jax.Array,
+  precision: str,
+  bias: jax.Array | None = None,
 ) -> jax.Array:
   """einsum of two operands; its result, and its gradients, are float32.
 
@@ -41,17 +45,22 @@ def dot(
     w: any shape.
     precision: 'bfloat16' rounds operands (also the gradient's) to 8 bits of
       mantissa, and adds in float32; 'float32' rounds nothing.
+    bias: added, without the result's last index but one. Its gradient sums
+      what the gradient's products multiply, so that XLA need not write the
+      result's gradient in both formats.
   """
   if precision == 'float32':
     # GPUs round float32 operands to TF32 unless told not to.
     exact = jax.lax.Precision.HIGHEST
-    return jnp.einsum(subscripts, x, w, precision=exact)
-  return _dot_bfloat16(subscripts, x, w)
+    y = jnp.einsum(subscripts, x, w, precision=exact)
+    return y if bias is None else y + bias[..., None, :]
+  return _dot_bfloat16(subscripts, x, w, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot_bfloat16(subscripts, x, w):
-  return _einsum_bfloat16(subscripts, x, w)
+def _dot_bfloat16(subscripts, x, w, bias):
+  y = _einsum_bfloat16(subscripts, x, w)
+  return y if bias is None else y + bias[..., None, :]
 
 
 def _einsum_bfloat16(subscripts, x, w):
@@ -59,18 +68,20 @@ def _einsum_bfloat16(subscripts, x, w):
   return jnp.einsum(subscripts, x, w, preferred_element_type=jnp.float32)
 
 
-def _forward(subscripts, x, w):
+def _forward(subscripts, x, w, bias):
   # Rounded once: the backward pass needs no other copy.
   x16, w16 = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-  y = _einsum_bfloat16(subscripts, x16, w16)
-  return y, (x16, w16, jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
+  y = _dot_bfloat16(subscripts, x16, w16, bias)
+  likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
+  return y, (x16, w16, *likes, bias)
 
 
 def _backward(subscripts, residuals, g):
-  x, w, x_like, w_like = residuals
+  x, w, x_like, w_like, bias = residuals
   operands, out = subscripts.split('->')
   x_index, w_index = operands.split(',')
-  g = g.astype(jnp.bfloat16)
+  # Of a transposed operand, XLA's CPU products are float32 ones.
+  g = _row_major(g.astype(jnp.bfloat16))
   dx = _einsum_bfloat16(f'{out},{w_index}->{x_index}', g, w)
   # XLA's fast product on CPUs wants the left operand summed over its last
   # axis. Here both come summed over their rows, so one is transposed, for
@@ -85,7 +96,8 @@ def _backward(subscripts, residuals, g):
   dw = _einsum_bfloat16(
     f'{"".join(order)},{right[0]}->{w_index}', rows, right[1]
   )
-  return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
+  db = None if bias is None else jnp.sum(g, axis=-2, dtype=bias.dtype)
+  return dx.astype(x_like.dtype), dw.astype(w_like.dtype), db
 
 
 def _row_major(x: jax.Array) -> jax.Array:

@@ -22,11 +22,48 @@ def test_rate_and_expectation(rate, shape):
   np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-4)
 
 
-def test_neighbours_share_a_word_but_no_bit():
-  mask, _ = keep_mask(jax.random.key(0), 0.5, (1 << 16,))
-  pairs = np.asarray(mask).reshape(-1, 2)
-  together = np.mean(pairs[:, 0] == pairs[:, 1])
-  assert abs(together - 0.5) < 4 * 0.5 / np.sqrt(len(pairs))
+SHAPE = 32, 4, 64, 64
+
+
+def _halves(key):
+  """Fair coins: int[SHAPE]."""
+  return np.asarray(keep_mask(key, 0.5, SHAPE)[0]).astype(int)
+
+
+def _assert_fair(patterns, num_patterns):
+  """Chi-squared: each is as frequent as the others."""
+  counts = np.bincount(patterns.ravel(), minlength=num_patterns)
+  expected = patterns.size / num_patterns
+  degrees = num_patterns - 1
+  chi_squared = np.sum((counts - expected) ** 2) / expected
+  assert abs(chi_squared - degrees) < 5 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2**31])
+def test_elements_are_independent_of_those_beside_them(seed):
+  bits = _halves(jax.random.key(seed))
+  for axis in range(bits.ndim):
+    for distance in (1, 2):
+      # [pairs of blocks, two blocks, distance, the rest]: disjoint pairs.
+      blocks = np.moveaxis(bits, axis, 0).reshape(-1, 2, distance, bits[0].size)
+      _assert_fair(blocks[:, 0] + 2 * blocks[:, 1], 4)
+  _assert_fair(bits.reshape(-1, 8) @ (1 << np.arange(8)), 2**8)
+
+
+def test_masks_of_several_steps_are_independent():
+  key = jax.random.key(0)
+  masks = [_halves(jax.random.fold_in(key, s)) for s in range(6)]
+  _assert_fair(sum(mask << i for i, mask in enumerate(masks)), 2**6)
+
+
+def test_masks_of_like_keys_are_no_permutations_of_one_another():
+  one, other = (
+    _halves(jax.random.wrap_key_data(jnp.full(2, word, jnp.uint32))).ravel()
+    for word in (0, 1)
+  )
+  for moved in range(64):
+    again = other[np.arange(one.size) ^ moved]
+    _assert_fair(one + 2 * again, 4)
 
 
 def test_none_in_evaluation_and_at_rate_0():

@@ -81,3 +81,16 @@ def test_auto_follows_the_machine(monkeypatch):
     monkeypatch.setattr(numerics, '_cpu_flags', lambda f=flags: f)
     assert numerics.resolve_precision('auto') == expected
     assert numerics.resolve_precision('float32') == 'float32'
+
+
+@pytest.mark.parametrize('precision', numerics.PRECISIONS)
+def test_bias_and_its_gradient(precision, rng):
+  x, w = _operands('gnd,gdf->gnf', {'g': 3, 'n': 16, 'd': 8, 'f': 12}, rng)
+  bias = jnp.asarray(rng.integers(-8, 9, (3, 12)), jnp.float32)
+  g = jnp.asarray(rng.integers(-8, 9, (3, 16, 12)), jnp.float32)
+  y, vjp = jax.vjp(
+    lambda bias: numerics.dot('gnd,gdf->gnf', x, w, precision, bias), bias
+  )
+  expected = np.einsum('gnd,gdf->gnf', x, w) + bias[:, None]
+  np.testing.assert_array_equal(y, expected)
+  np.testing.assert_array_equal(vjp(g)[0], g.sum(axis=1))

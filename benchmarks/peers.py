@@ -1,0 +1,124 @@
+"""Peers: installed where they disturb nothing, timed in turn with ours."""
+
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from typing import Any
+import venv
+
+from nanomoe.data.corpus import cache_directory
+
+ROOT = pathlib.Path(__file__).parent.parent
+_WORKERS = ROOT / 'benchmarks' / 'workers'
+
+# By name: what pip installs, and the worker.
+PEERS = {
+  'nano-moe-jax': (['nano-moe-jax==0.1.0'], 'nano_moe_jax.py'),
+  'torch-dense': (['torch==2.13.0', 'numpy'], 'torch_dense.py'),
+}
+
+
+def words(name: str) -> list[str]:
+  """What starts the worker of a peer, which is installed if it is not."""
+  requirements, worker = PEERS[name]
+  directory = cache_directory() / 'peers' / name
+  python = directory / 'bin' / 'python'
+  ready = directory / 'ready.json'
+  if not ready.exists() or json.loads(ready.read_text()) != requirements:
+    print(f'installing {name} into {directory}', file=sys.stderr)
+    venv.create(directory, clear=True, with_pip=True)
+    subprocess.run(
+      [python, '-m', 'pip', 'install', '-q', *requirements],
+      check=True,
+      stdout=sys.stderr,
+    )
+    ready.write_text(json.dumps(requirements))
+  return [str(python), str(_WORKERS / worker)]
+
+
+def environment(ours: bool) -> dict[str, str]:
+  """Each side as its user would run it.
+
+  Our commands ask for huge pages themselves; those of others do not.
+  """
+  values = {**os.environ, 'PYTHONPATH': str(ROOT)} if ours else {**os.environ}
+  if not ours:
+    values.pop('GLIBC_TUNABLES', None)
+    values.pop('PYTHONPATH', None)
+  return values
+
+
+class Worker:
+  """A process that times when told to, and is idle otherwise.
+
+  Args:
+    name: 'ours', or a peer.
+  """
+
+  def __init__(self, name: str):
+    ours = [sys.executable, '-m', 'benchmarks.workers.ours']
+    self._process = subprocess.Popen(
+      ours if name == 'ours' else words(name),
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=ROOT,
+      env=environment(name == 'ours'),
+    )
+
+  def __call__(self, what: str, n: int) -> list[float]:
+    """Seconds of `what`, n times."""
+    stdin, stdout = self._process.stdin, self._process.stdout
+    assert stdin and stdout
+    print(what, n, file=stdin, flush=True)
+    return json.loads(stdout.readline())
+
+  def __enter__(self) -> 'Worker':
+    return self
+
+  def __exit__(self, *_) -> None:
+    assert self._process.stdin
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def interleave(
+  workers: dict[str, Worker], what: str, *, blocks: int, n: int
+) -> dict[str, dict[str, Any]]:
+  """{worker: summary of its seconds}: n of `what` each in turn, `blocks` times.
+
+  One more block goes before, uncounted: it compiles.
+  """
+  seconds: dict[str, list[float]] = {name: [] for name in workers}
+  for i in range(blocks + 1):
+    for name, worker in workers.items():
+      took = worker(what, n)
+      if i:
+        seconds[name] += took
+  return {name: summary(values) for name, values in seconds.items()}
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+  """Median, spread (the quartiles) and how many."""
+  low, median, high = statistics.quantiles(seconds, n=4, method='inclusive')
+  return {
+    'median_sec': median,
+    'quartiles_sec': [low, high],
+    'min_sec': min(seconds),
+    'samples': len(seconds),
+  }
+
+
+def peak_memory(arguments: Sequence[str], *, ours: bool) -> int:
+  """Bytes that a process, run to its end, held at most."""
+  process = subprocess.Popen(
+    arguments, cwd=ROOT, env=environment(ours), stdout=subprocess.DEVNULL
+  )
+  _, status, usage = os.wait4(process.pid, 0)
+  if status:
+    raise RuntimeError(f'{arguments} ended with status {status}')
+  return usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

@@ -1,0 +1,1 @@
+"""Processes that time steps when told to, and are idle otherwise."""

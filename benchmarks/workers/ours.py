@@ -1,0 +1,47 @@
+"""Times this project: configs/base.py, on random tokens."""
+
+import time
+
+from benchmarks.variant import Variant
+from benchmarks.workers.serve import serve
+from nanomoe.sampling import Generator, Sampling
+from trainers.evaluator import Evaluator
+
+
+def step():
+  variant = Variant({})
+  return lambda n: [variant() for _ in range(n)]
+
+
+def evaluation():
+  """Seconds a batch, of a pass over n batches."""
+  variant = Variant({})
+  evaluate = Evaluator(variant.task)
+
+  def run(n: int) -> list[float]:
+    start = time.perf_counter()
+    state = variant.state
+    evaluate(state.params, state.model_state, [variant.batch] * n)
+    return [(time.perf_counter() - start) / n]
+
+  return run
+
+
+def generation():
+  """Seconds of a text of n characters."""
+  variant = Variant({})
+  generator = Generator(
+    variant.task.logits, variant.state.params, variant.config.block_size
+  )
+
+  def run(n: int) -> list[float]:
+    start = time.perf_counter()
+    for _ in generator([[0]], n, Sampling(0.8, 40), 0):
+      pass
+    return [time.perf_counter() - start]
+
+  return run
+
+
+if __name__ == '__main__':
+  serve({'step': step, 'evaluation': evaluation, 'generation': generation})
