@@ -90,6 +90,12 @@ def test_config_takes_a_step(name, corpus, tmp_path):
   assert trainer.step == 2
 
 
+@pytest.mark.parametrize('module', ['nanomoe.experiment', 'trainers.trainer'])
+def test_a_module_can_be_imported_first(module, run):
+  process = run([sys.executable, '-c', f'import {module}'])
+  assert process.returncode == 0, process.stderr
+
+
 # A second value for every key of base.py, and what must then differ.
 OTHER = {
   'seed': 1,
