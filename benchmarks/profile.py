@@ -10,7 +10,6 @@ to the group of its last. Writes benchmarks/results/profile.json.
 import collections
 import functools
 import math
-import os
 import pathlib
 import statistics
 import tempfile
@@ -54,7 +53,7 @@ def group(op: hlo.Op) -> str:
 
 
 def measure(steps: int, variant: Variant) -> dict[str, Any]:
-  """Seconds are summed over threads, then divided by their number."""
+  """Figures of the step, and of each group of its operations."""
   lowered = variant.jitted.lower(variant.state, variant.batch, variant.key)
   ops = hlo.parse(lowered.compile().as_text())
   for _ in range(3):
@@ -63,16 +62,15 @@ def measure(steps: int, variant: Variant) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as directory:
     with jax.profiler.trace(directory):
       traced = statistics.median(variant() for _ in range(steps))
-    busy = _busy(pathlib.Path(directory), ops)
-  threads = len(os.sched_getaffinity(0))
+    taken, starts = _wall(pathlib.Path(directory), ops)
   rates = {'flop_per_sec': _product_rate(), 'bytes_per_sec': _copy_rate()}
   groups: dict[str, Any] = collections.defaultdict(
     lambda: {'sec': 0.0, 'ideal_sec': 0.0, 'gflop': 0.0, 'calls': 0.0}
   )
   top = []
-  for name, (seconds, starts) in busy.items():
-    op, calls = ops[name], max(starts / steps, 1)
-    own = seconds / steps / threads
+  for name, seconds in taken.items():
+    op, calls = ops[name], starts[name] / steps
+    own = seconds / steps
     ideal = max(
       op.flops / rates['flop_per_sec'], op.bytes / rates['bytes_per_sec']
     )
@@ -81,10 +79,10 @@ def measure(steps: int, variant: Variant) -> dict[str, Any]:
     row['ideal_sec'] += ideal * calls
     row['gflop'] += op.flops * calls / 1e9
     row['calls'] += calls
-    top.append((own, ideal, name, op.source))
-  waiting = traced - sum(row['sec'] for row in groups.values())
-  groups['waiting for one another'] = {
-    'sec': max(waiting, 0.0),
+    top.append((own, ideal * calls, name, op.source))
+  idle = traced - sum(row['sec'] for row in groups.values())
+  groups['none under way'] = {
+    'sec': max(idle, 0.0),
     'ideal_sec': 0.0,
     'gflop': 0.0,
     'calls': 0.0,
@@ -92,31 +90,41 @@ def measure(steps: int, variant: Variant) -> dict[str, Any]:
   return {
     'step_sec': plain,
     'traced_step_sec': traced,
-    'threads': threads,
     **rates,
     'groups': dict(sorted(groups.items(), key=lambda x: -x[1]['sec'])),
     'top': sorted(top, reverse=True)[: _TOP.value],
   }
 
 
-def _busy(
+def _wall(
   directory: pathlib.Path, ops: dict[str, hlo.Op]
-) -> dict[str, tuple[float, int]]:
-  """{operation: (seconds on all threads, times)}.
+) -> tuple[collections.Counter[str], collections.Counter[str]]:
+  """By operation: seconds of the clock, and how often it ran.
 
-  A loop's time is that of the operations in it.
+  The trace shows an operation on the thread that began it, not on those that
+  help. So each instant is shared by the operations that are then under way. A
+  loop's time is that of the operations in it.
   """
   (path,) = directory.rglob('*.xplane.pb')
   data = jax.profiler.ProfileData.from_file(str(path))
-  seconds, starts = collections.Counter(), collections.Counter()
+  edges, calls = [], collections.Counter()
   for plane in data.planes:
     for line in plane.lines:
       for event in line.events:
         op = ops.get(event.name)
         if op and op.code not in ('while', 'call', 'conditional'):
-          seconds[event.name] += event.duration_ns / 1e9
-          starts[event.name] += 1
-  return {name: (seconds[name], starts[name]) for name in seconds}
+          calls[event.name] += 1
+          end = event.start_ns + event.duration_ns
+          edges += [(event.start_ns, 1, event.name), (end, -1, event.name)]
+  seconds, active, before = collections.Counter(), collections.Counter(), 0.0
+  for now, change, name in sorted(edges):
+    for other in active:
+      seconds[other] += (now - before) / 1e9 / len(active)
+    active[name] += change
+    if not active[name]:
+      del active[name]
+    before = now
+  return seconds, calls
 
 
 def _product_rate() -> float:
