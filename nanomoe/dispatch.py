@@ -4,15 +4,19 @@ Each takes (x, routing, experts, precision) and returns the weighted sum, for
 each token, of the outputs of its experts. `dense` is the definition.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nanomoe import numerics
 from nanomoe.activations import gelu
 from nanomoe.numerics import dot
 from nanomoe.routers import Routing
+
+OUTPUT = 'gnf,gfd->gnd'  # The product that ends an expert.
 
 
 class Experts(NamedTuple):
@@ -26,14 +30,15 @@ class Experts(NamedTuple):
   def __call__(
     self,
     x: Float[Array, 'experts rows d_model'],
-    weight: Float[Array, 'experts rows'],
     precision: str,
   ) -> Float[Array, 'experts rows d_model']:
-    """weight * expert(x)."""
-    hidden = gelu(dot('gnd,gdf->gnf', x, self.w_in, precision, self.b_in))
-    y = dot('gnf,gfd->gnd', hidden, self.w_out, precision, self.b_out)
-    # Not to the hidden layer, which is several times as wide.
-    return weight[..., None] * y
+    hidden = self.hidden(x, precision)
+    return dot(OUTPUT, hidden, self.w_out, precision, self.b_out)
+
+  def hidden(
+    self, x: Float[Array, 'experts rows d_model'], precision: str
+  ) -> Float[Array, 'experts rows d_ff']:
+    return gelu(dot('gnd,gdf->gnf', x, self.w_in, precision, self.b_in))
 
 
 def dense(
@@ -47,7 +52,7 @@ def dense(
   chosen = routing.expert[..., None] == jnp.arange(num_experts)
   weight = jnp.sum(chosen * routing.weight[..., None], axis=1)  # [N, E]
   copies = jnp.broadcast_to(x, (num_experts, *x.shape))
-  return experts(copies, weight.T, precision).sum(axis=0)
+  return jnp.sum(weight.T[..., None] * experts(copies, precision), axis=0)
 
 
 def dropless(
@@ -65,21 +70,84 @@ def dropless(
   """
   plan = make_plan(routing.expert, experts.w_in.shape[0])
   rows = _permute(x, plan.token_of_slot, plan.slot)
+  shape = plan.expert_of_block.shape[0], -1, x.shape[-1]
+  y: Any = _run_blocks(
+    rows.reshape(shape), experts, plan.expert_of_block, precision
+  )
   weight = _permute(
     routing.weight.reshape(-1, 1),
     plan.assignment_of_slot,
     plan.slot.reshape(-1, 1),
   )
-  of_block = Experts(*(w[plan.expert_of_block] for w in experts))
-  shape = plan.expert_of_block.shape[0], -1
-  y = of_block(
-    rows.reshape(*shape, x.shape[-1]), weight.reshape(shape), precision
-  )
-  return _permute(
-    y.reshape(-1, x.shape[-1]),
-    plan.slot,
-    plan.token_of_slot[:, None],
-  )
+  # Not to the hidden layer, which is several times as wide.
+  y = weight * y.reshape(rows.shape)
+  return _permute(y, plan.slot, plan.token_of_slot[:, None])
+
+
+# Rows of blocks that are computed at once: enough to share out among a few
+# cores, and few enough that their hidden layer stays in a core's cache.
+ROWS_AT_ONCE = 1024
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _run_blocks(
+  x: Float[Array, 'blocks rows d_model'],
+  experts: Experts,
+  expert: Int[Array, ' blocks'],
+  precision: str,
+) -> Float[Array, 'blocks rows d_model']:
+  """Each block through its own expert, a few blocks at a time.
+
+  The gradient computes the hidden layer again: on CPUs that costs less than to
+  write it to memory and to read it.
+  """
+
+  def some(_, blocks):
+    x, expert = blocks
+    return None, _of(experts, expert)(x, precision)
+
+  _, y = jax.lax.scan(some, None, _at_once((x, expert), *x.shape[:2]))
+  return y.reshape(x.shape)
+
+
+def _run_blocks_forward(x, experts, expert, precision):
+  return _run_blocks(x, experts, expert, precision), (x, experts, expert)
+
+
+def _run_blocks_backward(precision, residuals, gradient):
+  x, experts, expert = residuals
+
+  def some(total, blocks):
+    x, expert, gradient = blocks
+    run = functools.partial(Experts.hidden, precision=precision)
+    own = _of(experts, expert)
+    hidden, gradient_of = jax.vjp(run, own, x)
+    # By hand: tracing the last product again, if only for its gradient, would
+    # count as one more.
+    of_hidden, of_w, of_b = numerics.gradients(
+      OUTPUT, hidden, own.w_out, gradient, precision
+    )
+    of_own, of_x = gradient_of(of_hidden)
+    of_own = of_own._replace(w_out=of_w, b_out=of_b)
+    return jax.tree.map(lambda t, g: t.at[expert].add(g), total, of_own), of_x
+
+  blocks = _at_once((x, expert, gradient), *x.shape[:2])
+  total = jax.tree.map(jnp.zeros_like, experts)
+  of_experts, of_x = jax.lax.scan(some, total, blocks)
+  return of_x.reshape(x.shape), of_experts, None
+
+
+_run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+
+
+def _of(experts: Experts, expert: Int[Array, ' blocks']) -> Experts:
+  return Experts(*(w[expert] for w in experts))
+
+
+def _at_once(tree: Any, num_blocks: int, size: int) -> Any:
+  """Splits the first axis into equal parts of ROWS_AT_ONCE rows or less."""
+  count = blocks_at_once(num_blocks, size)
+  return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]), tree)
 
 
 class Plan(NamedTuple):
@@ -111,6 +179,11 @@ def block_size(num_assignments: int, num_experts: int) -> int:
   return min(1 << (eighth.bit_length() - 1), 512)
 
 
+def blocks_at_once(num_blocks: int, size: int) -> int:
+  """How many make up ROWS_AT_ONCE, or how many there are."""
+  return min(max(ROWS_AT_ONCE // size, 1), num_blocks)
+
+
 def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
   """Sorts by counting: an assignment's rank is how many came before it."""
   num_tokens, top_k = expert.shape
@@ -118,6 +191,7 @@ def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
   size = block_size(num_assignments, num_experts)
   # sum_e ceil(n_e / size) is at most this, for all n with sum n_e = N * K.
   num_blocks = (num_assignments + num_experts * (size - 1)) // size
+  num_blocks += -num_blocks % blocks_at_once(num_blocks, size)
   num_slots = num_blocks * size
 
   flat = expert.reshape(-1)

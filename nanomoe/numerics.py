@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 PRECISIONS = ('float32', 'bfloat16')
 
+# GPUs round float32 operands to TF32 unless told not to.
+_EXACT = jax.lax.Precision.HIGHEST
+
 # CPUs whose matrix units multiply bfloat16 and add float32.
 _BFLOAT16_FLAGS = {'amx_bf16', 'avx512_bf16'}
 
@@ -50,9 +53,7 @@ def dot(
       result's gradient in both formats.
   """
   if precision == 'float32':
-    # GPUs round float32 operands to TF32 unless told not to.
-    exact = jax.lax.Precision.HIGHEST
-    y = jnp.einsum(subscripts, x, w, precision=exact)
+    y = jnp.einsum(subscripts, x, w, precision=_EXACT)
     return y if bias is None else y + bias[..., None, :]
   return _dot_bfloat16(subscripts, x, w, bias)
 
@@ -78,26 +79,41 @@ def _forward(subscripts, x, w, bias):
 
 def _backward(subscripts, residuals, g):
   x, w, x_like, w_like, bias = residuals
+  dx, dw, db = gradients(subscripts, x, w, g, 'bfloat16')
+  return (
+    dx.astype(x_like.dtype),
+    dw.astype(w_like.dtype),
+    None if bias is None else db.astype(bias.dtype),
+  )
+
+
+def gradients(
+  subscripts: str, x: jax.Array, w: jax.Array, g: jax.Array, precision: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Of sum(g * dot(subscripts, x, w, precision, bias)): of x, w and bias."""
   operands, out = subscripts.split('->')
   x_index, w_index = operands.split(',')
+  if precision == 'float32':
+    einsum = functools.partial(jnp.einsum, precision=_EXACT)
+    dx = einsum(f'{out},{w_index}->{x_index}', g, w)
+    return dx, einsum(f'{x_index},{out}->{w_index}', x, g), jnp.sum(g, axis=-2)
+  x = x.astype(jnp.bfloat16)
   # Of a transposed operand, XLA's CPU products are float32 ones.
   g = _row_major(g.astype(jnp.bfloat16))
   dx = _einsum_bfloat16(f'{out},{w_index}->{x_index}', g, w)
   # XLA's fast product on CPUs wants the left operand summed over its last
-  # axis. Here both come summed over their rows, so one is transposed, for
-  # real: without a layout XLA folds the transposition back.
-  lone = next(i for i in w_index if (i in x_index) != (i in out))
-  left, right = (x_index, x), (out, g)
-  if lone not in x_index:
-    left, right = right, left
-  summed = [i for i in left[0] if i not in w_index]
-  order = [*(i for i in w_index if i in left[0]), *summed]
+  # axis. Here both come summed over their rows, so the smaller is transposed,
+  # for real: without a layout XLA folds the transposition back.
+  left, right = sorted(((x_index, x), (out, g)), key=lambda o: o[1].size)
+  order = sorted(left[0], key=lambda i: (i not in w_index, w_index.find(i)))
   rows = _row_major(left[1].transpose([left[0].index(i) for i in order]))
+  dw_index = [i for i in order if i in w_index]
+  dw_index += [i for i in right[0] if i in w_index and i not in order]
   dw = _einsum_bfloat16(
-    f'{"".join(order)},{right[0]}->{w_index}', rows, right[1]
+    f'{"".join(order)},{right[0]}->{"".join(dw_index)}', rows, right[1]
   )
-  db = None if bias is None else jnp.sum(g, axis=-2, dtype=bias.dtype)
-  return dx.astype(x_like.dtype), dw.astype(w_like.dtype), db
+  dw = _row_major(dw).transpose([dw_index.index(i) for i in w_index])
+  return dx, dw, jnp.sum(g, axis=-2, dtype=jnp.float32)
 
 
 def _row_major(x: jax.Array) -> jax.Array:
