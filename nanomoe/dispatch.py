@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanomoe import numerics
+from nanomoe import numerics, pieces
 from nanomoe.activations import gelu
 from nanomoe.numerics import dot
 from nanomoe.routers import Routing
@@ -68,7 +68,8 @@ def dropless(
   that the work is N * K rows plus at most a block for each expert. Gale et al.
   2022 (MegaBlocks), sec. 4, with dense blocks.
   """
-  plan = make_plan(routing.expert, experts.w_in.shape[0])
+  num_experts, d_ff, _ = experts.w_out.shape
+  plan = make_plan(routing.expert, num_experts, d_ff)
   rows = _permute(x, plan.token_of_slot, plan.slot)
   shape = plan.expert_of_block.shape[0], -1, x.shape[-1]
   y: Any = _run_blocks(
@@ -82,11 +83,6 @@ def dropless(
   # Not to the hidden layer, which is several times as wide.
   y = weight * y.reshape(rows.shape)
   return _permute(y, plan.slot, plan.token_of_slot[:, None])
-
-
-# Rows of blocks that are computed at once: enough to share out among a few
-# cores, and few enough that their hidden layer stays in a core's cache.
-ROWS_AT_ONCE = 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -106,7 +102,7 @@ def _run_blocks(
     x, expert = blocks
     return None, _of(experts, expert)(x, precision)
 
-  _, y = jax.lax.scan(some, None, _at_once((x, expert), *x.shape[:2]))
+  _, y = jax.lax.scan(some, None, _at_once((x, expert), x, experts))
   return y.reshape(x.shape)
 
 
@@ -131,7 +127,7 @@ def _run_blocks_backward(precision, residuals, gradient):
     of_own = of_own._replace(w_out=of_w, b_out=of_b)
     return jax.tree.map(lambda t, g: t.at[expert].add(g), total, of_own), of_x
 
-  blocks = _at_once((x, expert, gradient), *x.shape[:2])
+  blocks = _at_once((x, expert, gradient), x, experts)
   total = jax.tree.map(jnp.zeros_like, experts)
   of_experts, of_x = jax.lax.scan(some, total, blocks)
   return of_x.reshape(x.shape), of_experts, None
@@ -144,10 +140,15 @@ def _of(experts: Experts, expert: Int[Array, ' blocks']) -> Experts:
   return Experts(*(w[expert] for w in experts))
 
 
-def _at_once(tree: Any, num_blocks: int, size: int) -> Any:
-  """Splits the first axis into equal parts of ROWS_AT_ONCE rows or less."""
-  count = blocks_at_once(num_blocks, size)
+def _at_once(tree: Any, x: jax.Array, experts: Experts) -> Any:
+  """Splits the first axis, of x's blocks, into those to compute at once."""
+  num_blocks, size, _ = x.shape
+  count = _num_at_once(num_blocks, size, experts.w_out.shape[1])
   return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]), tree)
+
+
+def _num_at_once(num_blocks: int, size: int, d_ff: int) -> int:
+  return pieces.at_once(4 * size * d_ff, num_blocks)
 
 
 class Plan(NamedTuple):
@@ -179,19 +180,16 @@ def block_size(num_assignments: int, num_experts: int) -> int:
   return min(1 << (eighth.bit_length() - 1), 512)
 
 
-def blocks_at_once(num_blocks: int, size: int) -> int:
-  """How many make up ROWS_AT_ONCE, or how many there are."""
-  return min(max(ROWS_AT_ONCE // size, 1), num_blocks)
-
-
-def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
+def make_plan(
+  expert: Int[Array, 'tokens k'], num_experts: int, d_ff: int
+) -> Plan:
   """Sorts by counting: an assignment's rank is how many came before it."""
   num_tokens, top_k = expert.shape
   num_assignments = num_tokens * top_k
   size = block_size(num_assignments, num_experts)
   # sum_e ceil(n_e / size) is at most this, for all n with sum n_e = N * K.
   num_blocks = (num_assignments + num_experts * (size - 1)) // size
-  num_blocks += -num_blocks % blocks_at_once(num_blocks, size)
+  num_blocks += -num_blocks % _num_at_once(num_blocks, size, d_ff)
   num_slots = num_blocks * size
 
   flat = expert.reshape(-1)

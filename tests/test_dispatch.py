@@ -144,7 +144,7 @@ def test_computes_the_chosen_experts_only(name, num_experts, rng):
 @pytest.mark.parametrize('num_tokens', [1, 2, 7, 64, 1000])
 def test_plan_gives_each_assignment_a_slot_of_its_expert(num_tokens, rng):
   expert = rng.integers(0, NUM_EXPERTS + 1, (num_tokens, 3))
-  plan = dispatch.make_plan(jnp.asarray(expert, jnp.int32), NUM_EXPERTS)
+  plan = dispatch.make_plan(jnp.asarray(expert, jnp.int32), NUM_EXPERTS, D_FF)
   size = len(plan.token_of_slot) // len(plan.expert_of_block)
   taken = [
     (int(plan.slot[t, k]), t, k)

@@ -1,0 +1,18 @@
+"""Work in pieces whose intermediate results stay in a core's cache."""
+
+import jax
+
+# Of intermediate results: a second-level cache, about.
+CACHE_BYTES = 2 << 20
+
+
+def at_once(piece_bytes: int, num_pieces: int) -> int:
+  """How many of `num_pieces` to compute at once: at most all, at least one.
+
+  On CPUs, those whose intermediate results, `piece_bytes` each, stay in the
+  cache: writing them to memory and reading them costs more than many a product.
+  Elsewhere all.
+  """
+  if jax.default_backend() != 'cpu':
+    return num_pieces
+  return min(max(CACHE_BYTES // piece_bytes, 1), num_pieces)
