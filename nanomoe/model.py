@@ -14,6 +14,7 @@ from nanomoe.numerics import dot
 from nanomoe.remat import remat
 
 LAYER_NORM_EPSILON = 1e-6
+PARTS = 4  # Of a window's rows, in attention.
 
 
 class Linear(nn.Module):
@@ -75,17 +76,35 @@ class Attention(nn.Module):
     if cache is not None:
       start = cache.length
       k, v = _write(cache.key, k, start), _write(cache.value, v, start)
-    scale = q.shape[-1] ** -0.5
-    scores = dot('bhtd,bhsd->bhts', q * scale, k, self.precision)
-    # A row sees the positions up to its own: [batch, 1, time, positions].
-    own = start[:, None] + jnp.arange(time)
-    visible = jnp.arange(scores.shape[-1]) <= own[:, None, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-    weights = Dropout(self.dropout_rate)(weights, train=train)
-    y = dot('bhts,bhsd->bhtd', weights, v, self.precision)
+    if cache is None:
+      # In parts, so that little is computed of what no row sees: of scores,
+      # with 4 parts, 5 eighths.
+      size = -(-time // PARTS)
+      parts = [slice(i, min(i + size, time)) for i in range(0, time, size)]
+      y = jnp.concatenate(
+        [
+          self._attend(
+            q[:, :, p], k[:, :, : p.stop], v[:, :, : p.stop], p.start, train
+          )
+          for p in parts
+        ],
+        axis=2,
+      )
+    else:
+      y = self._attend(q, k, v, start[:, None], train)
     y = y.transpose(0, 2, 1, 3).reshape(x.shape)
     y = Linear(d_model, init, self.precision, name='out')(y)
     return y, Cache(k, v, start + time)
+
+  def _attend(self, q, k, v, start, train: bool):
+    """Rows q, from position `start` (int[] or int[batch, 1]) on, of k and v."""
+    scores = dot('bhtd,bhsd->bhts', q * q.shape[-1] ** -0.5, k, self.precision)
+    # A row sees the positions up to its own: [batch or 1, 1, time, positions].
+    own = jnp.atleast_2d(start + jnp.arange(q.shape[2]))
+    visible = jnp.arange(k.shape[2]) <= own[:, None, :, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+    weights = Dropout(self.dropout_rate)(weights, train=train)
+    return dot('bhts,bhsd->bhtd', weights, v, self.precision)
 
 
 def _write(
