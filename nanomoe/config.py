@@ -54,6 +54,9 @@ def load_file(path: str) -> ConfigDict:
   """
   file = pathlib.Path(path)
   try:
+    if not file.exists():  # Ours, from wherever they are asked for.
+      ours = pathlib.Path(__file__).parent.parent / path
+      file = ours if ours.is_file() else file
     is_file = file.is_file()
   except OSError as error:  # A name that is too long, for example.
     raise UserError(f'--config={path}: {error.strerror}') from error

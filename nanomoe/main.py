@@ -100,13 +100,17 @@ def main(overrides: list[config_lib.Override]) -> int:
   console = terminal.log_to_terminal(quiet=_QUIET.value)
   workdir_lib.log_to(workdir)
   if old:
-    config = workdir_lib.continued(old, config)
-  log.info('workdir: %s', workdir)
-  log.info('watch it: %s', shlex.join(['tensorboard', '--logdir', watch]))
+    config = workdir_lib.continued(old, config, [key for key, _ in overrides])
 
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
 
-  trainer = experiment.build(config, workdir)
+  try:
+    trainer = experiment.build(config, workdir)
+  except UserError:
+    workdir_lib.discard(workdir)
+    raise
+  log.info('workdir: %s', workdir)
+  log.info('watch it: %s', shlex.join(['tensorboard', '--logdir', watch]))
   if console and not _QUIET.value:
     from trainers.callbacks.live_progress import LiveProgress  # noqa: PLC0415
 

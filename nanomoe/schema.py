@@ -138,7 +138,8 @@ def problems(config: Mapping[str, Any]) -> list[str]:
   ]
   specs = {*SPECS, *(s for k in flat if (s := spec_of(k)) is not None)}
   lines += [
-    f'{spec}.type is missing: the name of a class, or its import path'
+    f'{spec}.type is missing: the name of a class, or its import path.'
+    + did_you_mean(spec, specs - {spec})
     for spec in sorted(specs)
     if not isinstance(flat.get(f'{spec}.type'), str)
   ]

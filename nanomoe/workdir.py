@@ -1,5 +1,6 @@
 """A run's directory: its files, its log, and going on in it."""
 
+from collections.abc import Collection
 import datetime
 import fcntl
 import itertools
@@ -7,6 +8,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import tempfile
 from typing import Any
 
@@ -87,11 +89,20 @@ def config_of(workdir: pathlib.Path) -> Config:
   return config
 
 
-def continued(old: ConfigDict, new: ConfigDict) -> ConfigDict:
+def continued(
+  old: ConfigDict, new: ConfigDict, asked: Collection[str]
+) -> ConfigDict:
   """`new`, with what `old` had decided; the changes are logged.
 
+  Args:
+    old: the config of the run.
+    new: the one to go on with.
+    asked: the keys that were given by name. What else differs came with a
+      file, and may be meant for another run.
+
   Raises:
-    UserError: naming every key that may not change within a run.
+    UserError: naming every key that may not change within a run, or that
+      nobody asked to change.
   """
   before = dict(schema.flatten(old.to_dict()))
   after = dict(schema.flatten(new.to_dict()))
@@ -104,18 +115,31 @@ def continued(old: ConfigDict, new: ConfigDict) -> ConfigDict:
   changed = [
     key for key in {**before, **after} if before.get(key) != after.get(key)
   ]
-  refused = [key for key in changed if not key.startswith(_MAY_CHANGE)]
-  if refused:
-    raise UserError(
-      [
-        f'{key} was {before.get(key)!r} in this run, and is '
-        f'{after.get(key)!r} now: choose another --workdir'
-        for key in refused
-      ]
+  specs = tuple(k.removesuffix('type') for k in asked if k.endswith('.type'))
+  lines = []
+  for key in changed:
+    tell = (
+      f'{key} was {before.get(key)!r} in this run, and is {after.get(key)!r} '
+      'now: '
     )
+    if not key.startswith(_MAY_CHANGE):
+      lines.append(tell + 'choose another --workdir')
+    elif key not in asked and not key.startswith(specs):
+      lines.append(
+        tell + f'to change it, give --config.{key}; to go on as it was, leave '
+        'out --config'
+      )
+  if lines:
+    raise UserError(lines)
   for key in changed:
     log.info('changed: %s from %r to %r', key, before.get(key), after.get(key))
   return decided
+
+
+def discard(workdir: pathlib.Path) -> None:
+  """Removes a directory that has nothing but the log of a mistake."""
+  if [path.name for path in workdir.iterdir()] == ['log.txt']:
+    shutil.rmtree(workdir, ignore_errors=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

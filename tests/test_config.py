@@ -607,6 +607,7 @@ def test_what_makes_it_another_run_is_refused_with_both_values():
         ('precision', 'bfloat16'),
         ('num_train_steps', '44'),
       ),
+      ['num_train_steps'],
     )
   lines = {line.split()[0]: line for line in error.value.problems}
   both = {
@@ -638,7 +639,7 @@ def test_what_makes_it_another_run_is_refused_with_both_values():
 )
 def test_what_a_run_may_change(key, text):
   old, new = decided(), decided((key, text))
-  got = workdir_lib.continued(old, new)
+  got = workdir_lib.continued(old, new, [key])
   assert flat(got) == applied(
     ('precision', 'float32'), ('moe.dispatch', 'dropless'), (key, text)
   )
@@ -649,21 +650,39 @@ def test_what_a_run_may_change(key, text):
 )
 def test_what_a_run_may_not_change(key):
   with pytest.raises(UserError, match=rf'^{key} '):
-    workdir_lib.continued(decided(), decided((key, '1')))
+    workdir_lib.continued(decided(), decided((key, '1')), [key])
+
+
+def test_what_nobody_asked_for_by_name_is_refused():
+  """Another file for an old run: its schedule would be lost without a word."""
+  changes = [
+    ('optimizer.learning_rate', '0.01'),
+    ('optimizer.schedule.type', 'linear'),
+    ('optimizer.schedule.warmup_steps', '7'),
+  ]
+  new = decided(*changes)
+  with pytest.raises(UserError) as error:
+    workdir_lib.continued(decided(), new, [])
+  lines = {line.split()[0]: line for line in error.value.problems}
+  assert lines.keys() == {key for key, _ in changes}
+  for key, line in lines.items():
+    assert f'--config.{key}' in line
+  asked = ['optimizer.learning_rate', 'optimizer.schedule.type']
+  assert workdir_lib.continued(decided(), new, asked) == new
 
 
 def test_an_argument_of_the_router_may_not_appear_or_vanish():
   plain, other = decided(), decided(('moe.router.x', '1'))
   for old, new in [(plain, other), (other, plain)]:
     with pytest.raises(UserError, match=r'moe\.router\.x .*None'):
-      workdir_lib.continued(old, new)
+      workdir_lib.continued(old, new, ['moe.router.x'])
 
 
 def test_auto_takes_what_the_run_had_decided():
   old = decided(('precision', 'bfloat16'), ('moe.dispatch', 'dense'))
   new = config_lib.apply(base.get_config(), [])
   assert new.precision == new.moe.dispatch == 'auto'
-  got = workdir_lib.continued(old, new)
+  got = workdir_lib.continued(old, new, [])
   assert got.precision == 'bfloat16'
   assert got.moe.dispatch == 'dense'
   assert got.to_dict() == old.to_dict()
@@ -678,7 +697,7 @@ def test_the_command_that_started_a_run_goes_on_with_it(
   new = config_lib.apply(base.get_config(), [('data.path', corpus.name)])
   old = experiment.decide(new)
   workdir_lib.write_json(tmp_path / 'config.json', old.to_dict())
-  got = workdir_lib.continued(workdir_lib.read_config(tmp_path), new)
+  got = workdir_lib.continued(workdir_lib.read_config(tmp_path), new, [])
   assert experiment.decide(got).to_dict() == old.to_dict()
 
 
@@ -687,7 +706,8 @@ def test_changes_are_logged(caplog):
   logger.addHandler(caplog.handler)
   try:
     with caplog.at_level(logging.INFO, logger='nanomoe.workdir'):
-      workdir_lib.continued(decided(), decided(('eval_iters', '17')))
+      new = decided(('eval_iters', '17'))
+      workdir_lib.continued(decided(), new, ['eval_iters'])
   finally:
     logger.removeHandler(caplog.handler)
   lines = {record.getMessage() for record in caplog.records}

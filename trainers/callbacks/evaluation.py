@@ -35,16 +35,18 @@ class Evaluation(Callback):
     )
     if best:
       loop.best = loop.score
+    names = [f'{split}/{self.monitor}', *sorted(metrics)]
     scalars = '  '.join(
-      f'{name} {value:.4f}'
-      for name, value in metrics.items()
-      if isinstance(value, float)
+      f'{name.removeprefix(f"{split}/")} {metrics[name]:.4f}'
+      for name in dict.fromkeys(names)
+      if isinstance(metrics[name], float) and '/best_' not in name
     )
     log.info(
-      'step %*d/%d  %s%s',
+      'step %*d/%d  %s  %s%s',
       len(str(loop.num_train_steps)),
       loop.step,
       loop.num_train_steps,
+      split,
       scalars,
       '  ★' if best else '',
     )

@@ -34,9 +34,9 @@ class LiveProgress(Callback):
     self.console = console
     self._live: Live | None = None
     self._loss = self._speed = ''
+    self._first_step, self._start = 0, None
 
   def on_fit_start(self, loop):
-    self._first_step, self._start = loop.step, time.monotonic()
     self._live = Live(
       console=self.console,
       get_renderable=lambda: self._render(loop),
@@ -46,6 +46,10 @@ class LiveProgress(Callback):
     self._live.start()
     # Whatever ends this process, even kill -9: the terminal has its cursor.
     self.console.show_cursor(True)
+
+  def on_train_step_end(self, loop):
+    if self._start is None:  # The step before this compiled.
+      self._first_step, self._start = loop.step, time.monotonic()
 
   def on_log(self, loop, metrics):
     self._loss = f'loss {metrics["train/loss"]:.4f}'
@@ -57,14 +61,16 @@ class LiveProgress(Callback):
       self._live.stop()
 
   def _render(self, loop) -> Table:
-    done = loop.step - self._first_step
-    seconds = (time.monotonic() - self._start) / max(done, 1)
-    left = round(seconds * (loop.num_train_steps - loop.step))
+    eta = ''
+    if self._start and (done := loop.step - self._first_step):
+      seconds = (time.monotonic() - self._start) / done
+      left = round(seconds * (loop.num_train_steps - loop.step))
+      eta = f'ETA {datetime.timedelta(seconds=left)}'
     texts = [
       f'{loop.step}/{loop.num_train_steps}',
       self._loss,
       self._speed,
-      f'ETA {datetime.timedelta(seconds=left)}' if done else '',
+      eta,
       f'best {loop.best.value:.4f}' if loop.best else '',
       _PHASES.get(loop.clock.current, ''),
     ]

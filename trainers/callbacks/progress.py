@@ -22,7 +22,13 @@ class Progress(Callback):
 
   def on_fit_start(self, loop):
     self._first_step = loop.step
-    self._start = sum(loop.clock.seconds.values())
+    self._start = _seconds(loop)
+
+  def seconds_left(self, loop) -> float:
+    """As long for each step as it took so far, evaluations included."""
+    done = loop.step - self._first_step
+    elapsed = _seconds(loop) - self._start
+    return (loop.num_train_steps - loop.step) * elapsed / max(done, 1)
 
   def on_log(self, loop, metrics):
     steps, seconds = loop.num_timed_steps, loop.clock.read('train')
@@ -31,9 +37,7 @@ class Progress(Callback):
       metrics['steps_per_sec'] = rate
       metrics['tokens_per_sec'] = rate * self.tokens_per_step
     self._steps, self._seconds = steps, seconds
-    elapsed = sum(loop.clock.seconds.values()) - self._start
-    done = loop.step - self._first_step
-    left = (loop.num_train_steps - loop.step) * elapsed / max(done, 1)
+    left = self.seconds_left(loop)
     speed = (
       f'{metrics["steps_per_sec"]:.2f} steps/s  '
       f'{metrics["tokens_per_sec"]:,.0f} tokens/s  '
@@ -49,3 +53,10 @@ class Progress(Callback):
       speed,
       datetime.timedelta(seconds=round(left)),
     )
+
+
+def _seconds(loop) -> float:
+  """Of the run, without those that come once."""
+  loop.clock.read('train')
+  seconds = loop.clock.seconds
+  return sum(seconds.values()) - seconds.get('compile', 0.0)
