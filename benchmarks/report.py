@@ -1,7 +1,8 @@
-"""python -m benchmarks.report --workdir=DIR [--name=base] [--exact=FILE]
+"""python -m benchmarks.report [--name=base --workdir=DIR --exact=FILE]
 
 Writes benchmarks/results/<name>.json from a run's metrics.jsonl and
-result.json, and from it the table in README.md between its two markers.
+result.json; without --workdir, nothing. Then makes all tables in README.md anew
+from benchmarks/results, each between its two markers.
 """
 
 import functools
@@ -14,12 +15,19 @@ from absl import app, flags
 from benchmarks import generate, peers, results, scaling, step_time
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
-_NAME = flags.DEFINE_string('name', 'base', 'Of the figures and the table.')
+_NAME = flags.DEFINE_string('name', 'base', 'Of the figures: one of RUNS.')
 _EXACT = flags.DEFINE_string(
   'exact', None, 'What python -m nanomoe.evaluate --step=best printed.'
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+# {name of the figures: what was run}.
+RUNS = {
+  'base': 'configs/base.py',
+  'quick': 'configs/quick.py',
+  'quick_top1': 'configs/quick.py --config.moe.top_k=1',
+}
 
 
 def figures(workdir: pathlib.Path, exact: pathlib.Path) -> dict:
@@ -106,20 +114,71 @@ def table(data: dict) -> str:
   return '\n'.join(lines)
 
 
+def _configs() -> str:
+  """A row for each run."""
+  lines = [
+    '| config | parameters (for a token) | steps | val cross-entropy '
+    '| minutes | s a step |',
+    '|---|---:|---:|---:|---:|---:|',
+  ]
+  for name, command in RUNS.items():
+    data = results.read(name)
+    if not data:
+      continue
+    result = data['result']
+    minutes = sum(result['seconds_by_phase'].values()) / 60
+    lines.append(
+      f'| `{command}` | {result["num_params"]:,} '
+      f'({result["num_active_params"]:,}) | {result["step"]} '
+      f'| {data["exact"]["cross_entropy"]:.4f} | {minutes:.0f} '
+      f'| {1 / result["steps_per_sec"]:.3f} |'
+    )
+  return '\n'.join(lines)
+
+
+def _quick() -> str | None:
+  """Two experts for a token against one."""
+  lines = [
+    '| `moe.top_k` | val cross-entropy | entropy of the router, by layer '
+    '| largest over mean load, by layer | s a step |',
+    '|---:|---:|---|---|---:|',
+  ]
+  for top_k, name in ((2, 'quick'), (1, 'quick_top1')):
+    if not (data := results.read(name)):
+      return None
+    exact = data['exact']
+    layers = [
+      ' '.join(f'{x:.2f}' for x in values)
+      for values in (
+        exact['router_entropy'],
+        exact['max_over_mean_load'],
+      )
+    ]
+    seconds = 1 / data['result']['steps_per_sec']
+    lines.append(
+      f'| {top_k} | {exact["cross_entropy"]:.4f} | {layers[0]} | {layers[1]} '
+      f'| {seconds:.3f} |'
+    )
+  return '\n'.join(lines)
+
+
 def main(argv):
   del argv
-  path = ROOT / 'benchmarks' / 'results' / f'{_NAME.value}.json'
-  path.parent.mkdir(exist_ok=True)
   if _WORKDIR.value:
     data = figures(pathlib.Path(_WORKDIR.value), pathlib.Path(_EXACT.value))
+    path = ROOT / 'benchmarks' / 'results' / f'{_NAME.value}.json'
     path.write_text(json.dumps(data, indent=1) + '\n')
-  data = json.loads(path.read_text())
   readme = ROOT / 'README.md'
-  text = _between(readme.read_text(), _NAME.value, table(data))
-  for name, make in SPEED.items():
-    if speed := make():
-      text = _between(text, name, speed)
+  text = readme.read_text()
+  for name, make in TABLES.items():
+    if made := make():
+      text = _between(text, name, made)
   readme.write_text(text)
+
+
+def _base() -> str | None:
+  data = results.read('base')
+  return table(data) if data else None
 
 
 def _variants() -> str | None:
@@ -150,7 +209,14 @@ def _against() -> str | None:
   return '\n'.join([*lines, ' '.join(dict.fromkeys(machines))])
 
 
-SPEED = {'against': _against, 'step_time': _variants, 'scaling': _scaling}
+TABLES = {
+  'base': _base,
+  'configs': _configs,
+  'quick': _quick,
+  'against': _against,
+  'step_time': _variants,
+  'scaling': _scaling,
+}
 
 
 def _between(text: str, name: str, new: str) -> str:

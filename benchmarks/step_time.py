@@ -7,6 +7,7 @@ batch, block by block in turn with ours, and the memory that a short run holds.
 On random tokens. Writes benchmarks/results/step_time[-PEER].json.
 """
 
+import os
 import pathlib
 import statistics
 import subprocess
