@@ -109,7 +109,8 @@ def table(data: dict) -> str:
     f'{wall:.0f} minutes on 2 cores, of them '
     f'{result["seconds_by_phase"]["evaluate"] / 60:.0f} of evaluation; '
     f'{1 / result["steps_per_sec"]:.3f} s a step, '
-    f'{result["peak_memory_bytes"] / 1e9:.2f} GB at most.',
+    f'{result["peak_memory_bytes"] / 1e9:.2f} GB at most. Of revision '
+    f'{result["revision"][:7]}.',
   ]
   return '\n'.join(lines)
 
