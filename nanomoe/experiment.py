@@ -90,7 +90,11 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     memory_hint=functools.partial(memory.hint, config),
   )
   workdir.write_json(directory / 'config.json', config.to_dict())
-  recorded = {'corpus': corpus.name, 'corpus_sha256': corpus.fingerprint}
+  recorded = {
+    'type': config.data.tokenizer.type,
+    'corpus': corpus.name,
+    'corpus_sha256': corpus.fingerprint,
+  }
   workdir.write_json(
     directory / VOCABULARY, {**tokenizer.state_dict(), **recorded}
   )
