@@ -60,10 +60,19 @@ class TopK(nn.Module):
     )
     # Always float32: a rounded logit changes the choice, not only its weight.
     logits = numerics.dot('nd,de->ne', x, kernel, 'float32')
-    top, expert = jax.lax.top_k(logits, self.top_k)
+    _, expert = jax.lax.top_k(jax.lax.stop_gradient(logits), self.top_k)
+    weight = jax.nn.softmax(chosen(logits, expert))
     return make_routing(
-      expert, jax.nn.softmax(top), jax.nn.softmax(logits), mask, self.balance
+      expert, weight, jax.nn.softmax(logits), mask, self.balance
     )
+
+
+def chosen(
+  of_experts: Float[Array, 'tokens experts'], expert: Int[Array, 'tokens k']
+) -> Float[Array, 'tokens k']:
+  """of_experts[t, expert[t, k]], by a mask: indexing's gradient scatters."""
+  mask = expert[..., None] == jnp.arange(of_experts.shape[-1])
+  return jnp.sum(jnp.where(mask, of_experts[:, None], 0), axis=-1)
 
 
 def make_routing(
