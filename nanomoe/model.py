@@ -72,32 +72,41 @@ class Attention(nn.Module):
     # [batch, time, 3, heads, d_head] -> 3 x [batch, heads, time, d_head].
     qkv = qkv.reshape(batch, time, 3, self.num_heads, -1)
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-    start = jnp.zeros(batch, jnp.int32)
-    if cache is not None:
+    if cache is None:
+      start = jnp.zeros(batch, jnp.int32)
+      y = self._attend_in_parts(q, k, v, train)
+    else:
       start = cache.length
       k, v = _write(cache.key, k, start), _write(cache.value, v, start)
-    if cache is None:
-      # In parts, so that little is computed of what no row sees: of scores,
-      # with 4 parts, 5 eighths.
-      size = -(-time // PARTS)
-      parts = [slice(i, min(i + size, time)) for i in range(0, time, size)]
-      y = jnp.concatenate(
-        [
-          self._attend(
-            q[:, :, p], k[:, :, : p.stop], v[:, :, : p.stop], p.start, train
-          )
-          for p in parts
-        ],
-        axis=2,
-      )
-    else:
       y = self._attend(q, k, v, start[:, None], train)
     y = y.transpose(0, 2, 1, 3).reshape(x.shape)
     y = Linear(d_model, init, self.precision, name='out')(y)
     return y, Cache(k, v, start + time)
 
+  def _attend_in_parts(self, q, k, v, train: bool):
+    """A few rows at a time, each with the positions that its last one sees.
+
+    With 4 parts, 5 eighths of the scores are computed; half of them are seen.
+    """
+    time = q.shape[2]
+    size = -(-time // PARTS)
+    parts = [slice(i, min(i + size, time)) for i in range(0, time, size)]
+    each = [
+      self._attend(
+        q[:, :, p], k[:, :, : p.stop], v[:, :, : p.stop], p.start, train
+      )
+      for p in parts
+    ]
+    return jnp.concatenate(each, axis=2)
+
   def _attend(self, q, k, v, start, train: bool):
-    """Rows q, from position `start` (int[] or int[batch, 1]) on, of k and v."""
+    """q [batch, heads, rows, d_head] of k and v [batch, heads, positions, ...].
+
+    Args:
+      q, k, v: as above.
+      start: the position of the first row: int, or int[batch, 1].
+      train: with dropout.
+    """
     scores = dot('bhtd,bhsd->bhts', q * q.shape[-1] ** -0.5, k, self.precision)
     # A row sees the positions up to its own: [batch or 1, 1, time, positions].
     own = jnp.atleast_2d(start + jnp.arange(q.shape[2]))
