@@ -43,6 +43,10 @@ _MAY_CHANGE = (
   'data.fallback',
 )
 
+# Of these, what changes how it ends: never by a file, which may be meant for
+# another run, or lack what the command line had.
+_BY_NAME_ALONE = ('num_train_steps', 'optimizer.', 'moe.aux_weight')
+
 
 def make_default(config_path: str) -> pathlib.Path:
   """Makes runs/<config>-<date>-<time>, which no other process has."""
@@ -97,12 +101,12 @@ def continued(
   Args:
     old: the config of the run.
     new: the one to go on with.
-    asked: the keys that were given by name. What else differs came with a
-      file, and may be meant for another run.
+    asked: the keys that were given by name; what else differs came with a
+      file.
 
   Raises:
-    UserError: naming every key that may not change within a run, or that
-      nobody asked to change.
+    UserError: naming every key that may not change within a run, or not
+      without being asked for.
   """
   before = dict(schema.flatten(old.to_dict()))
   after = dict(schema.flatten(new.to_dict()))
@@ -124,7 +128,11 @@ def continued(
     )
     if not key.startswith(_MAY_CHANGE):
       lines.append(tell + 'choose another --workdir')
-    elif key not in asked and not key.startswith(specs):
+    elif (
+      key.startswith(_BY_NAME_ALONE)
+      and key not in asked
+      and not key.startswith(specs)
+    ):
       lines.append(
         tell + f'to change it, give --config.{key}; to go on as it was, leave '
         'out --config'
