@@ -94,7 +94,7 @@ def main(overrides: list[config_lib.Override]) -> int:
       if workdir
       else '--config=FILE is needed, such as --config=configs/base.py'
     )
-  config = _checked(config, overrides, workdir)
+  config = _checked(config, overrides, workdir, is_new=old is None)
   workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
   watch = str(workdir.parent)
   console = terminal.log_to_terminal(quiet=_QUIET.value)
@@ -120,7 +120,7 @@ def main(overrides: list[config_lib.Override]) -> int:
   return EXIT_CODES[status]
 
 
-def _checked(config, overrides, workdir: pathlib.Path | None):
+def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
   """The config with its overrides; all that is wrong is told together."""
   lines = []
   path = dict(overrides).get('data.path', config.get('data', {}).get('path'))
@@ -128,8 +128,11 @@ def _checked(config, overrides, workdir: pathlib.Path | None):
     lines += corpus.path_problems(str(path))
   if workdir:
     lines += workdir_lib.problems(workdir)
-  source = dict(overrides).get('init_from')
-  if source and workdir_lib.read_config(pathlib.Path(source)) is None:
+  source = dict(overrides).get('init_from', config.get('init_from'))
+  # A run that is there has its weights already.
+  if (
+    is_new and source and workdir_lib.read_config(pathlib.Path(source)) is None
+  ):
     lines.append(f'init_from={source!r}: no run is there (no config.json)')
   try:
     config = config_lib.apply(config, overrides)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nanomoe import evaluate as evaluate_lib
-from nanomoe import experiment
+from nanomoe import experiment, main
 from trainers import checkpoint
 from trainers.errors import UserError
 
@@ -111,4 +111,8 @@ def test_a_resumed_run_does_not_need_its_source(finished, tiny, tmp_path):
   assert experiment.build(config, tmp_path / 'run').fit() == 'done'
   shutil.rmtree(source)
   config.num_train_steps = 3
+  missing = [('init_from', str(source))]
+  with pytest.raises(UserError, match='no run is there'):
+    main._checked(config, missing, None, is_new=True)
+  main._checked(config, missing, tmp_path / 'run', is_new=False)
   assert experiment.build(config, tmp_path / 'run').fit() == 'done'
