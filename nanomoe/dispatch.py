@@ -5,6 +5,7 @@ each token, of the outputs of its experts. `dense` is the definition.
 """
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ from nanomoe.activations import gelu
 from nanomoe.numerics import dot
 from nanomoe.routers import Routing
 
-OUTPUT = 'gnf,gfd->gnd'  # The product that ends an expert.
+# The products of an expert.
+INPUT, OUTPUT = 'gnd,gdf->gnf', 'gnf,gfd->gnd'
 
 
 class Experts(NamedTuple):
@@ -38,7 +40,7 @@ class Experts(NamedTuple):
   def hidden(
     self, x: Float[Array, 'experts rows d_model'], precision: str
   ) -> Float[Array, 'experts rows d_ff']:
-    return gelu(dot('gnd,gdf->gnf', x, self.w_in, precision, self.b_in))
+    return gelu(dot(INPUT, x, self.w_in, precision, self.b_in))
 
 
 def dense(
@@ -98,6 +100,8 @@ def _run_blocks(
   write it to memory and to read it.
   """
 
+  experts = _rounded(experts, precision)
+
   def some(_, blocks):
     x, expert = blocks
     return None, _of(experts, expert)(x, precision)
@@ -112,19 +116,19 @@ def _run_blocks_forward(x, experts, expert, precision):
 
 def _run_blocks_backward(precision, residuals, gradient):
   x, experts, expert = residuals
+  rounded = _rounded(experts, precision)
+  gradients = functools.partial(numerics.gradients, precision=precision)
 
   def some(total, blocks):
     x, expert, gradient = blocks
-    run = functools.partial(Experts.hidden, precision=precision)
-    own = _of(experts, expert)
-    hidden, gradient_of = jax.vjp(run, own, x)
-    # By hand: tracing the last product again, if only for its gradient, would
-    # count as one more.
-    of_hidden, of_w, of_b = numerics.gradients(
-      OUTPUT, hidden, own.w_out, gradient, precision
-    )
-    of_own, of_x = gradient_of(of_hidden)
-    of_own = of_own._replace(w_out=of_w, b_out=of_b)
+    own = _of(rounded, expert)
+    before = dot(INPUT, x, own.w_in, precision, own.b_in)
+    hidden, gradient_of = jax.vjp(gelu, before)
+    # By hand: tracing a product again, if only for its gradient, would count
+    # as one more.
+    of_hidden, *of_out = gradients(OUTPUT, hidden, own.w_out, gradient)
+    of_x, *of_in = gradients(INPUT, x, own.w_in, *gradient_of(of_hidden))
+    of_own = Experts(*of_in, *of_out)
     return jax.tree.map(lambda t, g: t.at[expert].add(g), total, of_own), of_x
 
   blocks = _at_once((x, expert, gradient), x, experts)
@@ -134,6 +138,14 @@ def _run_blocks_backward(precision, residuals, gradient):
 
 
 _run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+
+
+def _rounded(experts: Experts, precision: str) -> Experts:
+  """Once, to what their products read, not for each block anew."""
+  w_in, w_out = (
+    numerics.rounded(w, precision) for w in (experts.w_in, experts.w_out)
+  )
+  return experts._replace(w_in=w_in, w_out=w_out)
 
 
 def _of(experts: Experts, expert: Int[Array, ' blocks']) -> Experts:
@@ -226,8 +238,11 @@ def _permute(x, index, inverse):
   so the gradient is a gather too, where a scatter-add would be serial.
   """
   del inverse
-  rows = jnp.take(x, index, axis=0, mode='fill', fill_value=0)
-  return rows if index.ndim == 1 else rows.sum(axis=1)
+  take = functools.partial(jnp.take, x, axis=0, mode='fill', fill_value=0)
+  if index.ndim == 1:
+    return take(index)
+  # Not a sum over an axis: so XLA gathers and adds in one pass.
+  return functools.reduce(operator.add, map(take, index.T))
 
 
 def _permute_forward(x, index, inverse):

@@ -1,6 +1,7 @@
 """The transformer around the experts."""
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -10,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nanomoe.dropout import Dropout
 from nanomoe.moe import MoEAux
+from nanomoe.norms import LayerNorm
 from nanomoe.numerics import dot
 from nanomoe.remat import remat
 
-LAYER_NORM_EPSILON = 1e-6
 PARTS = 4  # Of a window's rows, in attention.
 
 
@@ -91,11 +92,12 @@ class Attention(nn.Module):
     time = q.shape[2]
     size = -(-time // PARTS)
     parts = [slice(i, min(i + size, time)) for i in range(0, time, size)]
+    stops = tuple(p.stop for p in parts)
     each = [
-      self._attend(
-        q[:, :, p], k[:, :, : p.stop], v[:, :, : p.stop], p.start, train
+      self._attend(q[:, :, p], k, v, p.start, train)
+      for p, k, v in zip(
+        parts, _prefixes(k, stops), _prefixes(v, stops), strict=True
       )
-      for p in parts
     ]
     return jnp.concatenate(each, axis=2)
 
@@ -114,6 +116,34 @@ class Attention(nn.Module):
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
     weights = Dropout(self.dropout_rate)(weights, train=train)
     return dot('bhts,bhsd->bhtd', weights, v, self.precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _prefixes(
+  x: Float[Array, 'batch heads time d_head'], stops: tuple[int, ...]
+) -> tuple[Float[Array, 'batch heads _ d_head'], ...]:
+  """x[:, :, :stop] for each; the last stop is the end.
+
+  The gradient is added up in place. Of slices XLA would pad each gradient and
+  add them up wherever it reads them, element by element.
+  """
+  return tuple(x[:, :, :stop] for stop in stops)
+
+
+def _prefixes_forward(x, stops):
+  return _prefixes(x, stops), None
+
+
+def _prefixes_backward(stops, _, gs):
+  *others, total = gs
+  for g, stop in zip(others, stops[:-1], strict=True):
+    total = jax.lax.dynamic_update_slice(
+      total, total[:, :, :stop] + g, (0, 0, 0, 0)
+    )
+  return (total,)
+
+
+_prefixes.defvjp(_prefixes_forward, _prefixes_backward)
 
 
 def _write(
@@ -149,9 +179,11 @@ class Block(nn.Module):
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux, Cache]:
-    y, grown = self.attention()(_norm('attention_norm')(x), cache, train=train)
+    y, grown = self.attention()(
+      LayerNorm(name='attention_norm')(x), cache, train=train
+    )
     x = x + Dropout(self.dropout_rate)(y, train=train)
-    y, aux = self.feed_forward()(_norm('feed_forward_norm')(x), mask)
+    y, aux = self.feed_forward()(LayerNorm(name='feed_forward_norm')(x), mask)
     return x + Dropout(self.dropout_rate)(y, train=train), aux, grown
 
 
@@ -221,11 +253,7 @@ class Transformer(nn.Module):
       own = cache and jax.tree.map(lambda c, i=i: c[i], cache)
       x, *report = run(self.block(name=f'block_{i}'), x, mask, own)
       layers.append(report)
-    x = _norm('final_norm')(x)
+    x = LayerNorm(name='final_norm')(x)
     logits = Linear(self.vocab_size, small, self.precision, name='head')(x)
     aux, grown = jax.tree.map(lambda *x: jnp.stack(x), *layers)
     return logits, aux, grown
-
-
-def _norm(name: str) -> nn.Module:
-  return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, name=name)

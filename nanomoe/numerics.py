@@ -87,6 +87,11 @@ def _backward(subscripts, residuals, g):
   )
 
 
+def rounded(x: jax.Array, precision: str) -> jax.Array:
+  """x as products of this precision read it."""
+  return x.astype(jnp.bfloat16) if precision == 'bfloat16' else x
+
+
 def gradients(
   subscripts: str, x: jax.Array, w: jax.Array, g: jax.Array, precision: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -2,12 +2,12 @@
 
 import jax
 
-# Of intermediate results: a second-level cache, about.
-CACHE_BYTES = 2 << 20
+# Of intermediate results: about two cores' second-level caches.
+CACHE_BYTES = 4 << 20
 
 
 def at_once(piece_bytes: int, num_pieces: int) -> int:
-  """How many of `num_pieces` to compute at once: at most all, at least one.
+  """How many of `num_pieces` to compute at once: equally many each time.
 
   On CPUs, those whose intermediate results, `piece_bytes` each, stay in the
   cache: writing them to memory and reading them costs more than many a product.
@@ -15,4 +15,6 @@ def at_once(piece_bytes: int, num_pieces: int) -> int:
   """
   if jax.default_backend() != 'cpu':
     return num_pieces
-  return min(max(CACHE_BYTES // piece_bytes, 1), num_pieces)
+  at_most = min(max(CACHE_BYTES // piece_bytes, 1), num_pieces)
+  groups = -(-num_pieces // at_most)
+  return -(-num_pieces // groups)
