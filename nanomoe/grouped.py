@@ -28,7 +28,7 @@ def grouped(
   kernel takes the product: look at the compiled program before timing it.
   """
   num_experts = experts.w_in.shape[0]
-  slot, sizes = _sorted(routing.expert, num_experts)
+  slot, sizes = make_groups(routing.expert, num_experts)
   product = functools.partial(
     numerics.ragged_dot, sizes=sizes, precision=precision
   )
@@ -42,7 +42,7 @@ def grouped(
   return y, report(routing)
 
 
-def _sorted(
+def make_groups(
   expert: Int[Array, 'tokens k'], num_experts: int
 ) -> tuple[Int[Array, 'tokens k'], Int[Array, ' experts']]:
   """Each assignment's row, one past the last for padding; rows per expert.

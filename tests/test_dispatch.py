@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import products
-from nanomoe import capacity, dispatch, dispatchers, experiment, schema
+from nanomoe import capacity, dispatch, dispatchers, experiment, grouped, schema
 from nanomoe.dispatchers import DISPATCH
 from nanomoe.routers import Routing
 
@@ -183,6 +183,21 @@ def test_plan_gives_each_assignment_a_slot_of_its_expert(num_tokens, rng):
     assert plan.assignment_of_slot[slot] == 3 * t + k
     assert plan.expert_of_block[slot // size] == expert[t, k]
   assert (plan.assignment_of_slot < expert.size).sum() == len(taken)
+
+
+@pytest.mark.parametrize('kind', ['one row', 'padding', 'all padding'])
+def test_groups_are_the_assignments_sorted_by_expert(kind, rng):
+  """In order, padding without a row; but no row is in no group."""
+  expert = _choices(kind, 2, rng)
+  slot, sizes = grouped.make_groups(jnp.asarray(expert), NUM_EXPERTS)
+  flat = expert.ravel()
+  order = np.argsort(flat, kind='stable')[: np.sum(flat < NUM_EXPERTS)]
+  expected = np.full(flat.shape, flat.size)
+  expected[order] = np.arange(len(order))
+  np.testing.assert_array_equal(slot.ravel(), expected)
+  load = np.bincount(flat, minlength=NUM_EXPERTS + 1)
+  load[-2] += load[-1]
+  np.testing.assert_array_equal(sizes, load[:-1])
 
 
 def _kept_by_definition(expert, size):
