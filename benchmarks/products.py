@@ -11,7 +11,8 @@ from jax.extend import core
 def count(fn: Callable[..., Any], *args: Any) -> int:
   """2 * multiply-adds of every dot_general in fn(*args), as traced.
 
-  A scan's body counts as often as it runs, a conditional's dearest branch
+  Of a ragged one, each row by its own group's matrix: a backend may compute
+  more. A scan's body counts as often as it runs, a conditional's dearest branch
   counts. Loops of unknown length are refused.
   """
   return _count(jax.make_jaxpr(fn)(*args).jaxpr)
@@ -25,6 +26,8 @@ def _count_equation(equation: Any) -> int:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     return _dot(equation)
+  if name == 'ragged_dot_general':
+    return _ragged_dot(equation)
   inner = [_count(j) for j in _jaxprs(params)]
   if name == 'cond':
     return max(inner)
@@ -44,6 +47,14 @@ def _dot(equation: Any) -> int:
   free_right = right.size // shared
   depth = shared // batches
   return 2 * batches * depth * free_left * free_right
+
+
+def _ragged_dot(equation: Any) -> int:
+  dimensions = equation.params['ragged_dot_dimension_numbers']
+  (_, contracted), _ = dimensions.dot_dimension_numbers
+  left, right, _ = (v.aval for v in equation.invars)
+  shared = (*contracted, *dimensions.rhs_group_dimensions)
+  return 2 * left.size * right.size // math.prod(right.shape[i] for i in shared)
 
 
 def _jaxprs(params: dict[str, Any]):

@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
   config.moe.top_k = 2
   config.moe.d_ff = 512
   config.moe.dispatch = 'auto'
+  config.moe.capacity_factor = 1.25  # Of an even load: dispatch capacity.
   config.moe.router = ConfigDict({'type': 'TopK'})
   config.moe.balance = 'documented'
   config.moe.aux_weight = 0.01

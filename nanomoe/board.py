@@ -37,6 +37,10 @@ CHARTS = {
   ),
   'max_over_mean_load': Chart('routing/max_over_mean_load'),
   'router_entropy': Chart('routing/router_entropy'),
+  'dropped_fraction': Chart(
+    'routing/dropped_fraction',
+    'Of the assignments of tokens to experts; 0, unless the dispatch drops.',
+  ),
   'sample': Chart('sample', 'Text from the model as it was at this step.'),
 }
 

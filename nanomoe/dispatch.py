@@ -1,21 +1,22 @@
 """Tokens -> their experts -> tokens: pure, local functions.
 
 Each takes (x, routing, experts, precision) and returns the weighted sum, for
-each token, of the outputs of its experts. `dense` is the definition.
+each token, of the outputs of its experts, and metrics. `dense` is the
+definition; `dispatchers.DISPATCH` has all of them by name.
 """
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanomoe import numerics, pieces
+from nanomoe import numerics, pieces, slots
 from nanomoe.activations import gelu
 from nanomoe.numerics import dot
 from nanomoe.routers import Routing
+from trainers.metrics import Mean
 
 # The products of an expert.
 INPUT, OUTPUT = 'gnd,gdf->gnf', 'gnf,gfd->gnd'
@@ -48,13 +49,14 @@ def dense(
   routing: Routing,
   experts: Experts,
   precision: str,
-) -> Float[Array, 'tokens d_model']:
+) -> tuple[Float[Array, 'tokens d_model'], dict[str, Mean]]:
   """Every expert for every token, masked: E / K times the work."""
   num_experts = experts.w_in.shape[0]
   chosen = routing.expert[..., None] == jnp.arange(num_experts)
   weight = jnp.sum(chosen * routing.weight[..., None], axis=1)  # [N, E]
   copies = jnp.broadcast_to(x, (num_experts, *x.shape))
-  return jnp.sum(weight.T[..., None] * experts(copies, precision), axis=0)
+  y = jnp.sum(weight.T[..., None] * experts(copies, precision), axis=0)
+  return y, report(routing)
 
 
 def dropless(
@@ -62,7 +64,7 @@ def dropless(
   routing: Routing,
   experts: Experts,
   precision: str,
-) -> Float[Array, 'tokens d_model']:
+) -> tuple[Float[Array, 'tokens d_model'], dict[str, Mean]]:
   """Only the chosen experts; no token is dropped, whatever the loads.
 
   Assignments are sorted by expert into blocks of equal size; an expert's last
@@ -72,19 +74,27 @@ def dropless(
   """
   num_experts, d_ff, _ = experts.w_out.shape
   plan = make_plan(routing.expert, num_experts, d_ff)
-  rows = _permute(x, plan.token_of_slot, plan.slot)
-  shape = plan.expert_of_block.shape[0], -1, x.shape[-1]
-  y: Any = _run_blocks(
-    rows.reshape(shape), experts, plan.expert_of_block, precision
-  )
-  weight = _permute(
-    routing.weight.reshape(-1, 1),
-    plan.assignment_of_slot,
-    plan.slot.reshape(-1, 1),
-  )
-  # Not to the hidden layer, which is several times as wide.
-  y = weight * y.reshape(rows.shape)
-  return _permute(y, plan.slot, plan.token_of_slot[:, None])
+  num_blocks = len(plan.expert_of_block)
+
+  def run(rows):
+    blocks = rows.reshape(num_blocks, -1, rows.shape[-1])
+    y: Any = _run_blocks(blocks, experts, plan.expert_of_block, precision)
+    return y.reshape(rows.shape)
+
+  y = slots.through(run, x, routing.weight, plan.slot, plan.assignment_of_slot)
+  return y, report(routing)
+
+
+def report(
+  routing: Routing, num_kept: Int[Array, ''] | None = None
+) -> dict[str, Mean]:
+  """Metrics of a dispatch that computed so many assignments; None: all.
+
+  dropped_fraction: of the assignments, without padding's.
+  """
+  load = jnp.sum(routing.load, dtype=jnp.float32)
+  dropped = jnp.zeros_like(load) if num_kept is None else load - num_kept
+  return {'dropped_fraction': Mean(dropped, load)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -168,13 +178,11 @@ class Plan(NamedTuple):
 
   Attributes:
     slot: of an assignment; one past the last for padding.
-    token_of_slot: N if nothing is there.
     assignment_of_slot: token * K + rank of the choice; N * K if nothing.
     expert_of_block: whose rows a block holds.
   """
 
   slot: Int[Array, 'tokens k']
-  token_of_slot: Int[Array, ' slots']
   assignment_of_slot: Int[Array, ' slots']
   expert_of_block: Int[Array, ' blocks']
 
@@ -196,8 +204,7 @@ def make_plan(
   expert: Int[Array, 'tokens k'], num_experts: int, d_ff: int
 ) -> Plan:
   """Sorts by counting: an assignment's rank is how many came before it."""
-  num_tokens, top_k = expert.shape
-  num_assignments = num_tokens * top_k
+  num_assignments = expert.size
   size = block_size(num_assignments, num_experts)
   # sum_e ceil(n_e / size) is at most this, for all n with sum n_e = N * K.
   num_blocks = (num_assignments + num_experts * (size - 1)) // size
@@ -205,61 +212,16 @@ def make_plan(
   num_slots = num_blocks * size
 
   flat = expert.reshape(-1)
-  chosen = (flat[:, None] == jnp.arange(num_experts)).astype(jnp.int32)
-  running = jnp.cumsum(chosen, axis=0)
+  chosen, running = slots.count_up(flat, num_experts)
   blocks = -(-running[-1] // size)  # Of each expert.
   end = jnp.cumsum(blocks)
   first_slot = (end - blocks) * size
   slot = jnp.sum(chosen * (first_slot + running - 1), axis=1)
   slot = jnp.where(flat < num_experts, slot, num_slots)
-  assignment_of_slot = (
-    jnp.full((num_slots,), num_assignments, jnp.int32)
-    .at[slot]
-    .set(
-      jnp.arange(num_assignments, dtype=jnp.int32),
-      mode='drop',
-      unique_indices=True,
-    )
-  )
   expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= end, axis=1)
+  slot = slot.reshape(expert.shape)
   return Plan(
-    slot=slot.reshape(expert.shape),
-    token_of_slot=assignment_of_slot // top_k,
-    assignment_of_slot=assignment_of_slot,
+    slot=slot,
+    assignment_of_slot=slots.filled(slot, num_slots),
     expert_of_block=jnp.minimum(expert_of_block, num_experts - 1),
   )
-
-
-@jax.custom_vjp
-def _permute(x, index, inverse):
-  """y[i] = x[index[i]], summed over a second axis of `index`; 0 past the end.
-
-  `inverse` says where a row of x went, as `index` says where one of y is from;
-  so the gradient is a gather too, where a scatter-add would be serial.
-  """
-  del inverse
-  take = functools.partial(jnp.take, x, axis=0, mode='fill', fill_value=0)
-  if index.ndim == 1:
-    return take(index)
-  # Not a sum over an axis: so XLA gathers and adds in one pass.
-  return functools.reduce(operator.add, map(take, index.T))
-
-
-def _permute_forward(x, index, inverse):
-  return _permute(x, index, inverse), (index, inverse)
-
-
-def _permute_backward(residuals, g):
-  index, inverse = residuals
-  return _permute(g, inverse, index), None, None
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
-
-
-DISPATCH = {'dense': dense, 'dropless': dropless}
-
-
-def resolve_dispatch(dispatch: str) -> str:
-  """'auto' -> the fastest that drops no token; others as they are."""
-  return 'dropless' if dispatch == 'auto' else dispatch

@@ -13,7 +13,7 @@ import numpy as np
 
 from nanomoe import (
   board,
-  dispatch,
+  dispatchers,
   memory,
   numerics,
   optimizers,
@@ -156,7 +156,7 @@ def decide(config: Config) -> Config:
   """A copy without 'auto': what a resumed run must find decided."""
   config = config.copy_and_resolve_references()
   config.precision = numerics.resolve_precision(config.precision)
-  config.moe.dispatch = dispatch.resolve_dispatch(config.moe.dispatch)
+  config.moe.dispatch = dispatchers.resolve_dispatch(config.moe.dispatch)
   return config
 
 
@@ -201,7 +201,7 @@ def build_task(
     router=functools.partial(router, name='router'),
     num_experts=moe.num_experts,
     d_ff=moe.d_ff,
-    dispatch=moe.dispatch,
+    dispatch=dispatchers.build(moe.dispatch, moe.to_dict()),
     precision=config.precision,
     name='moe',
   )

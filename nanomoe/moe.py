@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flax import linen as nn
+import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from nanomoe import dispatch
 from nanomoe.dispatch import Experts
 from trainers.metrics import Mean
 
@@ -17,7 +17,7 @@ class MoEAux(NamedTuple):
   Attributes:
     load: assignments per expert: additive over batches and devices.
     losses: unweighted, by name.
-    metrics: the router's own, by name.
+    metrics: the router's and the dispatch's own, by name.
   """
 
   load: Int[Array, ' experts']
@@ -32,14 +32,15 @@ class MoE(nn.Module):
     router: makes the router, a module (x, mask) -> Routing.
     num_experts: E.
     d_ff: width of an expert's hidden layer.
-    dispatch: a name in `dispatch.DISPATCH`.
+    dispatch: (x, routing, experts, precision) -> (y, metrics), as of
+      `dispatchers.build`.
     precision: of the experts' products.
   """
 
   router: Callable[[], nn.Module]
   num_experts: int
   d_ff: int
-  dispatch: str
+  dispatch: Callable[..., tuple[jax.Array, Mapping[str, Mean]]]
   precision: str
 
   @nn.compact
@@ -51,9 +52,8 @@ class MoE(nn.Module):
     tokens = x.reshape(-1, x.shape[-1])
     routing = self.router()(tokens, mask.reshape(-1))
     experts = self._experts(x.shape[-1])
-    combine = dispatch.DISPATCH[self.dispatch]
-    y = combine(tokens, routing, experts, self.precision)
-    aux = MoEAux(routing.load, routing.losses, routing.metrics)
+    y, metrics = self.dispatch(tokens, routing, experts, self.precision)
+    aux = MoEAux(routing.load, routing.losses, {**routing.metrics, **metrics})
     return y.reshape(x.shape), aux
 
   def _experts(self, d_model: int) -> Experts:

@@ -129,3 +129,55 @@ def _row_major(x: jax.Array) -> jax.Array:
 
 
 _dot_bfloat16.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def ragged_dot(
+  x: jax.Array, w: jax.Array, bias: jax.Array, sizes: jax.Array, precision: str
+) -> jax.Array:
+  """Each row by its own group's matrix, plus its bias: float32[rows, f].
+
+  Args:
+    x: float32[rows, d]: those of the first group, then of the second, ...
+    w: float32[groups, d, f].
+    bias: float32[groups, f].
+    sizes: rows of each group; their sum is all rows.
+    precision: as of `dot`.
+  """
+  group = jnp.sum(jnp.arange(len(x))[:, None] >= jnp.cumsum(sizes)[:-1], axis=1)
+  return _ragged(x, w, sizes, _WEIGHTS, precision) + bias[group]
+
+
+# What a ragged product sums over: the columns of x, or the rows of a group.
+_WEIGHTS = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+_ROWS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+
+
+def _ragged(x, y, sizes, dimensions, precision):
+  return jax.lax.ragged_dot_general(
+    rounded(x, precision),
+    rounded(y, precision),
+    sizes,
+    dimensions,
+    precision=_EXACT if precision == 'float32' else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _ragged_forward(x, w, bias, sizes, precision):
+  # Rounded once, as in `_forward`.
+  x, w = rounded(x, precision), rounded(w, precision)
+  return ragged_dot(x, w, bias, sizes, precision), (x, w, sizes)
+
+
+def _ragged_backward(precision, residuals, g):
+  x, w, sizes = residuals
+  g = rounded(g, precision)
+  dx = _ragged(g, w.swapaxes(1, 2), sizes, _WEIGHTS, precision)
+  dw = _ragged(x, g, sizes, _ROWS, precision)
+  # A product too: a sum of rows by group would be a scatter-add.
+  db = _ragged(jnp.ones((len(x), 1)), g, sizes, _ROWS, precision)
+  return dx, dw, db[:, 0], None
+
+
+ragged_dot.defvjp(_ragged_forward, _ragged_backward)

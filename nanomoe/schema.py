@@ -16,12 +16,13 @@ _NOUNS = {
 
 
 class Field(NamedTuple):
-  """Of a number: low <= value, and value < below (of integers, 2**31)."""
+  """Of a number: low <= value, above < value < below (of integers, 2**31)."""
 
   kind: type
   meaning: str
   low: float | None = None
   below: float | None = None
+  above: float | None = None
   choices: tuple[str, ...] = ()
 
   @property
@@ -30,6 +31,7 @@ class Field(NamedTuple):
       return f'one of {", ".join(map(repr, self.choices))}'
     noun = _NOUNS[self.kind]
     bounds = [] if self.low is None else [f'>= {self.low:.10g}']
+    bounds += [] if self.above is None else [f'> {self.above:.10g}']
     bounds += [] if self.below is None else [f'< {self.below:.10g}']
     return f'{noun} {" and ".join(bounds)}'.strip()
 
@@ -61,7 +63,12 @@ FIELDS: dict[str, Field] = {
   'moe.top_k': Field(int, 'experts for a token', 1),
   'moe.d_ff': Field(int, "width of an expert's hidden layer", 1),
   'moe.dispatch': Field(
-    str, 'how tokens reach experts', choices=('auto', 'dense', 'dropless')
+    str,
+    'how tokens reach experts',
+    choices=('auto', 'dense', 'dropless', 'capacity', 'grouped'),
+  ),
+  'moe.capacity_factor': Field(
+    float, "an expert's rows over an even load, in dispatch capacity", above=0
   ),
   'moe.balance': Field(
     str, 'definition of the balance loss', choices=('documented', 'mean')
@@ -203,6 +210,8 @@ def _violation(field: Field, value: Any) -> str | None:
   if isinstance(value, float) and not math.isfinite(value):
     return wrong
   if field.low is not None and value < field.low:
+    return wrong
+  if field.above is not None and value <= field.above:
     return wrong
   below = 2**31 if field.kind is int and field.below is None else field.below
   if below is not None and value >= below:

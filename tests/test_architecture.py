@@ -128,8 +128,8 @@ OTHER = {
   'sample.num_tokens': 7,
   'sample.temperature': 0.1,
 }
-# Shown elsewhere: what a fallback is for, that dispatches agree, what plug-ins
-# and callbacks do, what remat saves.
+# Shown elsewhere: what a fallback is for, that dispatches agree and which of
+# them knows a capacity, what plug-ins and callbacks do, what remat saves.
 ELSEWHERE = {
   'init_from',
   'model.remat',
@@ -137,6 +137,7 @@ ELSEWHERE = {
   'data.dataset.type',
   'optimizer.type',
   'moe.dispatch',
+  'moe.capacity_factor',
   'moe.router.type',
   'callbacks.early_stopping.type',
   'callbacks.early_stopping.patience',

@@ -204,6 +204,18 @@ def test_bounds(key):
 
 
 @pytest.mark.parametrize(
+  'key', [k for k, f in schema.FIELDS.items() if f.above is not None]
+)
+def test_bounds_that_are_excluded(key):
+  above = schema.FIELDS[key].above
+  assert applied((key, repr(above + 1)))[key] == above + 1
+  for value in (above, above - 1):
+    (line,) = mistakes((key, repr(value)))
+    assert key in line
+    assert f'> {above}' in line
+
+
+@pytest.mark.parametrize(
   'key, value',
   [
     ('optimizer.learning_rate', math.nan),
@@ -451,6 +463,7 @@ def test_overrides_give_a_sound_config_or_a_user_error(overrides):
       assert math.isfinite(value)
       assert field.low is None or value >= field.low
       assert field.below is None or value < field.below
+      assert field.above is None or value > field.above
     if field.choices:
       assert value in field.choices
   assert values['moe.top_k'] <= values['moe.num_experts']

@@ -1,4 +1,6 @@
-"""Sparse dispatch equals the dense oracle, in value and in gradient."""
+"""Every dispatch equals the dense oracle, in value and in gradient."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +8,45 @@ import numpy as np
 import pytest
 
 from benchmarks import products
-from nanomoe import dispatch
+from nanomoe import capacity, dispatch, dispatchers, experiment, grouped, schema
+from nanomoe.dispatchers import DISPATCH
 from nanomoe.routers import Routing
 
-SPARSE = [name for name in dispatch.DISPATCH if name != 'dense']
+SPARSE = [name for name in DISPATCH if name != 'dense']
 NUM_EXPERTS, D_MODEL, D_FF = 5, 8, 12
+
+
+def _combine(name, capacity_factor=NUM_EXPERTS):
+  """By default no expert is ever full."""
+  keys = {'capacity_factor': float(capacity_factor)}
+  return dispatchers.build(name, keys)
+
+
+@functools.cache
+def _value_and_gradients(name, capacity_factor=NUM_EXPERTS):
+  """Compiled once: (inputs, direction) -> (y, metrics), gradients."""
+  combine = _combine(name, capacity_factor)
+
+  def run(x, routing, experts, direction):
+    def loss(x, weight, experts):
+      routed = routing._replace(weight=weight)
+      y, metrics = combine(x, routed, experts, 'float32')
+      return jnp.sum(y * direction), (y, metrics)
+
+    grad = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    return grad(x, routing.weight, experts)[::-1]
+
+  return jax.jit(run)
+
+
+def _assert_close(actual, expected):
+  ((y, _), grads), ((expected_y, _), expected_grads) = actual, expected
+  np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-4)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-3),
+    grads,
+    expected_grads,
+  )
 
 
 def _experts(rng, num_experts=NUM_EXPERTS, d_model=D_MODEL, d_ff=D_FF):
@@ -29,7 +65,7 @@ def _routing(expert, rng, num_experts=NUM_EXPERTS):
   expert = jnp.asarray(expert, jnp.int32)
   weight = jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32)
   probs = jnp.full((len(expert), num_experts), 1 / num_experts)
-  load = jnp.zeros(num_experts, jnp.int32)
+  load = jnp.sum(expert[..., None] == jnp.arange(num_experts), axis=(0, 1))
   return Routing(expert, weight, probs, load, {}, {})
 
 
@@ -56,32 +92,16 @@ def _choices(kind: str, top_k: int, rng) -> np.ndarray:
 @pytest.mark.parametrize('name', SPARSE)
 def test_equals_dense(name, kind, top_k, rng):
   routing = _routing(_choices(kind, top_k, rng), rng)
-  experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
   direction = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-
-  def value_and_gradients(combine):
-    @jax.jit  # Compiled as a whole: faster than op by op, and what runs.
-    def run(x, weight, experts):
-      def loss(x, weight, experts):
-        y = combine(x, routing._replace(weight=weight), experts, 'float32')
-        return jnp.sum(y * direction), y
-
-      grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-      return grad(x, weight, experts)
-
-    return run(x, routing.weight, experts)
-
-  (_, expected), expected_grads = value_and_gradients(dispatch.dense)
-  (_, actual), grads = value_and_gradients(dispatch.DISPATCH[name])
-  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-  jax.tree.map(
-    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-3),
-    grads,
-    expected_grads,
-  )
+  inputs = x, routing, _experts(rng), direction
+  expected = _value_and_gradients('dense')(*inputs)
+  actual = _value_and_gradients(name)(*inputs)
+  _assert_close(actual, expected)
+  for (_, metrics), _ in (actual, expected):
+    assert metrics['dropped_fraction'] == (0, np.sum(routing.load))
   if kind != 'all padding':
-    assert float(jnp.abs(expected).max()) > 0.1
+    assert float(jnp.abs(expected[0][0]).max()) > 0.1
 
 
 def test_dense_equals_a_loop_over_tokens(rng):
@@ -89,8 +109,11 @@ def test_dense_equals_a_loop_over_tokens(rng):
   routing = _routing(_choices('padding', 2, rng), rng)
   experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
-  y = dispatch.dense(x, routing, experts, 'float32')
+  y, _ = dispatch.dense(x, routing, experts, 'float32')
   w_in, b_in, w_out, b_out = (np.float64(w) for w in experts)
+  expert, weights, x, y = map(
+    np.asarray, (routing.expert, routing.weight, x, y)
+  )
 
   def gelu(z):
     inner = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)
@@ -98,7 +121,7 @@ def test_dense_equals_a_loop_over_tokens(rng):
 
   for t in range(len(x)):
     expected = np.zeros(D_MODEL)
-    for e, weight in zip(routing.expert[t], routing.weight[t], strict=True):
+    for e, weight in zip(expert[t], weights[t], strict=True):
       if e < NUM_EXPERTS:
         hidden = gelu(np.float64(x[t]) @ w_in[e] + b_in[e])
         expected += float(weight) * (hidden @ w_out[e] + b_out[e])
@@ -110,8 +133,9 @@ def test_bfloat16_is_close(name, rng):
   routing = _routing(_choices('random', 2, rng), rng)
   experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
-  exact = dispatch.dense(x, routing, experts, 'float32')
-  rounded = dispatch.DISPATCH[name](x, routing, experts, 'bfloat16')
+  exact, _ = dispatch.dense(x, routing, experts, 'float32')
+  combine = jax.jit(_combine(name), static_argnums=3)
+  rounded, _ = combine(x, routing, experts, 'bfloat16')
   error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
   assert 0 < error < 0.02
 
@@ -121,7 +145,8 @@ def test_bfloat16_is_close(name, rng):
 def test_computes_the_chosen_experts_only(name, num_experts, rng):
   """Products are those of K experts per token and, at most, 15 % of padding.
 
-  The gradient computes the hidden layer again: 7 products where 6 are needed.
+  The gradient may compute the hidden layer again: 7 products where 6 are
+  needed.
   """
   n, top_k, d_model, d_ff = 4096, 2, 16, 32
   expert = rng.random((n, num_experts)).argsort(axis=1)[:, :top_k]
@@ -131,7 +156,7 @@ def test_computes_the_chosen_experts_only(name, num_experts, rng):
 
   def loss(x, weight, experts):
     routed = routing._replace(weight=weight)
-    return dispatch.DISPATCH[name](x, routed, experts, 'float32').sum()
+    return _combine(name, 1.0)(x, routed, experts, 'float32')[0].sum()
 
   product = 2 * n * top_k * d_model * d_ff
   forward = products.count(loss, x, routing.weight, experts)
@@ -144,8 +169,9 @@ def test_computes_the_chosen_experts_only(name, num_experts, rng):
 @pytest.mark.parametrize('num_tokens', [1, 2, 7, 64, 1000])
 def test_plan_gives_each_assignment_a_slot_of_its_expert(num_tokens, rng):
   expert = rng.integers(0, NUM_EXPERTS + 1, (num_tokens, 3))
-  plan = dispatch.make_plan(jnp.asarray(expert, jnp.int32), NUM_EXPERTS, D_FF)
-  size = len(plan.token_of_slot) // len(plan.expert_of_block)
+  make_plan = jax.jit(dispatch.make_plan, static_argnums=(1, 2))
+  plan = make_plan(jnp.asarray(expert, jnp.int32), NUM_EXPERTS, D_FF)
+  size = len(plan.assignment_of_slot) // len(plan.expert_of_block)
   taken = [
     (int(plan.slot[t, k]), t, k)
     for t in range(num_tokens)
@@ -154,7 +180,124 @@ def test_plan_gives_each_assignment_a_slot_of_its_expert(num_tokens, rng):
   ]
   assert len({slot for slot, _, _ in taken}) == len(taken)
   for slot, t, k in taken:
-    assert plan.token_of_slot[slot] == t
     assert plan.assignment_of_slot[slot] == 3 * t + k
     assert plan.expert_of_block[slot // size] == expert[t, k]
-  assert (plan.token_of_slot < num_tokens).sum() == len(taken)
+  assert (plan.assignment_of_slot < expert.size).sum() == len(taken)
+
+
+@pytest.mark.parametrize('kind', ['one row', 'padding', 'all padding'])
+def test_groups_are_the_assignments_sorted_by_expert(kind, rng):
+  """In order, padding without a row; but no row is in no group."""
+  expert = _choices(kind, 2, rng)
+  slot, sizes = grouped.make_groups(jnp.asarray(expert), NUM_EXPERTS)
+  flat = expert.ravel()
+  order = np.argsort(flat, kind='stable')[: np.sum(flat < NUM_EXPERTS)]
+  expected = np.full(flat.shape, flat.size)
+  expected[order] = np.arange(len(order))
+  np.testing.assert_array_equal(slot.ravel(), expected)
+  load = np.bincount(flat, minlength=NUM_EXPERTS + 1)
+  load[-2] += load[-1]
+  np.testing.assert_array_equal(sizes, load[:-1])
+
+
+def _kept_by_definition(expert, size):
+  """First choices of all tokens, then second ones: as long as there is room.
+
+  Returns (bool[N, K], the order in which an expert took its assignments).
+  """
+  kept, taken = np.zeros(expert.shape, bool), {}
+  for k in range(expert.shape[1]):
+    for t in range(len(expert)):
+      rows = taken.setdefault(expert[t, k], [])
+      if expert[t, k] < NUM_EXPERTS and len(rows) < size:
+        rows.append((t, k))
+        kept[t, k] = True
+  return kept, taken
+
+
+@pytest.mark.parametrize('capacity_factor', [0.01, 0.5])
+@pytest.mark.parametrize('kind', ['random', 'one expert', 'padding'])
+def test_capacity_equals_dense_without_what_is_dropped(
+  kind, capacity_factor, rng
+):
+  """Values, gradients, the order within an expert, and the fraction."""
+  expert = _choices(kind, 3, rng)
+  size = int(np.ceil(capacity_factor * expert.size / NUM_EXPERTS))
+  kept, taken = _kept_by_definition(expert, size)
+  assert not kept.all()
+  slot = capacity.make_slots(jnp.asarray(expert), NUM_EXPERTS, size)
+  for e in range(NUM_EXPERTS):
+    for rank, (t, k) in enumerate(taken.get(e, [])):
+      assert slot[t, k] == e * size + rank
+  assert (slot[~kept] == NUM_EXPERTS * size).all()
+
+  routing, experts = _routing(expert, rng), _experts(rng)
+  x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
+  direction = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+  actual = _value_and_gradients('capacity', capacity_factor)(
+    x, routing, experts, direction
+  )
+  some = routing._replace(expert=jnp.where(kept, expert, NUM_EXPERTS))
+  _assert_close(
+    actual, _value_and_gradients('dense')(x, some, experts, direction)
+  )
+  dropped = actual[0][1]['dropped_fraction']
+  chosen = (expert < NUM_EXPERTS).sum()
+  assert dropped == (chosen - kept.sum(), chosen)
+
+
+@pytest.mark.parametrize('name', DISPATCH)
+def test_causal_is_what_does_not_see_later_tokens(name, rng):
+  """Twenty tokens change, and where they go: what of the 183 before them?"""
+  experts, end = _experts(rng), 183
+  x, other_x = jnp.asarray(rng.normal(size=(2, 203, D_MODEL)), jnp.float32)
+  routing, other = (_routing(_choices('random', 3, rng), rng) for _ in range(2))
+  other_x = other_x.at[:end].set(x[:end])
+  other = jax.tree.map(
+    lambda a, b: b.at[:end].set(a[:end]) if len(b) == 203 else b, routing, other
+  )
+  run = _value_and_gradients(name, 1.0)
+  (y, _), _ = run(x, routing, experts, x)
+  (other_y, _), _ = run(other_x, other, experts, x)
+  same = np.allclose(y[:end], other_y[:end], atol=1e-5)
+  assert same == DISPATCH[name].causal
+  assert not np.allclose(y[end:], other_y[end:], atol=1e-5)
+
+
+def test_every_dispatch_can_be_chosen():
+  assert set(schema.FIELDS['moe.dispatch'].choices) == {'auto', *DISPATCH}
+
+
+@pytest.mark.parametrize(
+  ('backend', 'expected'), [('cpu', 'dropless'), ('gpu', 'grouped')]
+)
+def test_auto_depends_on_the_backend_alone(backend, expected, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  assert dispatchers.resolve_dispatch('auto') == expected
+  assert dispatchers.resolve_dispatch('dense') == 'dense'
+
+
+def test_the_capacity_of_a_model_is_the_configs(tiny, rng):
+  """A row for each of 4 experts, of 64 tokens that chose two."""
+  config = tiny(
+    {
+      'moe.dispatch': 'capacity',
+      'moe.capacity_factor': 1e-6,
+      'model.num_layers': 1,
+    }
+  )
+  task = experiment.build_task(experiment.decide(config), 11)
+  batch = {
+    name: jnp.asarray(rng.integers(0, 11, (4, 16)), jnp.int32)
+    for name in ('inputs', 'targets')
+  }
+  batch['weights'] = jnp.ones((4, 16))
+
+  @jax.jit
+  def run(key):
+    params, model_state = task.init(key, batch)
+    _, aux = task.loss(params, model_state, batch, key, train=False)
+    return aux.metrics
+
+  metrics = run(jax.random.key(0))
+  np.testing.assert_array_equal(metrics['dropped_fraction'], [[124], [128]])

@@ -29,10 +29,11 @@ def _equations(jaxpr):
         yield from _equations(value)
 
 
-@pytest.fixture(scope='module')
-def program():
+@pytest.fixture(scope='module', params=['dropless', 'capacity', 'grouped'])
+def program(request):
   """The equations of a training step of base.py, by primitive."""
   config = experiment.decide(base.get_config())
+  config.moe.dispatch = request.param
   task = experiment.build_task(config, 65)
   optimizer, schedule = optimizers.build(config.optimizer, 10)
   shape = (config.batch_size, config.block_size)

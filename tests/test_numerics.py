@@ -94,3 +94,35 @@ def test_bias_and_its_gradient(precision, rng):
   expected = np.einsum('gnd,gdf->gnf', x, w) + bias[:, None]
   np.testing.assert_array_equal(y, expected)
   np.testing.assert_array_equal(vjp(g)[0], g.sum(axis=1))
+
+
+@pytest.mark.parametrize('precision', numerics.PRECISIONS)
+@pytest.mark.parametrize('sizes', [[16], [5, 0, 10, 1], [0, 0, 16]])
+def test_ragged_product_is_each_groups_own(sizes, precision, rng):
+  """Exactly, and its gradients: of rows, weights and biases."""
+
+  def draw(*shape):
+    return jnp.asarray(rng.integers(-8, 9, shape), jnp.float32)
+
+  groups = len(sizes)
+  operands = draw(16, 8), draw(groups, 8, 12), draw(groups, 12)
+  g = draw(16, 12)
+
+  def by_group(x, w, bias):
+    ends = np.cumsum(sizes)
+    parts = [
+      x[end - size : end] @ w[i] + bias[i]
+      for i, (end, size) in enumerate(zip(ends, sizes, strict=True))
+    ]
+    return jnp.concatenate(parts)
+
+  @jax.jit
+  def ragged(x, w, bias):
+    return numerics.ragged_dot(x, w, bias, jnp.asarray(sizes), precision)
+
+  y, vjp = jax.vjp(ragged, *operands)
+  expected, expected_vjp = jax.vjp(by_group, *operands)
+  np.testing.assert_array_equal(y, expected)
+  for actual, gradient in zip(vjp(g), expected_vjp(g), strict=True):
+    np.testing.assert_array_equal(actual, gradient)
+    assert actual.dtype == jnp.float32

@@ -75,6 +75,7 @@ def test_a_split_has_every_chart(finished, split, steps, only):
   scalars |= {'loss/bits_per_byte', 'routing/aux_loss'}
   scalars |= {f'routing/router_entropy/{i}' for i in layers}
   scalars |= {f'routing/max_over_mean_load/{i}' for i in layers}
+  scalars |= {f'routing/dropped_fraction/{i}' for i in layers}
   histograms = {f'routing/expert_load/{i}' for i in layers}
   kinds = {**dict.fromkeys(scalars, 'scalars')}
   kinds |= dict.fromkeys(histograms, 'histograms')
