@@ -57,9 +57,31 @@ FIELDS: dict[str, Field] = {
   'model.num_heads': Field(int, 'of attention; a divisor of d_model', 1),
   'model.dropout_rate': Field(float, 'of every dropout', 0, 1),
   'model.remat': Field(bool, 'computes blocks twice, to keep less of them'),
+  'model.norm': Field(
+    str, 'of blocks and of what leaves them', choices=('LayerNorm', 'RMSNorm')
+  ),
+  'model.position': Field(
+    str, 'how attention tells places apart', choices=('learned', 'rope')
+  ),
+  'model.num_kv_heads': Field(
+    int, 'of keys and values; a divisor of num_heads; 0: num_heads', 0
+  ),
+  'model.qk_norm': Field(bool, 'normalizes queries and keys, each head'),
+  'model.bias': Field(bool, 'of linear layers, beside experts'),
+  'model.tie_embeddings': Field(
+    bool, "makes logits by the tokens' embeddings, without a bias"
+  ),
+  'model.logit_softcap': Field(
+    float, 'logits stay within, by a tanh; 0: anywhere', 0
+  ),
   'moe.num_experts': Field(int, 'experts in a layer', 1),
   'moe.top_k': Field(int, 'experts for a token', 1),
   'moe.d_ff': Field(int, "width of an expert's hidden layer", 1),
+  'moe.first_dense_layers': Field(int, 'layers before any experts', 0),
+  'moe.every': Field(
+    int, 'layers from one with experts to the next; between, dense ones', 1
+  ),
+  'moe.dense_d_ff': Field(int, "width of a dense layer's hidden layer", 1),
   'moe.dispatch': Field(
     str, 'how tokens reach experts', choices=('auto', 'dense', 'dropless')
   ),
@@ -162,6 +184,18 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     d_model, num_heads = sound['model.d_model'], sound['model.num_heads']
     if d_model % num_heads:
       lines.append(f'model.{num_heads=} does not divide model.{d_model=}')
+    elif sound.get('model.position') == 'rope' and d_model // num_heads % 2:
+      lines.append(
+        f"model.position='rope' needs heads of even width: model.{d_model=}, "
+        f'model.{num_heads=}'
+      )
+  if {'model.num_heads', 'model.num_kv_heads'} <= set(sound):
+    num_heads, num_kv_heads = (
+      sound['model.num_heads'],
+      sound['model.num_kv_heads'],
+    )
+    if num_kv_heads and num_heads % num_kv_heads:
+      lines.append(f'model.{num_kv_heads=} does not divide model.{num_heads=}')
   return lines
 
 
