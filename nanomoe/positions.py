@@ -1,16 +1,18 @@
 """How a model knows where in a window a token is."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import dataclasses
 
 from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-THETA = 10_000.0  # Positions until the slowest pair has turned by about 1.
+THETA = 10_000.0  # The slowest pair turns by about 1 / THETA at a step.
 
 
-class Position(Protocol):
+class Position:
+  """What becomes of embeddings, and of queries and keys: here, nothing."""
+
   def embed(
     self,
     param: Callable[..., Array],
@@ -20,22 +22,25 @@ class Position(Protocol):
     """What enters the first block.
 
     Args:
-      param: as nn.Module.param of the transformer.
+      param: nn.Module.param of the transformer.
       x: the tokens' embeddings.
       start: the position of the first token; None: 0.
     """
-    ...
+    del param, start
+    return x
 
   def rotate(
     self,
     x: Float[Array, 'batch heads time d_head'],
     position: Int[Array, '#batch time'],
   ) -> Float[Array, 'batch heads time d_head']:
-    """Queries or keys as attention compares them."""
-    ...
+    """Queries, or keys, as attention compares them; a cache holds the keys."""
+    del position
+    return x
 
 
-class Learned(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Learned(Position):
   """An embedding for each position of a window. Gehring et al. 2017."""
 
   block_size: int
@@ -47,27 +52,18 @@ class Learned(NamedTuple):
       return x + table[: x.shape[1]]
     return x + table[start[:, None] + jnp.arange(x.shape[1])]
 
-  def rotate(self, x, position):
-    del position
-    return x
 
+class Rope(Position):
+  """Turns pairs of elements by angles that grow with the position.
 
-class Rope(NamedTuple):
-  """Turns queries and keys by angles that grow with the position.
-
-  Their products depend on the distance alone. Su et al. 2021, eq. 34; element
-  i is paired with i + d_head / 2, as Llama, Mixtral and Qwen have it. A cache
-  holds turned keys.
+  Products of queries and keys then depend on their distance alone. Su et al.
+  2021, eq. 34; element i is paired with i + d_head / 2, as in Llama, Mixtral
+  and Qwen.
   """
-
-  def embed(self, param, x, start):
-    del param, start
-    return x
 
   def rotate(self, x, position):
     half = x.shape[-1] // 2
-    frequency = THETA ** (-jnp.arange(half) / half)
-    angle = position[:, None, :, None] * frequency
+    angle = position[:, None, :, None] * THETA ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

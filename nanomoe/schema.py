@@ -176,27 +176,29 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     if key in flat and (reason := _violation(field, flat[key])):
       lines.append(f'{key}={flat[key]!r}: {reason}')
       del sound[key]
-  if {'moe.top_k', 'moe.num_experts'} <= set(sound):
-    top_k, num_experts = sound['moe.top_k'], sound['moe.num_experts']
+  return [*lines, *_contradictions(sound)]
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+  """Between `values`, each allowed by itself; some may be missing."""
+  if {'moe.top_k', 'moe.num_experts'} <= set(values):
+    top_k, num_experts = values['moe.top_k'], values['moe.num_experts']
     if top_k > num_experts:
-      lines.append(f'moe.top_k={top_k} is more than moe.{num_experts=}')
-  if {'model.d_model', 'model.num_heads'} <= set(sound):
-    d_model, num_heads = sound['model.d_model'], sound['model.num_heads']
+      yield f'moe.top_k={top_k} is more than moe.{num_experts=}'
+  if {'model.d_model', 'model.num_heads'} <= set(values):
+    d_model, num_heads = values['model.d_model'], values['model.num_heads']
     if d_model % num_heads:
-      lines.append(f'model.{num_heads=} does not divide model.{d_model=}')
-    elif sound.get('model.position') == 'rope' and d_model // num_heads % 2:
-      lines.append(
-        f"model.position='rope' needs heads of even width: model.{d_model=}, "
-        f'model.{num_heads=}'
+      yield f'model.{num_heads=} does not divide model.{d_model=}'
+    elif values.get('model.position') == 'rope' and d_model // num_heads % 2:
+      yield (
+        f"model.position='rope' turns pairs: model.{d_model=} over "
+        f'model.{num_heads=} must be even'
       )
-  if {'model.num_heads', 'model.num_kv_heads'} <= set(sound):
-    num_heads, num_kv_heads = (
-      sound['model.num_heads'],
-      sound['model.num_kv_heads'],
-    )
-    if num_kv_heads and num_heads % num_kv_heads:
-      lines.append(f'model.{num_kv_heads=} does not divide model.{num_heads=}')
-  return lines
+  if {'model.num_heads', 'model.num_kv_heads'} <= set(values):
+    num_heads = values['model.num_heads']
+    num_kv_heads = values['model.num_kv_heads'] or num_heads
+    if num_heads % num_kv_heads:
+      yield f'model.{num_kv_heads=} does not divide model.{num_heads=}'
 
 
 def known(key: str) -> bool:
