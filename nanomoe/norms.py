@@ -12,15 +12,13 @@ EPSILON = 1e-6
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + epsilon) * scale. Zhang and Sennrich 2019, eq. 4."""
-
-  epsilon: float
+  """x / sqrt(mean(x^2) + 1e-6) * scale. Zhang and Sennrich 2019, eq. 4."""
 
   @nn.compact
   def __call__(self, x: Float[Array, '*rows d']) -> Float[Array, '*rows d']:
     scale = self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
     square = jnp.mean(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(square + self.epsilon) * scale
+    return x * jax.lax.rsqrt(square + EPSILON) * scale
 
 
 def identity(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -32,5 +30,5 @@ def identity(name: str) -> Callable[[jax.Array], jax.Array]:
 # Each makes, of a name, a module x -> x.
 NORMS = {
   'LayerNorm': functools.partial(nn.LayerNorm, epsilon=EPSILON),
-  'RMSNorm': functools.partial(RMSNorm, epsilon=EPSILON),
+  'RMSNorm': RMSNorm,
 }
