@@ -25,6 +25,11 @@ PEERS = {
 def words(name: str) -> list[str]:
   """What starts the worker of a peer, which is installed if it is not."""
   requirements, worker = PEERS[name]
+  return [str(python_with(name, requirements)), str(_WORKERS / worker)]
+
+
+def python_with(name: str, requirements: list[str]) -> pathlib.Path:
+  """The interpreter of an environment that has `requirements`, and is kept."""
   directory = cache_directory() / 'peers' / name
   python = directory / 'bin' / 'python'
   ready = directory / 'ready.json'
@@ -37,7 +42,7 @@ def words(name: str) -> list[str]:
       stdout=sys.stderr,
     )
     ready.write_text(json.dumps(requirements))
-  return [str(python), str(_WORKERS / worker)]
+  return python
 
 
 def environment(ours: bool) -> dict[str, str]:

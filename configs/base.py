@@ -34,11 +34,23 @@ def get_config() -> ConfigDict:
   config.model.num_heads = 4
   config.model.dropout_rate = 0.1
   config.model.remat = False  # True: less memory, a third more work.
+  config.model.norm = 'LayerNorm'
+  config.model.position = 'learned'
+  config.model.num_kv_heads = 0  # As many as num_heads.
+  config.model.qk_norm = False
+  config.model.bias = True
+  config.model.tie_embeddings = False
+  config.model.logit_softcap = 0.0  # 0: none.
 
   config.moe = ConfigDict()
   config.moe.num_experts = 4
   config.moe.top_k = 2
   config.moe.d_ff = 512
+  config.moe.activation = 'gelu'
+  config.moe.num_shared = 0  # Experts that every token has, beside top_k.
+  config.moe.first_dense_layers = 0
+  config.moe.every = 1  # 2: every other layer has experts.
+  config.moe.dense_d_ff = 1024  # Of layers without experts.
   config.moe.dispatch = 'auto'
   config.moe.capacity_factor = 1.25  # Of an even load: dispatch capacity.
   config.moe.router = ConfigDict({'type': 'TopK'})

@@ -1,6 +1,8 @@
-"""Activations whose gradients keep their input and nothing else."""
+"""What makes a hidden layer of products' results."""
 
+from collections.abc import Callable
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,3 +34,30 @@ def _gelu_backward(x, g):
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def squared_relu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
+  """max(x, 0)^2. So et al. 2021 (Primer)."""
+  positive = jax.nn.relu(x)
+  return positive * positive
+
+
+def swiglu(
+  x: Float[Array, '*shape'], gate: Float[Array, '*shape']
+) -> Float[Array, '*shape']:
+  """x * silu(gate). Shazeer 2020."""
+  return x * jax.nn.silu(gate)
+
+
+class Activation(NamedTuple):
+  """Of a hidden layer; where `gated`, of two products' results."""
+
+  fn: Callable[..., Float[Array, '*shape']]
+  gated: bool = False
+
+
+ACTIVATIONS = {
+  'gelu': Activation(gelu),
+  'relu2': Activation(squared_relu),
+  'swiglu': Activation(swiglu, gated=True),
+}

@@ -7,7 +7,7 @@ from nanomoe.config import Config
 from trainers.board import Board, Chart
 
 # Metrics without their split. An element of a vector, and a row of a matrix,
-# is called by its layer: routing/router_entropy/0.
+# is called by its layer, of those with experts: routing/router_entropy/0.
 CHARTS = {
   'cross_entropy': Chart('loss/cross_entropy', 'Nats per token.'),
   'best_cross_entropy': Chart('loss/best_cross_entropy', 'Lowest so far.'),
@@ -29,8 +29,8 @@ CHARTS = {
   'tokens_per_sec': Chart('speed/tokens_per_sec', 'Of training alone.'),
   'expert_load': Chart(
     'routing/expert_load',
-    'A row for each layer, a column for each expert. White: its fair share of '
-    'the tokens; blue: less; red: more, twice its share or above.',
+    'A row for each layer of experts, a column for each of them. White: its '
+    'fair share of the tokens; blue: less; red: more, twice that or above.',
   ),
   'aux_loss': Chart(
     'routing/aux_loss', 'The balance loss of all layers, unweighted.'

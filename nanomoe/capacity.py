@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanomoe import slots
-from nanomoe.dispatch import Experts, report
+from nanomoe.dispatch import report
+from nanomoe.experts import Experts
 from nanomoe.routers import Routing
 from trainers.metrics import Mean
 

@@ -12,36 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanomoe import numerics, pieces, slots
-from nanomoe.activations import gelu
-from nanomoe.numerics import dot
+from nanomoe import pieces, slots
+from nanomoe.experts import Experts
 from nanomoe.routers import Routing
 from trainers.metrics import Mean
-
-# The products of an expert.
-INPUT, OUTPUT = 'gnd,gdf->gnf', 'gnf,gfd->gnd'
-
-
-class Experts(NamedTuple):
-  """Two-layer GELU networks: [experts, rows, d_model] -> the same shape."""
-
-  w_in: Float[Array, 'experts d_model d_ff']
-  b_in: Float[Array, 'experts d_ff']
-  w_out: Float[Array, 'experts d_ff d_model']
-  b_out: Float[Array, 'experts d_model']
-
-  def __call__(
-    self,
-    x: Float[Array, 'experts rows d_model'],
-    precision: str,
-  ) -> Float[Array, 'experts rows d_model']:
-    hidden = self.hidden(x, precision)
-    return dot(OUTPUT, hidden, self.w_out, precision, self.b_out)
-
-  def hidden(
-    self, x: Float[Array, 'experts rows d_model'], precision: str
-  ) -> Float[Array, 'experts rows d_ff']:
-    return gelu(dot(INPUT, x, self.w_in, precision, self.b_in))
 
 
 def dense(
@@ -110,11 +84,11 @@ def _run_blocks(
   write it to memory and to read it.
   """
 
-  experts = _rounded(experts, precision)
+  rounded = experts.rounded(precision)  # Once, not for each block anew.
 
   def some(_, blocks):
     x, expert = blocks
-    return None, _of(experts, expert)(x, precision)
+    return None, rounded.of(expert)(x, precision)
 
   _, y = jax.lax.scan(some, None, _at_once((x, expert), x, experts))
   return y.reshape(x.shape)
@@ -126,20 +100,12 @@ def _run_blocks_forward(x, experts, expert, precision):
 
 def _run_blocks_backward(precision, residuals, gradient):
   x, experts, expert = residuals
-  rounded = _rounded(experts, precision)
-  gradients = functools.partial(numerics.gradients, precision=precision)
+  rounded = experts.rounded(precision)
 
   def some(total, blocks):
     x, expert, gradient = blocks
-    own = _of(rounded, expert)
-    before = dot(INPUT, x, own.w_in, precision, own.b_in)
-    hidden, gradient_of = jax.vjp(gelu, before)
-    # By hand: tracing a product again, if only for its gradient, would count
-    # as one more.
-    of_hidden, *of_out = gradients(OUTPUT, hidden, own.w_out, gradient)
-    of_x, *of_in = gradients(INPUT, x, own.w_in, *gradient_of(of_hidden))
-    of_own = Experts(*of_in, *of_out)
-    return jax.tree.map(lambda t, g: t.at[expert].add(g), total, of_own), of_x
+    of_x, more = rounded.of(expert).gradients(x, gradient, precision)
+    return jax.tree.map(lambda t, m: t.at[expert].add(m), total, more), of_x
 
   blocks = _at_once((x, expert, gradient), x, experts)
   total = jax.tree.map(jnp.zeros_like, experts)
@@ -148,18 +114,6 @@ def _run_blocks_backward(precision, residuals, gradient):
 
 
 _run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
-
-
-def _rounded(experts: Experts, precision: str) -> Experts:
-  """Once, to what their products read, not for each block anew."""
-  w_in, w_out = (
-    numerics.rounded(w, precision) for w in (experts.w_in, experts.w_out)
-  )
-  return experts._replace(w_in=w_in, w_out=w_out)
-
-
-def _of(experts: Experts, expert: Int[Array, ' blocks']) -> Experts:
-  return Experts(*(w[expert] for w in experts))
 
 
 def _at_once(tree: Any, x: jax.Array, experts: Experts) -> Any:

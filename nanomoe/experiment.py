@@ -21,14 +21,19 @@ from nanomoe import (
   schema,
   workdir,
 )
+from nanomoe import experts as experts_lib
+from nanomoe.attention import Attention
 from nanomoe.callbacks import ExpertLoads, TextSample
 from nanomoe.config import Config
 from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.text import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.model import Attention, Block, Transformer
-from nanomoe.moe import MoE
+from nanomoe.heads import HEADS, softcap
+from nanomoe.model import Block, Transformer
+from nanomoe.moe import FeedForward, MoE, Sum
+from nanomoe.norms import NORMS, identity
+from nanomoe.positions import POSITIONS
 from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import callbacks, checkpoint, spec
@@ -189,38 +194,86 @@ def build_task(
     top_k=moe.top_k,
     balance=moe.balance,
   )
+  norm = NORMS[model.norm]
+  position = POSITIONS[model.position](config.block_size)
   attention = functools.partial(
     Attention,
     num_heads=model.num_heads,
+    num_kv_heads=model.num_kv_heads or model.num_heads,
+    norm=norm if model.qk_norm else identity,
+    position=position,
+    use_bias=model.bias,
     dropout_rate=model.dropout_rate,
     precision=config.precision,
     name='attention',
   )
-  feed_forward = functools.partial(
+
+  def experts(num_experts: int, d_ff: int):
+    return functools.partial(
+      experts_lib.make,
+      num_experts=num_experts,
+      d_ff=d_ff,
+      activation=moe.activation,
+      use_bias=model.bias,
+    )
+
+  def dense(d_ff: int, name: str):
+    return functools.partial(
+      FeedForward,
+      experts=experts(1, d_ff),
+      precision=config.precision,
+      name=name,
+    )
+
+  sparse = functools.partial(
     MoE,
     router=functools.partial(router, name='router'),
-    num_experts=moe.num_experts,
-    d_ff=moe.d_ff,
+    experts=experts(moe.num_experts, moe.d_ff),
     dispatch=dispatchers.build(moe.dispatch, moe.to_dict()),
     precision=config.precision,
     name='moe',
   )
+  if moe.num_shared:
+    shared = dense(moe.num_shared * moe.d_ff, 'shared')
+    sparse = functools.partial(
+      Sum, chosen=sparse, shared=shared, name='feed_forward'
+    )
+  with_experts = layers_with_experts(config)
+  blocks = [
+    functools.partial(
+      Block,
+      norm=norm,
+      attention=attention,
+      feed_forward=(
+        sparse if i in with_experts else dense(moe.dense_d_ff, 'feed_forward')
+      ),
+      dropout_rate=model.dropout_rate,
+    )
+    for i in range(model.num_layers)
+  ]
   transformer = Transformer(
     vocab_size=vocab_size,
-    block_size=config.block_size,
     d_model=model.d_model,
-    num_layers=model.num_layers,
     dropout_rate=model.dropout_rate,
     remat=model.remat,
-    block=functools.partial(
-      Block,
-      attention=attention,
-      feed_forward=feed_forward,
-      dropout_rate=model.dropout_rate,
+    position=position,
+    blocks=blocks,
+    norm=norm,
+    head=functools.partial(
+      HEADS[model.tie_embeddings],
+      use_bias=model.bias,
+      precision=config.precision,
     ),
-    precision=config.precision,
+    cap=functools.partial(softcap, cap=model.logit_softcap),
   )
   return LanguageModel(transformer, moe.aux_weight, moe.balance, token_bytes)
+
+
+def layers_with_experts(config: Config) -> list[int]:
+  """After the first dense ones, each whose number, from 1, `every` divides."""
+  first, every = config.moe.first_dense_layers, config.moe.every
+  layers = range(first, config.model.num_layers)
+  return [i for i in layers if (i + 1) % every == 0]
 
 
 def build_callbacks(
@@ -239,7 +292,7 @@ def build_callbacks(
   return [
     callbacks.ParameterOverview(),
     callbacks.Progress(tokens_per_step),
-    ExpertLoads(),
+    *([ExpertLoads()] if layers_with_experts(config) else []),
     callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
     *plugins,
     callbacks.Checkpoints(config.eval_interval),
@@ -300,9 +353,7 @@ def count_params(params: Any, config: Config) -> dict[str, int]:
   }
   total = sum(sizes.values())
   experts = sum(
-    n
-    for name, n in sizes.items()
-    if name.rpartition('.')[2] in ('w_in', 'b_in', 'w_out', 'b_out')
+    n for name, n in sizes.items() if '.moe.w_' in name or '.moe.b_' in name
   )
   idle = experts * (config.moe.num_experts - config.moe.top_k)
   return {

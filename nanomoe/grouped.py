@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanomoe import numerics, slots
-from nanomoe.activations import gelu
-from nanomoe.dispatch import Experts, report
+from nanomoe.dispatch import report
+from nanomoe.experts import Experts
 from nanomoe.routers import Routing
 from trainers.metrics import Mean
 
@@ -34,8 +34,7 @@ def grouped(
   )
 
   def run(rows):
-    hidden = gelu(product(rows, experts.w_in, experts.b_in))
-    return product(hidden, experts.w_out, experts.b_out)
+    return experts.through(product, rows)
 
   filled = slots.filled(slot, slot.size)
   y = slots.through(run, x, routing.weight, slot, filled)

@@ -7,7 +7,7 @@ from flax import linen as nn
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from nanomoe.dispatch import Experts
+from nanomoe.experts import Experts
 from trainers.metrics import Mean
 
 
@@ -30,16 +30,14 @@ class MoE(nn.Module):
 
   Attributes:
     router: makes the router, a module (x, mask) -> Routing.
-    num_experts: E.
-    d_ff: width of an expert's hidden layer.
+    experts: (param, d_model) -> Experts, as of `experts.make`.
     dispatch: (x, routing, experts, precision) -> (y, metrics), as of
       `dispatchers.build`.
     precision: of the experts' products.
   """
 
   router: Callable[[], nn.Module]
-  num_experts: int
-  d_ff: int
+  experts: Callable[..., Experts]
   dispatch: Callable[..., tuple[jax.Array, Mapping[str, Mean]]]
   precision: str
 
@@ -51,19 +49,53 @@ class MoE(nn.Module):
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
     tokens = x.reshape(-1, x.shape[-1])
     routing = self.router()(tokens, mask.reshape(-1))
-    experts = self._experts(x.shape[-1])
+    experts = self.experts(self.param, x.shape[-1])
     y, metrics = self.dispatch(tokens, routing, experts, self.precision)
     aux = MoEAux(routing.load, routing.losses, {**routing.metrics, **metrics})
     return y.reshape(x.shape), aux
 
-  def _experts(self, d_model: int) -> Experts:
-    # He et al. 2015, for each expert on its own.
-    init = nn.initializers.he_normal(in_axis=-2, out_axis=-1, batch_axis=0)
-    zeros = nn.initializers.zeros_init()
-    num_experts, d_ff = self.num_experts, self.d_ff
-    return Experts(
-      w_in=self.param('w_in', init, (num_experts, d_model, d_ff)),
-      b_in=self.param('b_in', zeros, (num_experts, d_ff)),
-      w_out=self.param('w_out', init, (num_experts, d_ff, d_model)),
-      b_out=self.param('b_out', zeros, (num_experts, d_model)),
-    )
+
+class FeedForward(nn.Module):
+  """One expert, for every token.
+
+  Attributes:
+    experts: (param, d_model) -> Experts, one.
+    precision: of its products.
+  """
+
+  experts: Callable[..., Experts]
+  precision: str
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'batch time d_model'],
+    mask: Bool[Array, 'batch time'],
+  ) -> tuple[Float[Array, 'batch time d_model'], None]:
+    del mask
+    expert = self.experts(self.param, x.shape[-1])
+    tokens = x.reshape(1, -1, x.shape[-1])
+    return expert(tokens, self.precision).reshape(x.shape), None
+
+
+class Sum(nn.Module):
+  """Experts that are chosen, plus one that all tokens share.
+
+  Dai et al. 2024 (DeepSeekMoE), sec. 3.2.
+
+  Attributes:
+    chosen, shared: make modules (x, mask) -> (y, what it reports).
+  """
+
+  chosen: Callable[[], nn.Module]
+  shared: Callable[[], nn.Module]
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'batch time d_model'],
+    mask: Bool[Array, 'batch time'],
+  ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
+    chosen, aux = self.chosen()(x, mask)
+    shared, _ = self.shared()(x, mask)
+    return chosen + shared, aux

@@ -133,19 +133,26 @@ _dot_bfloat16.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def ragged_dot(
-  x: jax.Array, w: jax.Array, bias: jax.Array, sizes: jax.Array, precision: str
+  x: jax.Array,
+  w: jax.Array,
+  bias: jax.Array | None,
+  sizes: jax.Array,
+  precision: str,
 ) -> jax.Array:
   """Each row by its own group's matrix, plus its bias: float32[rows, f].
 
   Args:
     x: float32[rows, d]: those of the first group, then of the second, ...
     w: float32[groups, d, f].
-    bias: float32[groups, f].
+    bias: float32[groups, f], or None.
     sizes: rows of each group; their sum is all rows.
     precision: as of `dot`.
   """
+  y = _ragged(x, w, sizes, _WEIGHTS, precision)
+  if bias is None:
+    return y
   group = jnp.sum(jnp.arange(len(x))[:, None] >= jnp.cumsum(sizes)[:-1], axis=1)
-  return _ragged(x, w, sizes, _WEIGHTS, precision) + bias[group]
+  return y + bias[group]
 
 
 # What a ragged product sums over: the columns of x, or the rows of a group.
@@ -167,14 +174,16 @@ def _ragged(x, y, sizes, dimensions, precision):
 def _ragged_forward(x, w, bias, sizes, precision):
   # Rounded once, as in `_forward`.
   x, w = rounded(x, precision), rounded(w, precision)
-  return ragged_dot(x, w, bias, sizes, precision), (x, w, sizes)
+  return ragged_dot(x, w, bias, sizes, precision), (x, w, bias, sizes)
 
 
 def _ragged_backward(precision, residuals, g):
-  x, w, sizes = residuals
+  x, w, bias, sizes = residuals
   g = rounded(g, precision)
   dx = _ragged(g, w.swapaxes(1, 2), sizes, _WEIGHTS, precision)
   dw = _ragged(x, g, sizes, _ROWS, precision)
+  if bias is None:
+    return dx, dw, None, None
   # A product too: a sum of rows by group would be a scatter-add.
   db = _ragged(jnp.ones((len(x), 1)), g, sizes, _ROWS, precision)
   return dx, dw, db[:, 0], None

@@ -59,9 +59,39 @@ FIELDS: dict[str, Field] = {
   'model.num_heads': Field(int, 'of attention; a divisor of d_model', 1),
   'model.dropout_rate': Field(float, 'of every dropout', 0, 1),
   'model.remat': Field(bool, 'computes blocks twice, to keep less of them'),
+  'model.norm': Field(
+    str, 'of blocks and of what leaves them', choices=('LayerNorm', 'RMSNorm')
+  ),
+  'model.position': Field(
+    str, 'how attention tells places apart', choices=('learned', 'rope')
+  ),
+  'model.num_kv_heads': Field(
+    int, 'of keys and values; a divisor of num_heads; 0: num_heads', 0
+  ),
+  'model.qk_norm': Field(bool, 'normalizes queries and keys, each head'),
+  'model.bias': Field(bool, 'of linear layers and experts'),
+  'model.tie_embeddings': Field(
+    bool, "makes logits by the tokens' embeddings, without a bias"
+  ),
+  'model.logit_softcap': Field(
+    float, 'logits stay within, by a tanh; 0: anywhere', 0
+  ),
   'moe.num_experts': Field(int, 'experts in a layer', 1),
   'moe.top_k': Field(int, 'experts for a token', 1),
   'moe.d_ff': Field(int, "width of an expert's hidden layer", 1),
+  'moe.activation': Field(
+    str, 'of hidden layers', choices=('gelu', 'relu2', 'swiglu')
+  ),
+  'moe.num_shared': Field(
+    int,
+    'experts that every token has, beside top_k: one so many times as wide',
+    0,
+  ),
+  'moe.first_dense_layers': Field(int, 'layers before any experts', 0),
+  'moe.every': Field(
+    int, 'layers from one with experts to the next; between, dense ones', 1
+  ),
+  'moe.dense_d_ff': Field(int, "width of a dense layer's hidden layer", 1),
   'moe.dispatch': Field(
     str,
     'how tokens reach experts',
@@ -161,15 +191,29 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     if key in flat and (reason := _violation(field, flat[key])):
       lines.append(f'{key}={flat[key]!r}: {reason}')
       del sound[key]
-  if {'moe.top_k', 'moe.num_experts'} <= set(sound):
-    top_k, num_experts = sound['moe.top_k'], sound['moe.num_experts']
+  return [*lines, *_contradictions(sound)]
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+  """Between `values`, each allowed by itself; some may be missing."""
+  if {'moe.top_k', 'moe.num_experts'} <= set(values):
+    top_k, num_experts = values['moe.top_k'], values['moe.num_experts']
     if top_k > num_experts:
-      lines.append(f'moe.top_k={top_k} is more than moe.{num_experts=}')
-  if {'model.d_model', 'model.num_heads'} <= set(sound):
-    d_model, num_heads = sound['model.d_model'], sound['model.num_heads']
+      yield f'moe.top_k={top_k} is more than moe.{num_experts=}'
+  if {'model.d_model', 'model.num_heads'} <= set(values):
+    d_model, num_heads = values['model.d_model'], values['model.num_heads']
     if d_model % num_heads:
-      lines.append(f'model.{num_heads=} does not divide model.{d_model=}')
-  return lines
+      yield f'model.{num_heads=} does not divide model.{d_model=}'
+    elif values.get('model.position') == 'rope' and d_model // num_heads % 2:
+      yield (
+        f"model.position='rope' turns pairs: model.{d_model=} over "
+        f'model.{num_heads=} must be even'
+      )
+  if {'model.num_heads', 'model.num_kv_heads'} <= set(values):
+    num_heads = values['model.num_heads']
+    num_kv_heads = values['model.num_kv_heads'] or num_heads
+    if num_heads % num_kv_heads:
+      yield f'model.{num_kv_heads=} does not divide model.{num_heads=}'
 
 
 def known(key: str) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe.model import Cache
+from nanomoe.attention import Cache
 from nanomoe.routers import BALANCE
 from trainers.metrics import MaxOverMean, Mean, Metrics
 from trainers.task import Aux, Batch, Total
@@ -21,8 +21,8 @@ class LanguageModel:
   Batches: inputs and targets int32[B, T]; weights float32[B, T], 0 for padding.
 
   Args:
-    model: a module (tokens, mask, cache, train) -> (logits, MoEAux,
-      cache).
+    model: a module (tokens, mask, cache, train) -> (logits, MoEAux, cache);
+      None for MoEAux if there are no experts: their metrics are then missing.
     aux_weight: of the balance loss.
     balance: how it is joined over layers: a name in routers.BALANCE.
     token_bytes: the UTF-8 of each token; None: one ASCII character each.
@@ -86,8 +86,6 @@ class LanguageModel:
     targets = jnp.asarray(batch['targets'])
     nats = jnp.sum(cross_entropy(logits, targets) * weights)
     weight = jnp.sum(weights)
-    aux_loss = BALANCE[self.balance].join(aux.losses['balance'])
-    load = aux.load.astype(jnp.float32)
     metrics: Metrics = {
       'cross_entropy': Mean(nats, weight),
       'bits_per_char': Mean(
@@ -96,6 +94,12 @@ class LanguageModel:
       'bits_per_byte': Mean(
         nats / np.log(2), _sum_of(self._num_bytes, targets, weights)
       ),
+    }
+    if aux is None:
+      return Total(nats, weight), Aux(metrics, {})
+    aux_loss = BALANCE[self.balance].join(aux.losses['balance'])
+    load = aux.load.astype(jnp.float32)
+    metrics |= {
       'aux_loss': Mean(aux_loss * weight, weight),
       'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
       'max_over_mean_load': MaxOverMean(load),

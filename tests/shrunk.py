@@ -19,3 +19,15 @@ TINY = {
   'sample.every_steps': 5,
   'sample.num_tokens': 20,
 }
+
+# All that a transformer may have in place of what base.py's has.
+MODERN = {
+  'model.norm': 'RMSNorm',
+  'model.position': 'rope',
+  'model.num_kv_heads': 1,
+  'model.qk_norm': True,
+  'model.bias': False,
+  'model.tie_embeddings': True,
+  'model.logit_softcap': 20.0,
+  'moe.first_dense_layers': 1,
+}

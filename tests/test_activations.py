@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanomoe.activations import gelu
+from nanomoe.activations import ACTIVATIONS, gelu
 
 
 def test_gelu_is_jax_s_in_value_and_gradient(rng):
@@ -29,3 +29,12 @@ def test_gelu_hides_no_nan():
     True,
     False,
   ]
+
+
+def test_squared_relu_and_swiglu_are_their_formulas(rng):
+  x, gate = rng.normal(size=(2, 1000)).astype(np.float32)
+  relu2 = np.where(x > 0, x.astype(np.float64) ** 2, 0)
+  np.testing.assert_allclose(ACTIVATIONS['relu2'].fn(x), relu2, rtol=1e-5)
+  expected = np.float64(x) * gate / (1 + np.exp(-np.float64(gate)))
+  actual = ACTIVATIONS['swiglu'].fn(x, gate)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)

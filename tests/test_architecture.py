@@ -112,9 +112,21 @@ OTHER = {
   'model.num_layers': 1,
   'model.num_heads': 4,
   'model.dropout_rate': 0.5,
+  'model.norm': 'RMSNorm',
+  'model.position': 'rope',
+  'model.num_kv_heads': 1,
+  'model.qk_norm': True,
+  'model.bias': False,
+  'model.tie_embeddings': True,
+  'model.logit_softcap': 0.5,
   'moe.num_experts': 3,
   'moe.top_k': 1,
   'moe.d_ff': 16,
+  'moe.first_dense_layers': 1,
+  'moe.every': 2,
+  'moe.activation': 'relu2',
+  'moe.num_shared': 1,
+  'moe.dense_d_ff': 16,
   'moe.balance': 'mean',
   'moe.aux_weight': 0.5,
   'optimizer.learning_rate': 1e-2,
@@ -128,6 +140,8 @@ OTHER = {
   'sample.num_tokens': 7,
   'sample.temperature': 0.1,
 }
+# Keys that matter only beside others.
+BESIDE = {'moe.dense_d_ff': {'moe.every': 2}}
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
 # them knows a capacity, what plug-ins and callbacks do, what remat saves.
 ELSEWHERE = {
@@ -188,4 +202,9 @@ def test_every_key_changes_something(corpus, tmp_path):
     changes = {'data.path': corpus, key: value}
     if key == 'data.path':
       changes = {key: other}
-    assert _left_behind(changes, tmp_path / key) != reference, key
+    without = reference
+    if key in BESIDE:
+      others = {'data.path': corpus, **BESIDE[key]}
+      without = _left_behind(others, tmp_path / f'{key}-without')
+      changes |= others
+    assert _left_behind(changes, tmp_path / key) != without, key

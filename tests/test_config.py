@@ -262,6 +262,15 @@ def test_values_that_contradict_each_other_name_both_keys():
   assert 'moe.num_experts=4' in experts
   assert 'model.num_heads=4' in heads
   assert 'model.d_model=30' in heads
+  width, kv_heads = mistakes(
+    ('model.num_kv_heads', '3'),
+    ('model.position', 'rope'),
+    ('model.d_model', '12'),
+  )
+  assert 'model.num_heads=4' in kv_heads
+  assert 'model.num_kv_heads=3' in kv_heads
+  assert "model.position='rope'" in width
+  assert 'model.d_model=12' in width
 
 
 @pytest.mark.parametrize('key', schema.FIELDS)
@@ -468,6 +477,8 @@ def test_overrides_give_a_sound_config_or_a_user_error(overrides):
       assert value in field.choices
   assert values['moe.top_k'] <= values['moe.num_experts']
   assert values['model.d_model'] % values['model.num_heads'] == 0
+  kv_heads = values['model.num_kv_heads'] or values['model.num_heads']
+  assert values['model.num_heads'] % kv_heads == 0
 
 
 @settings(deadline=None, max_examples=200, derandomize=True, database=None)

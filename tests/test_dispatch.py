@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import products
 from nanomoe import capacity, dispatch, dispatchers, experiment, grouped, schema
+from nanomoe import experts as experts_lib
+from nanomoe.activations import ACTIVATIONS
 from nanomoe.dispatchers import DISPATCH
 from nanomoe.routers import Routing
 
@@ -49,15 +51,24 @@ def _assert_close(actual, expected):
   )
 
 
-def _experts(rng, num_experts=NUM_EXPERTS, d_model=D_MODEL, d_ff=D_FF):
+def _experts(
+  rng,
+  num_experts=NUM_EXPERTS,
+  d_model=D_MODEL,
+  d_ff=D_FF,
+  activation='gelu',
+  use_bias=True,
+):
   def draw(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-  return dispatch.Experts(
-    draw(num_experts, d_model, d_ff),
-    draw(num_experts, d_ff),
-    draw(num_experts, d_ff, d_model),
-    draw(num_experts, d_model),
+  return experts_lib.make(
+    lambda name, init, shape: draw(*shape),
+    d_model,
+    num_experts=num_experts,
+    d_ff=d_ff,
+    activation=activation,
+    use_bias=use_bias,
   )
 
 
@@ -104,13 +115,29 @@ def test_equals_dense(name, kind, top_k, rng):
     assert float(jnp.abs(expected[0][0]).max()) > 0.1
 
 
+@pytest.mark.parametrize('use_bias', [False, True])
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+@pytest.mark.parametrize('name', SPARSE)
+def test_equals_dense_whatever_the_experts(name, activation, use_bias, rng):
+  routing = _routing(_choices('random', 2, rng), rng)
+  x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
+  direction = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+  experts = _experts(rng, activation=activation, use_bias=use_bias)
+  inputs = x, routing, experts, direction
+  expected = _value_and_gradients('dense')(*inputs)
+  _assert_close(_value_and_gradients(name)(*inputs), expected)
+
+
 def test_dense_equals_a_loop_over_tokens(rng):
   """The oracle itself, against the definition in float64."""
   routing = _routing(_choices('padding', 2, rng), rng)
   experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
   y, _ = dispatch.dense(x, routing, experts, 'float32')
-  w_in, b_in, w_out, b_out = (np.float64(w) for w in experts)
+  w_in, b_in, w_out, b_out = (
+    np.float64(w)
+    for w in (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
+  )
   expert, weights, x, y = map(
     np.asarray, (routing.expert, routing.weight, x, y)
   )

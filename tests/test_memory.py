@@ -37,6 +37,7 @@ def _gradient(config):
 def test_remat_changes_the_memory_alone(tiny):
   """The same parameters and dropout, hence the same loss and gradient."""
   changes = {'model.num_layers': 3, 'block_size': 64, 'precision': 'float32'}
+  changes['moe.every'] = 2  # A dense layer has nothing to report.
   without, with_it = (
     _gradient(experiment.decide(tiny({**changes, 'model.remat': remat})))
     for remat in ('false', 'true')

@@ -7,14 +7,18 @@ import pytest
 
 from configs import base
 from nanomoe import experiment
+from tests.shrunk import MODERN
+
+
+def _counts(config, vocab_size=65):
+  task = experiment.build_task(experiment.decide(config), vocab_size)
+  batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
+  params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+  return experiment.count_params(params, config)
 
 
 def test_the_documented_model_has_2409025_parameters():
-  config = experiment.decide(base.get_config())
-  task = experiment.build_task(config, vocab_size=65)
-  batch = {'inputs': jnp.zeros((1, 128), jnp.int32)}
-  params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
-  counts = experiment.count_params(params, config)
+  counts = _counts(base.get_config())
   # An expert: 128 * 512 + 512 + 512 * 128 + 128 = 131,712; two idle, 4 layers.
   assert counts == {
     'num_params': 2_409_025,
@@ -22,13 +26,79 @@ def test_the_documented_model_has_2409025_parameters():
   }
 
 
-@pytest.fixture
-def model(tiny):
+def test_parameters_of_the_choices_by_hand():
+  config = base.get_config()
+  config.model.update(
+    {
+      'norm': 'RMSNorm',
+      'position': 'rope',
+      'num_kv_heads': 2,
+      'qk_norm': True,
+      'bias': False,
+      'tie_embeddings': True,
+    }
+  )
+  config.moe.first_dense_layers, config.moe.every = 1, 2
+  # q, k, v, out; two norms and two of a head's width.
+  block = 128 * (128 + 2 * 64) + 128 * 128 + 2 * 128 + 2 * 32
+  dense = 128 * 1024 + 1024 + 1024 * 128 + 128
+  router, expert = 128 * 4, 131_712
+  rest = 65 * 128 + 128 + 4 * block + 2 * dense + 2 * router  # Layers 2 and 4.
+  assert _counts(config) == {
+    'num_params': rest + 2 * 4 * expert,
+    'num_active_params': rest + 2 * 2 * expert,
+  }
+
+
+@pytest.mark.parametrize(
+  'first, every, layers',
+  [(0, 1, [0, 1, 2, 3]), (1, 1, [1, 2, 3]), (0, 2, [1, 3]), (2, 2, [3])],
+)
+def test_layers_with_experts_report_alone(tiny, first, every, layers):
+  changes = {'moe.first_dense_layers': first, 'moe.every': every}
+  config = tiny({**changes, 'model.num_layers': 4, 'moe.dispatch': 'dense'})
+  assert experiment.layers_with_experts(config) == layers
+  metrics, params = _shapes(config)
+  for name in ('expert_load', 'router_entropy'):
+    assert metrics[name].total.shape[0] == len(layers)
+  assert metrics['max_over_mean_load'].total.shape == (len(layers), 4)
+  for i in range(4):
+    assert ('moe' in params[f'block_{i}']) == (i in layers)
+    assert ('feed_forward' in params[f'block_{i}']) == (i not in layers)
+
+
+def _shapes(config):
+  """Of metrics, and of parameters."""
+  task = experiment.build_task(experiment.decide(config), 11)
+  tokens = jnp.zeros((2, 16), jnp.int32)
+  batch = {'inputs': tokens, 'targets': tokens, 'weights': jnp.ones((2, 16))}
+
+  def run():
+    params, state = task.init(jax.random.key(0), batch)
+    key = jax.random.key(1)
+    return task.loss(params, state, batch, key, train=True)[1].metrics, params
+
+  return jax.eval_shape(run)
+
+
+def test_a_run_without_experts(tiny, tmp_path):
+  """It has no metrics of routing; all else is as ever."""
+  changes = {'moe.first_dense_layers': 1, 'model.num_layers': 1}
+  changes |= {'num_train_steps': 4, 'sample.num_tokens': 0}
+  trainer = experiment.build(tiny(changes), tmp_path)
+  assert trainer.fit() == 'done'
+  lines = (tmp_path / 'metrics.jsonl').read_text()
+  assert 'train/cross_entropy' in lines and 'val/cross_entropy' in lines
+  assert 'load' not in lines and 'aux_loss' not in lines
+
+
+@pytest.fixture(params=[{}, MODERN], ids=['base', 'modern'])
+def model(tiny, request):
   """(logits of tokens and mask, whose rows of d_model are far from linear)."""
-  config = experiment.decide(tiny({'precision': 'float32'}))
-  task = experiment.build_task(config, vocab_size=11)
+  config = tiny({**request.param, 'precision': 'float32'})
+  task = experiment.build_task(experiment.decide(config), vocab_size=11)
   batch = {'inputs': jnp.zeros((1, 16), jnp.int32)}
-  params, _ = task.init(jax.random.key(0), batch)
+  params, _ = jax.jit(task.init)(jax.random.key(0), batch)
   params = jax.tree.map(lambda x: 3 * x, params)
 
   @jax.jit

@@ -5,29 +5,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
+from nanomoe import config as config_lib
 from nanomoe import experiment
 from nanomoe.sampling import Generator, Sampling, draw
+from tests.shrunk import MODERN, TINY
 
 VOCAB = 11
 BLOCK = 6
 GREEDY = Sampling(temperature=0.0)
 
 
-@pytest.fixture(scope='module')
-def model(corpus):
+def _model(choices):
   """(logits, params) of a model whose window is 6 tokens."""
-  from configs import base  # noqa: PLC0415
-  from nanomoe import config as config_lib  # noqa: PLC0415
-  from tests.shrunk import TINY  # noqa: PLC0415
-
-  changes = {**TINY, 'block_size': BLOCK, 'precision': 'float32'}
+  changes = {**TINY, **choices, 'block_size': BLOCK, 'precision': 'float32'}
   config = config_lib.apply(
     base.get_config(), [(k, str(v)) for k, v in changes.items()]
   )
   task = experiment.build_task(experiment.decide(config), VOCAB)
   batch = {'inputs': jnp.zeros((1, BLOCK), jnp.int32)}
-  params, _ = task.init(jax.random.key(0), batch)
+  params, _ = jax.jit(task.init)(jax.random.key(0), batch)
   return task.logits, jax.tree.map(lambda x: 3 * x, params)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return _model({})
 
 
 def _generate(model, prompts, num_tokens, sampling, seed=0, cached=True):
@@ -51,6 +54,26 @@ def _by_definition(model, prompt, num_tokens, sampling, seed):
 
 
 PROMPTS = [[3], [1, 2, 3, 4, 5], list(range(11)), [7, 7]]
+
+
+@pytest.mark.parametrize(
+  'choices',
+  [
+    MODERN,
+    *(
+      pytest.param({key: value}, marks=pytest.mark.slow, id=key)
+      for key, value in MODERN.items()
+    ),
+    pytest.param({'moe.every': 2}, marks=pytest.mark.slow, id='moe.every'),
+  ],
+)
+def test_every_choice_is_cached_as_it_is_defined(choices):
+  """Each prompt in a different place of its window."""
+  model = _model(choices)
+  cached = _generate(model, PROMPTS, 16, GREEDY)
+  uncached = _generate(model, PROMPTS, 16, GREEDY, cached=False)
+  np.testing.assert_array_equal(cached, uncached)
+  assert len(np.unique(cached)) > 2
 
 
 @pytest.mark.parametrize('sampling', [GREEDY, Sampling(1.0, 5, 0.9)])

@@ -21,10 +21,10 @@ from tensorboard.util import tensor_util
 from configs import base
 from nanomoe import config as config_lib
 from nanomoe import experiment
+from nanomoe.attention import Cache
 from nanomoe.callbacks import TextSample
 from nanomoe.callbacks.expert_loads import draw
 from nanomoe.data.tokenizers import Characters
-from nanomoe.model import Cache
 from tests.shrunk import ROOT, TINY
 from trainers.clock import Clock
 

@@ -13,7 +13,10 @@ LINE = np.array([90, 90, 90], np.uint8)  # Between cells: equal loads are white.
 
 
 class ExpertLoads(Callback):
-  """Draws expert_load of each log and evaluation: layers x experts."""
+  """Draws expert_load of each log and evaluation: layers x experts.
+
+  Of layers that have experts; there must be one.
+  """
 
   def on_log(self, loop, metrics):
     self._draw(loop, 'train', metrics)
