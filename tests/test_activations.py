@@ -32,9 +32,9 @@ def test_gelu_hides_no_nan():
 
 
 def test_squared_relu_and_swiglu_are_their_formulas(rng):
-  x, gate = rng.normal(size=(2, 1000)).astype(np.float32)
-  relu2 = np.where(x > 0, x.astype(np.float64) ** 2, 0)
+  x, gate = jnp.asarray(rng.normal(size=(2, 1000)), jnp.float32)
+  relu2 = np.where(x > 0, np.float64(x) ** 2, 0)
   np.testing.assert_allclose(ACTIVATIONS['relu2'].fn(x), relu2, rtol=1e-5)
-  expected = np.float64(x) * gate / (1 + np.exp(-np.float64(gate)))
+  expected = np.float64(x) * np.float64(gate) / (1 + np.exp(-np.float64(gate)))
   actual = ACTIVATIONS['swiglu'].fn(x, gate)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
