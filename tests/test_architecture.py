@@ -124,14 +124,16 @@ OTHER = {
   'optimizer.schedule.type': 'linear',
   'optimizer.clip_norm': 0.01,
   'optimizer.decay_mask': 'matrices',
+  'optimizer.ema_decay': 0.9,
   'checkpoint.keep_latest': 4,
   'sample.num_tokens': 7,
   'sample.temperature': 0.1,
 }
 # Shown elsewhere: what a fallback is for, that dispatches agree, what plug-ins
-# and callbacks do, what remat saves.
+# and callbacks do, what remat saves, which weights are evaluated.
 ELSEWHERE = {
   'init_from',
+  'eval_weights',
   'model.remat',
   'data.fallback',
   'data.dataset.type',

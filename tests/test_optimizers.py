@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from nanomoe import config as config_lib
-from nanomoe import experiment, optimizers
+from nanomoe import experiment, optimizers, schedules
 from trainers.errors import UserError
 
 PEAK = 0.5
@@ -71,7 +71,7 @@ def test_schedules(kind, arguments, points):
     assert got == pytest.approx(share * PEAK, abs=1e-6), step
 
 
-@pytest.mark.parametrize('kind', optimizers.SCHEDULES)
+@pytest.mark.parametrize('kind', schedules.SCHEDULES)
 def test_a_schedule_never_exceeds_the_learning_rate(kind):
   rates = jax.vmap(schedule(kind))(jnp.arange(STEPS + 100))
   rates = np.broadcast_to(rates, STEPS + 100)
