@@ -91,7 +91,8 @@ def _averaged(
 ) -> Params | None:
   """d * average + (1 - d) * params, with d = min(decay, (1 + t) / (10 + t)).
 
-  t is the number of updates before: what training begins with is soon forgotten.
+  t is the number of updates before: what training begins with is soon
+  forgotten.
   """
   if average is None:
     return None
