@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
   config.block_size = 128  # Characters that attention looks back on, at most.
   config.eval_interval = 250  # Steps. Checkpoints have the same period.
   config.eval_iters = 200  # Batches; 0: every target of the split, once.
+  config.eval_weights = 'params'  # average: of optimizer.ema_decay.
   config.log_interval = 50
   # Of matrix products' operands; sums are float32. auto: what this machine
   # computes fastest.
@@ -66,6 +67,7 @@ def get_config() -> ConfigDict:
   config.optimizer.schedule = ConfigDict({'type': 'constant'})
   config.optimizer.clip_norm = 0.0  # Of the whole gradient; 0: never.
   config.optimizer.decay_mask = 'all'  # matrices: no biases, no norms.
+  config.optimizer.ema_decay = 0.0  # Of the weights' average; 0: none.
 
   config.checkpoint = ConfigDict()
   config.checkpoint.keep_latest = 2  # And the best.

@@ -101,6 +101,7 @@ def evaluate(
   return {
     'workdir': str(workdir),
     'step': run.step,
+    'weights': config.eval_weights,
     **of,
     **metrics,
     'num_tokens': num_tokens,

@@ -80,6 +80,8 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     num_train_steps=config.num_train_steps,
     batch_size=config.batch_size,
     log_interval=config.log_interval,
+    ema_decay=config.optimizer.ema_decay,
+    eval_weights=config.eval_weights,
     callbacks=build_callbacks(
       config, directory, task, tokenizer, corpus.text[:1], facts
     ),
@@ -124,7 +126,10 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
 
 
 class Restored(NamedTuple):
-  """A trained model; what it was trained on is told by `fingerprint`."""
+  """A trained model, of the weights that its run evaluates.
+
+  What it was trained on is told by `fingerprint`.
+  """
 
   task: LanguageModel
   tokenizer: Tokenizer
@@ -150,7 +155,7 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   return Restored(
     task,
     tokenizer,
-    checkpoint.select(arrays, 'state.params', params),
+    checkpoint.select(arrays, f'state.{config.eval_weights}', params),
     checkpoint.select(arrays, 'state.model_state', model_state),
     meta['step'],
     meta['fingerprint'],
@@ -168,10 +173,12 @@ def decide(config: Config) -> Config:
 def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
   """The best params and model_state of the run in `source`."""
   arrays, meta = checkpoint.read(source / 'checkpoints', 'best')
+  config = workdir.read_config(source) or {}
+  weights = config.get('eval_weights', 'params')  # An older run has no choice.
   log.info('starting from step %d of %s', meta['step'], source)
   try:
     return (
-      checkpoint.select(arrays, 'state.params', params),
+      checkpoint.select(arrays, f'state.{weights}', params),
       checkpoint.select(arrays, 'state.model_state', model_state),
     )
   except UserError as error:

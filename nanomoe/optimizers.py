@@ -1,106 +1,30 @@
-"""Optax chains and learning-rate schedules, from config."""
+"""Optax chains, from config."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from nanomoe import schema
 from nanomoe.config import Config
+from nanomoe.schedules import SCHEDULES
 from trainers import spec
 from trainers.errors import UserError
 
 
-def constant(learning_rate: float) -> optax.Schedule:
-  return optax.constant_schedule(learning_rate)
-
-
-def warmup_cosine(
-  learning_rate: float,
-  num_train_steps: int,
-  warmup_steps: int = 100,
-  final_fraction: float = 0.1,
-) -> optax.Schedule:
-  """Linear from 0, then half a cosine to final_fraction * learning_rate."""
-  _check(warmup_steps, final_fraction)
-  return optax.warmup_cosine_decay_schedule(
-    0.0,
-    learning_rate,
-    warmup_steps,
-    max(num_train_steps, warmup_steps + 1),
-    end_value=final_fraction * learning_rate,
+def _is_matrix(path: Any, leaf: Any) -> bool:
+  """Whether it multiplies: no bias, norm's scale or embedding does."""
+  name = jax.tree_util.keystr(path[-1:], simple=True)
+  return (
+    leaf.ndim >= 2 and not name.startswith('b_') and 'embedding' not in name
   )
-
-
-def linear(
-  learning_rate: float,
-  num_train_steps: int,
-  warmup_steps: int = 100,
-  final_fraction: float = 0.0,
-) -> optax.Schedule:
-  """Linear from 0, then linear to final_fraction * learning_rate."""
-  _check(warmup_steps, final_fraction)
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(0.0, learning_rate, warmup_steps),
-      optax.linear_schedule(
-        learning_rate,
-        final_fraction * learning_rate,
-        max(num_train_steps - warmup_steps, 1),
-      ),
-    ],
-    [warmup_steps],
-  )
-
-
-def wsd(
-  learning_rate: float,
-  num_train_steps: int,
-  warmup_steps: int = 100,
-  decay_steps: int = 1000,
-  final_fraction: float = 0.0,
-) -> optax.Schedule:
-  """Warm-up, stable, decay: linear, constant, linear. Hu et al. 2024."""
-  _check(warmup_steps, final_fraction)
-  if decay_steps < 1:
-    raise ValueError(f'{decay_steps=} must be >= 1')
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(0.0, learning_rate, warmup_steps),
-      optax.constant_schedule(learning_rate),
-      optax.linear_schedule(
-        learning_rate, final_fraction * learning_rate, decay_steps
-      ),
-    ],
-    [warmup_steps, max(num_train_steps - decay_steps, warmup_steps)],
-  )
-
-
-def _check(warmup_steps: int, final_fraction: float) -> None:
-  if warmup_steps < 0:
-    raise ValueError(f'{warmup_steps=} must be >= 0')
-  if not 0 <= final_fraction <= 1:
-    raise ValueError(f'{final_fraction=} must be in [0, 1]')
-
-
-SCHEDULES = {
-  'constant': constant,
-  'warmup_cosine': warmup_cosine,
-  'linear': linear,
-  'wsd': wsd,
-}
 
 
 def _matrices(params: Any) -> Any:
-  """True for what multiplies: not for biases, norms' scales or embeddings."""
-
-  def is_matrix(path, leaf):
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    return (
-      leaf.ndim >= 2 and not name.startswith('b_') and ('embedding' not in name)
-    )
-
-  return jax.tree_util.tree_map_with_path(is_matrix, params)
+  return jax.tree_util.tree_map_with_path(_is_matrix, params)
 
 
 DECAY_MASKS = {'all': None, 'matrices': _matrices}
@@ -119,7 +43,102 @@ def adamw(
   )
 
 
-OPTIMIZERS = {'AdamW': adamw}
+def lion(
+  learning_rate: optax.Schedule,
+  weight_decay: float,
+  mask: Any,
+  beta1: float,
+  beta2: float,
+) -> optax.GradientTransformation:
+  """The sign of an interpolated momentum. Chen et al. 2023.
+
+  Its authors take beta2 = 0.99, a third to a tenth of AdamW's learning rate,
+  and as many times its weight decay.
+  """
+  return optax.lion(
+    learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=mask
+  )
+
+
+def adafactor(
+  learning_rate: optax.Schedule,
+  weight_decay: float,
+  mask: Any,
+  beta1: float,
+  beta2: float,
+) -> optax.GradientTransformation:
+  """Shazeer and Stern 2018: the second moment as a row's times a column's.
+
+  With the changes of Zhai et al. 2021: momentum (beta1), steps that are not
+  relative to the parameters' size, so that learning rates are AdamW's, and
+  beta2 as the limit of 1 - t**-0.8. Rows and columns are those of the two
+  largest axes, if both have 128 or more; other second moments are whole.
+  """
+
+  def decay(step, exponent):
+    return jnp.minimum(beta2, 1 - (step + 1.0) ** -exponent)
+
+  return optax.chain(
+    optax.scale_by_factored_rms(decay_rate_fn=decay),
+    optax.clip_by_block_rms(1.0),
+    optax.ema(beta1, debias=False),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def muon(
+  learning_rate: optax.Schedule,
+  weight_decay: float,
+  mask: Any,
+  beta1: float,
+  beta2: float,
+  muon_beta: float = 0.95,
+) -> optax.GradientTransformation:
+  """Each hidden matrix's momentum, made orthogonal. Jordan et al. 2024.
+
+  Of an array [..., D, F] each matrix by itself: an expert's, for example.
+  Embeddings, the head, biases and norms have AdamW's updates, by beta1 and
+  beta2; routers' kernels are hidden matrices.
+
+  One learning rate serves all, as matrices' updates have the size of AdamW's:
+  0.2 * sqrt(max(D, F)) times the orthogonal matrix. Liu et al. 2025. That size
+  does not depend on the gradient's, so an expert that gets no tokens goes on in
+  the direction that its momentum had.
+  """
+  if not 0 <= muon_beta < 1:
+    raise ValueError(f'{muon_beta=} must be >= 0 and < 1')
+
+  def kind(path, leaf):
+    is_head = jax.tree_util.keystr(path[:1], simple=True) == 'head'
+    return 'muon' if _is_matrix(path, leaf) and not is_head else 'adam'
+
+  def last_two(params):
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), params)
+
+  def scaled(updates, _):
+    return jax.tree.map(lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * x, updates)
+
+  orthogonal = optax.chain(
+    contrib.scale_by_muon(beta=muon_beta, weight_dimension_numbers=last_two),
+    optax.stateless(scaled),
+  )
+  return optax.chain(
+    optax.partition(
+      {'muon': orthogonal, 'adam': optax.scale_by_adam(beta1, beta2)},
+      functools.partial(jax.tree_util.tree_map_with_path, kind),
+    ),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+OPTIMIZERS = {
+  'AdamW': adamw,
+  'Lion': lion,
+  'Adafactor': adafactor,
+  'Muon': muon,
+}
 
 
 def build(

@@ -1,6 +1,6 @@
 """Every config key: its type, what is allowed, what it means."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -43,6 +43,11 @@ FIELDS: dict[str, Field] = {
   'block_size': Field(int, 'tokens in a window', 1),
   'eval_interval': Field(int, 'steps between evaluations, checkpoints', 1),
   'eval_iters': Field(int, 'batches to evaluate on; 0: the whole split', 0),
+  'eval_weights': Field(
+    str,
+    'that evaluations, samples and the commands use',
+    choices=('params', 'average'),
+  ),
   'log_interval': Field(int, 'steps between progress lines', 1),
   'precision': Field(
     str, 'of matrix products', choices=('auto', 'float32', 'bfloat16')
@@ -112,6 +117,9 @@ FIELDS: dict[str, Field] = {
   'optimizer.decay_mask': Field(
     str, 'what weight decay applies to', choices=('all', 'matrices')
   ),
+  'optimizer.ema_decay': Field(
+    float, "of the parameters' average; 0: none is kept", 0, 1
+  ),
   'checkpoint.keep_latest': Field(int, 'checkpoints, beside the best', 1),
   'sample.every_steps': Field(int, 'steps between samples; 0: at the end', 0),
   'sample.num_tokens': Field(int, 'generated each time; 0: none', 0),
@@ -138,6 +146,13 @@ SPECS = {
   'moe.router': 'which experts a token goes to',
   'optimizer': 'gradients to updates',
   'optimizer.schedule': 'learning rate over steps',
+}
+# The arguments that are an optimizer's own, of ours.
+OPTIMIZER_ARGUMENTS = {
+  'AdamW': (),
+  'Lion': (),
+  'Adafactor': (),
+  'Muon': ('muon_beta',),
 }
 # Any number of specs, by any name.
 SPEC_GROUPS = {
@@ -180,12 +195,7 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     for spec in sorted(specs)
     if not isinstance(flat.get(f'{spec}.type'), str)
   ]
-  if '.' not in str(flat.get('optimizer.type', '')):  # Ours have no others.
-    lines += [
-      unknown(key)
-      for key in flat
-      if spec_of(key) == 'optimizer' and key != 'optimizer.type'
-    ]
+  lines += _unknown_to_optimizer(flat)
   sound = dict(flat)
   for key, field in FIELDS.items():
     if key in flat and (reason := _violation(field, flat[key])):
@@ -214,15 +224,31 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     num_kv_heads = values['model.num_kv_heads'] or num_heads
     if num_heads % num_kv_heads:
       yield f'model.{num_kv_heads=} does not divide model.{num_heads=}'
+  average = values.get('eval_weights') == 'average'
+  if average and values.get('optimizer.ema_decay') == 0:
+    yield "eval_weights='average' needs an optimizer.ema_decay above 0"
+
+
+def _unknown_to_optimizer(flat: Mapping[str, Any]) -> list[str]:
+  """Told here, with all other mistakes: a plug-in tells it when it is built."""
+  name = str(flat.get('optimizer.type', ''))
+  if '.' in name or name not in OPTIMIZER_ARGUMENTS:
+    return []
+  allowed = {f'optimizer.{a}' for a in ('type', *OPTIMIZER_ARGUMENTS[name])}
+  return [
+    unknown(key, allowed)
+    for key in flat
+    if spec_of(key) == 'optimizer' and key not in allowed
+  ]
 
 
 def known(key: str) -> bool:
   return key in FIELDS or spec_of(key) is not None
 
 
-def unknown(key: str) -> str:
-  """What to say of a key that is none."""
-  names = [*FIELDS, *(f'{s}.type' for s in SPECS)]
+def unknown(key: str, arguments: Collection[str] = ()) -> str:
+  """What to say of a key that is none, nor one of a spec's `arguments`."""
+  names = [*FIELDS, *(f'{s}.type' for s in SPECS), *arguments]
   group = key.split('.')[0]
   if group in SPEC_GROUPS and key.count('.') < 2:
     name = key if '.' in key else f'{group}.NAME'

@@ -45,7 +45,12 @@ _MAY_CHANGE = (
 
 # Of these, what changes how it ends: never by a file, which may be meant for
 # another run, or lack what the command line had.
-_BY_NAME_ALONE = ('num_train_steps', 'optimizer.', 'moe.aux_weight')
+_BY_NAME_ALONE = (
+  'num_train_steps',
+  'eval_weights',
+  'optimizer.',
+  'moe.aux_weight',
+)
 
 
 def make_default(config_path: str) -> pathlib.Path:

@@ -136,6 +136,7 @@ OTHER = {
   'optimizer.schedule.type': 'linear',
   'optimizer.clip_norm': 0.01,
   'optimizer.decay_mask': 'matrices',
+  'optimizer.ema_decay': 0.9,
   'checkpoint.keep_latest': 4,
   'sample.num_tokens': 7,
   'sample.temperature': 0.1,
@@ -143,9 +144,11 @@ OTHER = {
 # Keys that matter only beside others.
 BESIDE = {'moe.dense_d_ff': {'moe.every': 2}}
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
-# them knows a capacity, what plug-ins and callbacks do, what remat saves.
+# them knows a capacity, what plug-ins and callbacks do, what remat saves, which
+# weights are evaluated.
 ELSEWHERE = {
   'init_from',
+  'eval_weights',
   'model.remat',
   'data.fallback',
   'data.dataset.type',

@@ -1,4 +1,6 @@
-"""Schedules at points that are computed by hand, and AdamW by its equations."""
+"""Schedules at points computed by hand; each optimizer by its equations."""
+
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from configs import base
 from nanomoe import config as config_lib
-from nanomoe import experiment, optimizers
+from nanomoe import experiment, optimizers, schedules, schema
 from trainers.errors import UserError
 
 PEAK = 0.5
@@ -71,7 +73,7 @@ def test_schedules(kind, arguments, points):
     assert got == pytest.approx(share * PEAK, abs=1e-6), step
 
 
-@pytest.mark.parametrize('kind', optimizers.SCHEDULES)
+@pytest.mark.parametrize('kind', schedules.SCHEDULES)
 def test_a_schedule_never_exceeds_the_learning_rate(kind):
   rates = jax.vmap(schedule(kind))(jnp.arange(STEPS + 100))
   rates = np.broadcast_to(rates, STEPS + 100)
@@ -224,11 +226,189 @@ def test_what_decays_in_the_model(tiny, mask):
   assert decayed == (matrices if mask == 'matrices' else matrices | others)
 
 
-def test_what_a_run_may_change_does_not_rename_the_saved_state():
+# The others.
+
+
+def directions_of_lion(grads, *, beta1, beta2):
+  """Chen et al. 2023: the sign of the momentum, interpolated."""
+  m = 0
+  for g in grads:
+    yield np.sign(beta1 * m + (1 - beta1) * g)
+    m = beta2 * m + (1 - beta2) * g
+
+
+def directions_of_adafactor(grads, *, beta1, beta2):
+  """Shazeer and Stern 2018, algorithms 4 and 5; Zhai et al. 2021."""
+  m = row = column = full = 0
+  for t, g in enumerate(grads, start=1):
+    beta = min(beta2, 1 - t**-0.8)
+    full = beta * full + (1 - beta) * g**2
+    row = beta * row + (1 - beta) * np.sum(g**2, axis=-1, keepdims=True)
+    column = beta * column + (1 - beta) * np.sum(g**2, axis=-2, keepdims=True)
+    v = row * column / np.sum(row, axis=-2, keepdims=True)
+    u = g / np.sqrt(v if min(g.shape[-2:]) >= 128 else full)
+    u /= max(1, np.sqrt(np.mean(u**2)))
+    m = beta1 * m + (1 - beta1) * u
+    yield m
+
+
+def directions_of_muon(grads, *, beta=0.95):
+  """Of one matrix. Jordan et al. 2024: five quintic steps; Liu et al. 2025."""
+  m = 0
+  for t, g in enumerate(grads, start=1):
+    m = beta * m + (1 - beta) * g
+    x = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+      a = x @ x.T
+      x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    yield 0.2 * np.sqrt(max(g.shape)) * x
+
+
+def by_definition(directions, params, grads, *, rate, decay):
+  """`params` after -rate * (direction + decay * params), for each direction."""
+  p = np.array(params, np.float64)
+  for d in directions([np.array(g, np.float64) for g in grads]):
+    p = p - rate * (d + decay * p)
+  return p
+
+
+def draw(*shape, num=4):
+  """Parameters and some gradients of a shape."""
+  rng = np.random.default_rng(sum(shape))
+  arrays = rng.standard_normal((num + 1, *shape)).astype(np.float32)
+  return arrays[0], list(arrays[1:])
+
+
+@pytest.mark.parametrize(
+  'kind, directions, shape',
+  [
+    ('Lion', directions_of_lion, (3, 4)),
+    ('Adafactor', directions_of_adafactor, (3, 4)),
+    ('Adafactor', directions_of_adafactor, (2, 128, 130)),  # Factored.
+  ],
+)
+def test_four_steps_of(kind, directions, shape):
+  changes = {'type': kind, 'learning_rate': 0.01, 'weight_decay': 0.3}
+  optimizer, _ = built({**changes, 'beta1': 0.8, 'beta2': 0.5})
+  params, grads = draw(*shape)
+  expected = by_definition(
+    lambda g: directions(g, beta1=0.8, beta2=0.5),
+    params,
+    grads,
+    rate=0.01,
+    decay=0.3,
+  )
+  got = trained(optimizer, {'w': params}, [{'w': g} for g in grads])['w']
+  np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize('shape', [(4, 6), (6, 4)])
+def test_muon_takes_each_expert_by_itself(shape):
+  """As its matrix alone: by the definition, and by optax's own Muon."""
+  changes = {'type': 'Muon', 'learning_rate': 0.01, 'weight_decay': 0.3}
+  optimizer, _ = built(changes)
+  params, grads = draw(3, *shape)
+  grads[1][2] *= 1e-3  # An expert with few tokens.
+  got = trained(optimizer, {'w_in': params}, [{'w_in': g} for g in grads])
+  alone = optax.contrib.muon(0.01, weight_decay=0.3, consistent_rms=0.2)
+  for e in range(3):
+    own = [g[e] for g in grads]
+    expected = by_definition(
+      directions_of_muon, params[e], own, rate=0.01, decay=0.3
+    )
+    np.testing.assert_allclose(got['w_in'][e], expected, rtol=1e-4, atol=1e-5)
+    by_optax = trained(alone, params[e], own)
+    np.testing.assert_allclose(got['w_in'][e], by_optax, rtol=1e-4, atol=1e-5)
+  optimizer, _ = built({**changes, 'muon_beta': 0.5})
+  other = trained(optimizer, {'w_in': params}, [{'w_in': g} for g in grads])
+  assert not np.allclose(other['w_in'], got['w_in'], atol=1e-4)
+
+
+def test_muon_is_adamw_for_what_is_no_hidden_matrix(tiny):
+  config = experiment.decide(tiny({'model.num_layers': 1}))
+  task = experiment.build_task(config, vocab_size=20)
+  inputs = {'inputs': np.zeros((1, 16), np.int32)}
+  shapes, _ = jax.eval_shape(task.init, jax.random.key(0), inputs)
+  leaves, structure = jax.tree.flatten(shapes)
+  drawn = [draw(*leaf.shape, num=2) for leaf in leaves]
+  params = structure.unflatten([p for p, _ in drawn])
+  grads = [structure.unflatten([g[i] for _, g in drawn]) for i in (0, 1)]
+  ours = trained(built({'type': 'Muon'})[0], params, grads)
+  adam = trained(built({})[0], params, grads)
+  same = set()
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(ours),
+    jax.tree.leaves(adam),
+    strict=True,
+  ):
+    if np.allclose(x, y, rtol=1e-6, atol=1e-7):
+      name = jax.tree_util.keystr(path, simple=True, separator='.')
+      same.add(name.removeprefix('block_0.'))
+  assert same == {
+    *('token_embedding', 'position_embedding', 'head.kernel', 'head.bias'),
+    *('final_norm.scale', 'final_norm.bias'),
+    *('attention_norm.scale', 'attention_norm.bias'),
+    *('feed_forward_norm.scale', 'feed_forward_norm.bias'),
+    *('attention.qkv.bias', 'attention.out.bias', 'moe.b_in', 'moe.b_out'),
+  }
+
+
+@pytest.mark.parametrize('kind', optimizers.OPTIMIZERS)
+def test_finds_a_matrix(kind, rng):
+  """Least squares, its solution known, by one learning rate for all."""
+  x = rng.standard_normal((64, 8)).astype(np.float32)
+  wanted = rng.standard_normal((8, 4)).astype(np.float32)
+  changes = {'learning_rate': 0.05, 'schedule.type': 'linear'}
+  optimizer, _ = built({**changes, 'type': kind, 'weight_decay': 0})
+
+  @jax.jit
+  def fit(kernel):
+    def step(_, carry):
+      params, state = carry
+      grads = jax.grad(lambda p: jnp.sum((x @ (p - wanted)) ** 2))(params)
+      updates, state = optimizer.update(grads, state, params)
+      return optax.apply_updates(params, updates), state
+
+    carry = kernel, optimizer.init(kernel)
+    return jax.lax.fori_loop(0, STEPS, step, carry)[0]
+
+  np.testing.assert_allclose(fit(np.zeros_like(wanted)), wanted, atol=2e-3)
+
+
+def test_the_schema_knows_their_own_arguments():
+  handed = {'learning_rate', 'weight_decay', 'mask', 'beta1', 'beta2'}
+  assert {
+    name: tuple(
+      p for p in inspect.signature(make).parameters if p not in handed
+    )
+    for name, make in optimizers.OPTIMIZERS.items()
+  } == schema.OPTIMIZER_ARGUMENTS
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'muon_beta': 0.9}, 'optimizer.muon_beta is no key'),
+    ({'type': 'Muon', 'muon_bta': 0.9}, "Did you mean 'optimizer.muon_beta'"),
+    ({'type': 'Muon', 'muon_beta': 'x'}, 'wants float'),
+    ({'type': 'Muon', 'muon_beta': 1.0}, 'muon_beta=1.0 must be >= 0 and < 1'),
+    ({'type': 'Moun'}, "Did you mean 'Muon'"),
+  ],
+)
+def test_mistakes_of_an_optimizer_are_told(changes, words):
+  with pytest.raises(UserError) as error:
+    built(changes)
+  (line,) = error.value.problems
+  assert words in line
+
+
+@pytest.mark.parametrize('kind', optimizers.OPTIMIZERS)
+def test_what_a_run_may_change_does_not_rename_the_saved_state(kind):
   """optimizer.* may be changed on resume: its arrays are found by name."""
 
   def names(**changes):
-    optimizer, _ = built(changes)
+    optimizer, _ = built({'type': kind, **changes})
     state = optimizer.init({'kernel': np.ones((2, 2), np.float32)})
     return [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
 

@@ -140,8 +140,8 @@ class Texts(types.SimpleNamespace):
   """What TextSample uses of a trainer; `steps` have a text."""
 
   def __init__(self):
-    state = types.SimpleNamespace(params=jnp.ones(()))
-    super().__init__(step=0, num_train_steps=9, status='running', state=state)
+    super().__init__(step=0, num_train_steps=9, status='running')
+    self.eval_params = jnp.ones(())
     self.writer, self.clock, self.steps = self, Clock(), []
 
   def write_texts(self, step, texts):

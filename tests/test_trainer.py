@@ -538,6 +538,8 @@ class Run:
       workdir,
       task=Regression(noise=0.1),
       dataset=dataset or Rows({2: np.nan}),
+      ema_decay=0.5,
+      eval_weights='average',
       callbacks=[
         callbacks.Progress(24),
         callbacks.Evaluation(4, 'mse'),
@@ -758,6 +760,7 @@ def test_the_steady_state_has_no_implicit_transfers(tmp_path, guarded):
   trainer = make_trainer(
     tmp_path,
     num_train_steps=20,
+    ema_decay=0.9,
     callbacks=[
       At(on, 3),
       callbacks.Progress(24),

@@ -23,6 +23,7 @@ class TrainState:
     params: what the optimizer updates.
     opt_state: the optimizer's.
     model_state: what the task changes without gradients (router biases).
+    average: of params over the updates, exponentially weighted; or None.
   """
 
   step: jax.Array
@@ -31,6 +32,7 @@ class TrainState:
   params: Params
   opt_state: optax.OptState
   model_state: ModelState
+  average: Params | None = None
 
   @classmethod
   def create(
@@ -38,7 +40,10 @@ class TrainState:
     params: Params,
     model_state: ModelState,
     optimizer: optax.GradientTransformation,
+    *,
+    average: bool = False,
   ) -> 'TrainState':
+    """Of step 0; with an average, which begins as a copy of params."""
     return cls(
       step=jnp.zeros((), jnp.int32),
       batch_index=jnp.zeros((), jnp.int32),
@@ -46,4 +51,5 @@ class TrainState:
       params=params,
       opt_state=optimizer.init(params),
       model_state=model_state,
+      average=jax.tree.map(jnp.copy, params) if average else None,
     )

@@ -8,7 +8,7 @@ import optax
 
 from trainers import metrics as metrics_lib
 from trainers.metrics import Last, Mean, Metrics
-from trainers.state import TrainState
+from trainers.state import Params, TrainState
 from trainers.task import Batch, Task
 
 StepFn = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
@@ -24,11 +24,14 @@ def make_train_step(
   task: Task,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
+  ema_decay: float = 0.0,
 ) -> StepFn:
   """One update. A non-finite one is counted and otherwise leaves no trace.
 
   `schedule` is only reported: it is the learning rate at the number of updates
   so far, as the optimizer's own counter sees it.
+
+  `ema_decay` is of the state's average, if it has one: see `_averaged`.
   """
 
   def train_step(state, batch, key):
@@ -47,15 +50,18 @@ def make_train_step(
     )
     gradient_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    num_updates = state.step - state.skipped
+    params = optax.apply_updates(state.params, updates)
     new = (
-      optax.apply_updates(state.params, updates),
+      params,
       opt_state,
       task.advance(state.model_state, aux.statistics),
+      _averaged(state.average, params, num_updates, ema_decay),
     )
-    old = (state.params, state.opt_state, state.model_state)
+    old = (state.params, state.opt_state, state.model_state, state.average)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     finite &= all_finite(updates)
-    params, opt_state, model_state = jax.tree.map(
+    params, opt_state, model_state, average = jax.tree.map(
       lambda n, o: jnp.where(finite, n, o), new, old
     )
     skipped = state.skipped + (~finite).astype(jnp.int32)
@@ -63,9 +69,7 @@ def make_train_step(
       'train/loss': Mean(total.sum, total.weight),
       **metrics_lib.prefixed('train', aux.metrics),
       'gradient_norm': Mean(gradient_norm, jnp.ones((), jnp.float32)),
-      'learning_rate': Last(
-        jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
-      ),
+      'learning_rate': Last(jnp.asarray(schedule(num_updates), jnp.float32)),
       'skipped_updates': Last(skipped),
     }
     state = state.replace(
@@ -75,7 +79,22 @@ def make_train_step(
       params=params,
       opt_state=opt_state,
       model_state=model_state,
+      average=average,
     )
     return state, metrics
 
   return train_step
+
+
+def _averaged(
+  average: Params | None, params: Params, num_updates: jax.Array, decay: float
+) -> Params | None:
+  """d * average + (1 - d) * params, with d = min(decay, (1 + t) / (10 + t)).
+
+  t is the number of updates before: what training begins with is soon
+  forgotten.
+  """
+  if average is None:
+    return None
+  d = jnp.minimum(decay, (1 + num_updates) / (10 + num_updates))
+  return jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)

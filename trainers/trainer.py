@@ -59,6 +59,8 @@ class Trainer:
     num_timed_steps: the steps that took clock.read('train').
 
   Args:
+    ema_decay: as of `make_train_step`; 0: the state has no average.
+    eval_weights: 'params', or 'average': what evaluations use.
     initial: called with their shapes where no checkpoint is, returns what
       params and model_state begin as; without it, what the task makes.
   """
@@ -73,6 +75,8 @@ class Trainer:
     batch_size: int,
     schedule: optax.Schedule,
     seed: int = 0,
+    ema_decay: float = 0.0,
+    eval_weights: str = 'params',
     log_interval: int = 50,
     callbacks: Sequence[Callback | periodic_actions.PeriodicAction] = (),
     checkpointer: Checkpointer | None = None,
@@ -83,6 +87,8 @@ class Trainer:
     board: Board | None = None,
     memory_hint: memory_lib.Hint = lambda _: 'try a smaller batch',
   ):
+    if eval_weights == 'average' and not ema_decay:
+      raise ValueError(f'{eval_weights=} needs an ema_decay above 0')
     self.task = task
     self.dataset = dataset
     self.num_train_steps = num_train_steps
@@ -100,9 +106,13 @@ class Trainer:
     self.best: Score | None = None
     self._optimizer = optimizer
     self._initial = initial
+    self._ema_decay = ema_decay
+    self._eval_weights = eval_weights
     self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
     # Jitted by itself too: it is traced once for its shapes and its program.
-    self._step_fn = jax.jit(step_lib.make_train_step(task, optimizer, schedule))
+    self._step_fn = jax.jit(
+      step_lib.make_train_step(task, optimizer, schedule, ema_decay)
+    )
     self._evaluator = Evaluator(task)
     self._memory_hint = memory_hint
     self._memory: memory_lib.StepMemory | None = None  # Until it is compiled.
@@ -187,6 +197,11 @@ class Trainer:
   def writer(self) -> metric_writers.MetricWriter:
     return self._writers.clu
 
+  @property
+  def eval_params(self) -> Params:
+    """What evaluations use: of `state`, its params or their average."""
+    return getattr(self.state, self._eval_weights)
+
   def evaluate(self, split: str) -> dict[str, Any]:
     """One pass over `split`; {'<split>/<metric>': value}, written and reported.
 
@@ -198,9 +213,8 @@ class Trainer:
     jax.block_until_ready(self.state)
     with self.clock.phase('evaluate'):
       batches = self.dataset.eval_batches(split, slice(0, self.batch_size))
-      state = self.state
       metrics = self._evaluator(
-        state.params, state.model_state, batches, self._poll
+        self.eval_params, self.state.model_state, batches, self._poll
       )
       metrics = metrics_lib.prefixed(split, metrics)
     self._each('on_eval_end', split, metrics)
@@ -234,7 +248,9 @@ class Trainer:
 
     def make(key, initial):
       params, model_state = initial or self.task.init(key, batch)
-      return TrainState.create(params, model_state, self._optimizer)
+      return TrainState.create(
+        params, model_state, self._optimizer, average=self._ema_decay > 0
+      )
 
     # It runs once: compiling it well takes longer than running it badly.
     options = {'xla_backend_optimization_level': 0}

@@ -60,7 +60,7 @@ class TextSample(Callback):
     if not self.num_tokens or not running or not (due or last):
       return
     with loop.clock.phase('sample'):
-      text = self._text(loop.state.params)
+      text = self._text(loop.eval_params)
     # Indented, Markdown takes it for code, and leaves its lines alone.
     code = ''.join(f'    {line}\n' for line in text.split('\n'))
     loop.writer.write_texts(loop.step, {'sample': code})
