@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from nanomoe import numerics, pieces
 from nanomoe.activations import gelu
 from nanomoe.numerics import dot
-from nanomoe.routers import Routing
+from nanomoe.routing import Routing
 
 OUTPUT = 'gnf,gfd->gnd'  # The product that ends an expert.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from nanomoe import (
   board,
+  causality,
   dispatch,
   memory,
   numerics,
@@ -21,7 +22,7 @@ from nanomoe import (
   schema,
   workdir,
 )
-from nanomoe.callbacks import ExpertLoads, TextSample
+from nanomoe.callbacks import AuxWeight, ExpertLoads, TextSample
 from nanomoe.config import Config
 from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
@@ -115,6 +116,8 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     config.precision,
     ', '.join(facts['devices']),
   )
+  if task.objection:
+    log.warning('%s; no text is sampled', task.objection)
   return trainer
 
 
@@ -188,7 +191,9 @@ def build_task(
     num_experts=moe.num_experts,
     top_k=moe.top_k,
     balance=moe.balance,
+    vocab_size=vocab_size,
   )
+  like = router()
   attention = functools.partial(
     Attention,
     num_heads=model.num_heads,
@@ -220,7 +225,16 @@ def build_task(
     ),
     precision=config.precision,
   )
-  return LanguageModel(transformer, moe.aux_weight, moe.balance, token_bytes)
+  return LanguageModel(
+    transformer,
+    moe.aux_weight,
+    moe.balance,
+    token_bytes,
+    z_weight=moe.z_weight,
+    entropy_weight=moe.entropy_weight,
+    bias_rate=getattr(like, 'bias_rate', 0.0),
+    objection=causality.objection(like, moe.dispatch),
+  )
 
 
 def build_callbacks(
@@ -236,22 +250,24 @@ def build_callbacks(
   plugins = _build_group(
     config, 'callbacks', CALLBACKS, (callbacks.Callback, PeriodicAction)
   )
+  sample = TextSample(
+    task.logits,
+    directory / 'sample.txt',
+    tokenizer,
+    prompt=tokenizer.encode(prompt).tolist(),
+    block_size=config.block_size,
+    seed=config.seed,
+    **config.sample.to_dict(),
+  )
   return [
+    AuxWeight(config.moe.aux_weight),
     callbacks.ParameterOverview(),
     callbacks.Progress(tokens_per_step),
     ExpertLoads(),
     callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
     *plugins,
     callbacks.Checkpoints(config.eval_interval),
-    TextSample(
-      task.logits,
-      directory / 'sample.txt',
-      tokenizer,
-      prompt=tokenizer.encode(prompt).tolist(),
-      block_size=config.block_size,
-      seed=config.seed,
-      **config.sample.to_dict(),
-    ),
+    *([] if task.objection else [sample]),
     callbacks.Result(
       facts,
       tokens_per_step,

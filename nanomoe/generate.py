@@ -77,8 +77,9 @@ def generate(
   A piece is '' while a character is incomplete: a token may be a part of one.
 
   Raises:
-    UserError: there is no such run or checkpoint, a prompt is empty, or a
-      character of it is unknown. All of it before the first piece.
+    UserError: there is no such run or checkpoint, a prompt is empty, a
+      character of it is unknown, or the model is not causal. All of it before
+      the first piece.
   """
   config = workdir_lib.config_of(workdir)
   if not all(prompts):
@@ -88,7 +89,10 @@ def generate(
   from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
 
   run = experiment.restore(config, workdir, step)
-  generator = Generator(run.task.logits, run.params, config.block_size)
+  if run.task.objection:
+    raise UserError(f'no text can be generated: {run.task.objection}')
+  trained = run.params, run.model_state
+  generator = Generator(run.task.logits, trained, config.block_size)
   try:
     tokens = [run.tokenizer.encode(prompt).tolist() for prompt in prompts]
   except UserError as error:

@@ -12,6 +12,7 @@ from nanomoe.dropout import Dropout
 from nanomoe.moe import MoEAux
 from nanomoe.numerics import dot
 from nanomoe.remat import remat
+from nanomoe.routing import Given
 
 LAYER_NORM_EPSILON = 1e-6
 PARTS = 4  # Of a window's rows, in attention.
@@ -132,7 +133,7 @@ class Block(nn.Module):
 
   Attributes:
     attention: makes a module (x, cache, train) -> (y, cache).
-    feed_forward: makes a module (x, mask) -> (y, what it reports).
+    feed_forward: makes a module (x, given, train) -> (y, what it reports).
     dropout_rate: on both branches.
   """
 
@@ -144,14 +145,15 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    mask: Bool[Array, 'batch time'],
+    given: Given,
     cache: Cache | None = None,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux, Cache]:
     y, grown = self.attention()(_norm('attention_norm')(x), cache, train=train)
     x = x + Dropout(self.dropout_rate)(y, train=train)
-    y, aux = self.feed_forward()(_norm('feed_forward_norm')(x), mask)
+    y = _norm('feed_forward_norm')(x)
+    y, aux = self.feed_forward()(y, given, train=train)
     return x + Dropout(self.dropout_rate)(y, train=train), aux, grown
 
 
@@ -166,7 +168,7 @@ class Transformer(nn.Module):
     dropout_rate: on the sum of embeddings.
     remat: keeps only what enters a block, and computes the rest again for the
       gradient: a third more work, a fraction of the activations' memory.
-    block: makes a module (x, mask, cache, train) -> (x, what it reports,
+    block: makes a module (x, given, cache, train) -> (x, what it reports,
       cache).
     precision: of matrix products.
   """
@@ -186,6 +188,7 @@ class Transformer(nn.Module):
     tokens: Int[Array, 'batch time'],
     mask: Bool[Array, 'batch time'],
     cache: Cache | None = None,
+    bias: Float[Array, 'layers experts'] | None = None,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time vocab'], MoEAux, Cache]:
@@ -195,6 +198,7 @@ class Transformer(nn.Module):
       tokens: from position 0 on; with a cache, from its length on.
       mask: False for padding, which counts in no load and no loss.
       cache: of the positions before, as returned: [L, ...].
+      bias: of the layers' routers, for those that have one.
       train: with dropout.
     """
     small = nn.initializers.normal(0.02)
@@ -211,15 +215,16 @@ class Transformer(nn.Module):
       x += positions[cache.length[0][:, None] + jnp.arange(tokens.shape[1])]
     x = Dropout(self.dropout_rate)(x, train=train)
 
-    def run(block, x, mask, own):
-      return block(x, mask, own, train=train)
+    def run(block, x, given, own):
+      return block(x, given, own, train=train)
 
     if self.remat and train:
       run = remat(run)
     layers = []
     for i in range(self.num_layers):
       own = cache and jax.tree.map(lambda c, i=i: c[i], cache)
-      x, *report = run(self.block(name=f'block_{i}'), x, mask, own)
+      given = Given(tokens, mask, None if bias is None else bias[i])
+      x, *report = run(self.block(name=f'block_{i}'), x, given, own)
       layers.append(report)
     x = _norm('final_norm')(x)
     logits = Linear(self.vocab_size, small, self.precision, name='head')(x)

@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from nanomoe import dispatch
 from nanomoe.dispatch import Experts
+from nanomoe.routing import Given, Routing
 from trainers.metrics import Mean
 
 
@@ -29,7 +32,8 @@ class MoE(nn.Module):
   """Each token's weighted sum of the experts that the router chose for it.
 
   Attributes:
-    router: makes the router, a module (x, mask) -> Routing.
+    router: makes the router, a module (x, tokens, mask, bias, train) ->
+      Routing.
     num_experts: E.
     d_ff: width of an expert's hidden layer.
     dispatch: a name in `dispatch.DISPATCH`.
@@ -46,13 +50,15 @@ class MoE(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    mask: Bool[Array, 'batch time'],
+    given: Given,
+    *,
+    train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
-    tokens = x.reshape(-1, x.shape[-1])
-    routing = self.router()(tokens, mask.reshape(-1))
+    routing = self.router()(x, given.tokens, given.mask, given.bias, train)
     experts = self._experts(x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
     combine = dispatch.DISPATCH[self.dispatch]
-    y = combine(tokens, routing, experts, self.precision)
+    y = by_row(combine, flat, routing, experts, self.precision)
     aux = MoEAux(routing.load, routing.losses, routing.metrics)
     return y.reshape(x.shape), aux
 
@@ -67,3 +73,17 @@ class MoE(nn.Module):
       w_out=self.param('w_out', init, (num_experts, d_ff, d_model)),
       b_out=self.param('b_out', zeros, (num_experts, d_model)),
     )
+
+
+def by_row(
+  combine: Callable[..., jax.Array],
+  x: Float[Array, 'tokens d_model'],
+  routing: Routing,
+  experts: Experts,
+  precision: str,
+) -> Float[Array, 'tokens d_model']:
+  """What `combine` makes of the rows of a routing, added up by token."""
+  if routing.token is None:
+    return combine(x, routing, experts, precision)
+  y = combine(x[routing.token], routing, experts, precision)
+  return jnp.zeros_like(x).at[routing.token].add(y)

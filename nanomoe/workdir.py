@@ -35,6 +35,8 @@ _MAY_CHANGE = (
   'optimizer.clip_norm',
   'model.remat',
   'moe.aux_weight',
+  'moe.z_weight',
+  'moe.entropy_weight',
   'checkpoint.',
   'callbacks.',
   'writers.',
@@ -45,7 +47,13 @@ _MAY_CHANGE = (
 
 # Of these, what changes how it ends: never by a file, which may be meant for
 # another run, or lack what the command line had.
-_BY_NAME_ALONE = ('num_train_steps', 'optimizer.', 'moe.aux_weight')
+_BY_NAME_ALONE = (
+  'num_train_steps',
+  'optimizer.',
+  'moe.aux_weight',
+  'moe.z_weight',
+  'moe.entropy_weight',
+)
 
 
 def make_default(config_path: str) -> pathlib.Path:

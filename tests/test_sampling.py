@@ -15,7 +15,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(scope='module')
 def model(corpus):
-  """(logits, params) of a model whose window is 6 tokens."""
+  """(logits, what was trained) of a model whose window is 6 tokens."""
   from configs import base  # noqa: PLC0415
   from nanomoe import config as config_lib  # noqa: PLC0415
   from tests.shrunk import TINY  # noqa: PLC0415
@@ -26,8 +26,8 @@ def model(corpus):
   )
   task = experiment.build_task(experiment.decide(config), VOCAB)
   batch = {'inputs': jnp.zeros((1, BLOCK), jnp.int32)}
-  params, _ = task.init(jax.random.key(0), batch)
-  return task.logits, jax.tree.map(lambda x: 3 * x, params)
+  params, state = task.init(jax.random.key(0), batch)
+  return task.logits, (jax.tree.map(lambda x: 3 * x, params), state)
 
 
 def _generate(model, prompts, num_tokens, sampling, seed=0, cached=True):
@@ -37,11 +37,11 @@ def _generate(model, prompts, num_tokens, sampling, seed=0, cached=True):
 
 def _by_definition(model, prompt, num_tokens, sampling, seed):
   """One sequence, no padding, no cache: the window grows, then is halved."""
-  logits, params = model
+  logits, trained = model
   window, text = list(prompt[-BLOCK:]), []
   for i in range(num_tokens):
     key = jax.random.fold_in(jax.random.key(seed), i)
-    every, _ = logits(params, jnp.asarray([window], jnp.int32))
+    every, _ = logits(trained, jnp.asarray([window], jnp.int32))
     token = int(draw(every[:, -1], key, sampling)[0])
     text.append(token)
     if len(window) == BLOCK:
