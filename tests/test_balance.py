@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nanomoe import balance
-from tests.routed import NUM_EXPERTS, TOP_K, make
+from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, make
 
 E, K = NUM_EXPERTS, TOP_K
 BATCH, TIME, D_MODEL = 3, 8, 5
@@ -81,17 +81,15 @@ def test_value_and_gradient_are_those_by_hand(loss, variant, case):
   router = make(variant, name)
   key = 'balance' if loss in balance.BALANCE else loss
 
-  def of(kernel):
-    tokens = np.zeros(mask.shape, np.int32)
-    routing = router.apply(
-      {'params': {'kernel': kernel}}, x, tokens, mask, None, True
-    )
+  def of(kernel, x, mask):
+    params = {'params': {'kernel': kernel}}
+    tokens = jnp.zeros(mask.shape, jnp.int32)
+    routing = router.apply(params, x, tokens, mask, None, True)
     return routing.losses[key], routing.expert
 
   with jax.enable_x64(True):
-    (value, expert), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(
-      jnp.asarray(kernel)
-    )
+    run = QUICKLY(jax.value_and_grad(of, has_aux=True))
+    (value, expert), gradient = run(kernel, x, mask)
   assert gradient.dtype == np.float64
 
   flat = mask.reshape(-1)

@@ -9,6 +9,7 @@ from benchmarks import products
 from configs import base
 from nanomoe import experiment, optimizers
 from nanomoe.task import cross_entropy
+from tests.routed import QUICKLY
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
 from trainers.state import TrainState
@@ -21,7 +22,7 @@ def task_and_trained(tiny):
   config = experiment.decide(tiny({'precision': 'float32'}))
   task = experiment.build_task(config, VOCAB)
   batch = {'inputs': jnp.zeros((1, 16), jnp.int32)}
-  params, state = task.init(jax.random.key(0), batch)
+  params, state = QUICKLY(task.init)(jax.random.key(0), batch)
   return task, (jax.tree.map(lambda x: 3 * x, params), state)
 
 
