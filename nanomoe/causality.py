@@ -1,26 +1,26 @@
 """Whether text can be generated: what a token's experts depend on."""
 
-from flax import linen as nn
+from nanomoe import dispatch
+from nanomoe.config import Config
+from nanomoe.routers import ROUTERS
+from trainers import spec
 
-from nanomoe import dispatch as dispatch_lib
 
+def objection(config: Config) -> str:
+  """Why a model of this config generates no text; '' if it does.
 
-def objection(router: nn.Module, dispatch: str) -> str:
-  """Why a model of these generates no text; '' if it does.
-
-  One without a label is taken for causal, as are routers of others' making.
+  By the labels of its router and its dispatch; one without is taken for causal.
   """
-  labels = {
-    f'moe.router.type={type(router).__name__}': router,
-    f'moe.dispatch={dispatch}': dispatch_lib.DISPATCH[dispatch],
+  router, name = config.moe.router.type, config.moe.dispatch
+  parts = {
+    f'moe.router.type={router}': spec.resolve('moe.router', router, ROUTERS),
+    f'moe.dispatch={name}': dispatch.DISPATCH[name],
   }
-  blamed = [
-    name for name, part in labels.items() if not getattr(part, 'causal', True)
-  ]
+  blamed = [k for k, part in parts.items() if not getattr(part, 'causal', True)]
   if not blamed:
     return ''
   return (
-    f'{" and ".join(blamed)} is not causal: what a token gets depends on later '
-    'tokens and on other sequences, which a text that is being generated does '
+    f'not causal: {" and ".join(blamed)}; what a token gets depends on later '
+    'tokens and on other sequences, which text that is being generated does '
     'not have'
   )

@@ -116,8 +116,8 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     config.precision,
     ', '.join(facts['devices']),
   )
-  if task.objection:
-    log.warning('%s; no text is sampled', task.objection)
+  if objection := causality.objection(config):
+    log.warning('%s; no text is sampled', objection)
   return trainer
 
 
@@ -193,7 +193,6 @@ def build_task(
     balance=moe.balance,
     vocab_size=vocab_size,
   )
-  like = router()
   attention = functools.partial(
     Attention,
     num_heads=model.num_heads,
@@ -232,8 +231,7 @@ def build_task(
     token_bytes,
     z_weight=moe.z_weight,
     entropy_weight=moe.entropy_weight,
-    bias_rate=getattr(like, 'bias_rate', 0.0),
-    objection=causality.objection(like, moe.dispatch),
+    bias_rate=getattr(router(), 'bias_rate', 0.0),
   )
 
 
@@ -267,7 +265,7 @@ def build_callbacks(
     callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
     *plugins,
     callbacks.Checkpoints(config.eval_interval),
-    *([] if task.objection else [sample]),
+    *([] if causality.objection(config) else [sample]),
     callbacks.Result(
       facts,
       tokens_per_step,

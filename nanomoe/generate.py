@@ -85,12 +85,12 @@ def generate(
   if not all(prompts):
     raise UserError('--prompt is empty: it must have a character at least')
 
-  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe import causality, experiment  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
 
+  if reason := causality.objection(config):
+    raise UserError(f'no text can be generated: {reason}')
   run = experiment.restore(config, workdir, step)
-  if run.task.objection:
-    raise UserError(f'no text can be generated: {run.task.objection}')
   trained = run.params, run.model_state
   generator = Generator(run.task.logits, trained, config.block_size)
   try:

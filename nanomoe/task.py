@@ -33,7 +33,6 @@ class LanguageModel:
     entropy_weight: of the routers' entropy, the mean over layers.
     bias_rate: by which an update moves an expert's bias, towards an even load;
       0: there is none.
-    objection: why it generates no text; '': it does.
   """
 
   def __init__(
@@ -46,14 +45,12 @@ class LanguageModel:
     z_weight: float = 0.0,
     entropy_weight: float = 0.0,
     bias_rate: float = 0.0,
-    objection: str = '',
   ):
     self.model = model
     self.aux_weight = aux_weight
     self.balance = balance
     self.weights = {'z_loss': z_weight, 'router_entropy': entropy_weight}
     self.bias_rate = bias_rate
-    self.objection = objection
     self._num_bytes = self._num_chars = None
     if token_bytes is not None:
       self._num_bytes = np.array([len(b) for b in token_bytes], np.float32)
