@@ -205,47 +205,56 @@ def test_capacity_factor_is_the_mean_number_of_experts(
   assert len(routing.expert) == NUM_EXPERTS * capacity
 
 
-@pytest.mark.parametrize('name', set(dispatch.DISPATCH) - {'dense'})
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_every_dispatch_equals_dense(variant, name, x, tokens, rng):
-  """A layer of each router, in training, with padding: value and gradients."""
+@pytest.fixture(scope='module', params=VARIANTS)
+def layer(request):
+  """(of a dispatch: value and gradients of a layer; those of the oracle).
+
+  In training, with padding.
+  """
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.integers(0, VOCAB, (BATCH, TIME)), jnp.int32)
   given = Given(tokens, jnp.arange(BATCH * TIME).reshape(tokens.shape) < 22)
 
-  def layer(name):
+  def random(like):
+    return jnp.asarray(rng.normal(size=like.shape), jnp.float32)
+
+  def make_layer(name):
     return MoE(
-      router=functools.partial(make, variant, name='router'),
+      router=functools.partial(make, request.param, name='router'),
       num_experts=NUM_EXPERTS,
       d_ff=7,
       dispatch=name,
       precision='float32',
     )
 
-  init = functools.partial(layer('dense').init, train=False)
+  x = random(np.zeros((BATCH, TIME, D_MODEL)))
+  init = functools.partial(make_layer('dense').init, train=False)
   params = jax.tree.map(
-    lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32),
-    jax.eval_shape(init, jax.random.key(0), x, given),
+    random, jax.eval_shape(init, jax.random.key(0), x, given)
   )
 
   def run(name):
-    @QUICKLY
-    def value_and_gradients(params, x):
-      def loss(params, x):
-        rngs = {'routing': jax.random.key(1)}
-        y, aux = layer(name).apply(params, x, given, train=True, rngs=rngs)
-        total = jnp.sum(jnp.sin(y)) + aux.losses['balance']
-        return total, (y, aux.load)
+    def loss(params, x):
+      rngs = {'routing': jax.random.key(1)}
+      y, aux = make_layer(name).apply(params, x, given, train=True, rngs=rngs)
+      return jnp.sum(jnp.sin(y)) + aux.losses['balance'], (y, aux.load)
 
-      return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return QUICKLY(grad)(params, x)
 
-    return value_and_gradients(params, x)
+  return run, run('dense')
 
-  expected, actual = run('dense'), run(name)
-  assert jnp.abs(expected[0][1][0]).max() > 0.1
+
+@pytest.mark.parametrize('name', set(dispatch.DISPATCH) - {'dense'})
+def test_every_dispatch_equals_dense(layer, name):
+  """Of each router: value, load, and all gradients."""
+  run, expected = layer
   jax.tree.map(
     lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4),
-    actual,
+    run(name),
     expected,
   )
+  assert jnp.abs(expected[0][1][0]).max() > 0.1
 
 
 @pytest.mark.parametrize(

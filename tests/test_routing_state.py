@@ -36,8 +36,8 @@ def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
   optimizer, schedule = optimizers.build(config.optimizer, 10)
   tokens = rng.integers(0, VOCAB, (4, 17)).astype(np.int32)
   batch = {
-    'inputs': tokens[:, :-1],
-    'targets': tokens[:, 1:],
+    'inputs': jnp.asarray(tokens[:, :-1]),
+    'targets': jnp.asarray(tokens[:, 1:]),
     'weights': np.ones((4, 16), np.float32),
   }
   key = jax.random.key(0)
@@ -84,11 +84,11 @@ def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
 
 def test_the_bias_evens_out_the_loads(tiny, rng):
   """Of a router that sends nearly all to two experts. Wang et al. 2024."""
-  config = tiny({'moe.router.type': 'Sigmoid', 'moe.router.bias_rate': 0.02})
+  config = tiny({'moe.router.type': 'Sigmoid', 'moe.router.bias_rate': 0.002})
   task = experiment.build_task(experiment.decide(config), VOCAB)
   x = jnp.asarray(rng.normal(size=(4, 64, 5)) + 1, jnp.float32)
-  kernel = jnp.asarray(rng.normal(size=(5, NUM_EXPERTS)), jnp.float32)
-  kernel = kernel.at[:, :2].add(2)
+  kernel = jnp.asarray(rng.normal(size=(5, NUM_EXPERTS)) / 2, jnp.float32)
+  kernel = kernel.at[:, :2].add(0.5)
   tokens, mask = jnp.zeros((4, 64), jnp.int32), jnp.ones((4, 64), bool)
 
   def load(bias):
@@ -101,13 +101,13 @@ def test_the_bias_evens_out_the_loads(tiny, rng):
       statistics = {'expert_load': load(bias)[None]}
       return task.advance({'bias': bias[None]}, statistics)['bias'][0]
 
-    bias = jax.lax.fori_loop(0, 200, update, bias)
+    bias = jax.lax.fori_loop(0, 1000, update, bias)
     return load(jnp.zeros_like(bias)), load(bias)
 
   before, after = balanced(jnp.zeros(NUM_EXPERTS))
   mean = TOP_K * mask.size / NUM_EXPERTS
   assert before.max() > 2 * mean
-  assert after.max() < 1.1 * mean
+  assert after.max() < 1.15 * mean
 
 
 def _loop(aux_weight):
