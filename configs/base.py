@@ -57,6 +57,8 @@ def get_config() -> ConfigDict:
   config.moe.router = ConfigDict({'type': 'TopK'})
   config.moe.balance = 'documented'
   config.moe.aux_weight = 0.01
+  config.moe.z_weight = 0.0  # 0.001 keeps the routers' logits small.
+  config.moe.entropy_weight = 0.0  # > 0: routers decide; < 0: they explore.
 
   config.optimizer = ConfigDict()
   config.optimizer.type = 'AdamW'

@@ -18,7 +18,8 @@ CHARTS = {
     'loss/bits_per_byte', 'The same for a byte: it compares tokenizers.'
   ),
   'loss': Chart(
-    'loss/total', 'What is minimized: cross-entropy and weighted balance loss.'
+    'loss/total',
+    'What is minimized: cross-entropy and weighted losses of routing.',
   ),
   'learning_rate': Chart('optimizer/learning_rate', 'Of the next update.'),
   'gradient_norm': Chart('optimizer/gradient_norm', 'Before it is clipped.'),
@@ -34,6 +35,16 @@ CHARTS = {
   ),
   'aux_loss': Chart(
     'routing/aux_loss', 'The balance loss of all layers, unweighted.'
+  ),
+  'z_loss': Chart(
+    'routing/z_loss', 'Mean square of the logsumexp of logits, unweighted.'
+  ),
+  'weighted_aux_loss': Chart(
+    'loss/weighted_aux_loss', 'As it is in the total: a balance loss.'
+  ),
+  'weighted_z_loss': Chart('loss/weighted_z_loss', 'As it is in the total.'),
+  'weighted_router_entropy': Chart(
+    'loss/weighted_router_entropy', 'As it is in the total.'
   ),
   'max_over_mean_load': Chart('routing/max_over_mean_load'),
   'router_entropy': Chart('routing/router_entropy'),

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from nanomoe import pieces, slots
 from nanomoe.experts import Experts
-from nanomoe.routers import Routing
+from nanomoe.routing import Routing
 from trainers.metrics import Mean
 
 

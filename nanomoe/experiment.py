@@ -13,6 +13,7 @@ import numpy as np
 
 from nanomoe import (
   board,
+  causality,
   dispatchers,
   memory,
   numerics,
@@ -23,7 +24,7 @@ from nanomoe import (
 )
 from nanomoe import experts as experts_lib
 from nanomoe.attention import Attention
-from nanomoe.callbacks import ExpertLoads, TextSample
+from nanomoe.callbacks import AuxWeight, ExpertLoads, TextSample
 from nanomoe.config import Config
 from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
@@ -122,6 +123,8 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     config.precision,
     ', '.join(facts['devices']),
   )
+  if objection := causality.objection(config):
+    log.warning('%s; no text is sampled', objection)
   return trainer
 
 
@@ -200,6 +203,7 @@ def build_task(
     num_experts=moe.num_experts,
     top_k=moe.top_k,
     balance=moe.balance,
+    vocab_size=vocab_size,
   )
   norm = NORMS[model.norm]
   position = POSITIONS[model.position](config.block_size)
@@ -273,7 +277,15 @@ def build_task(
     ),
     cap=functools.partial(softcap, cap=model.logit_softcap),
   )
-  return LanguageModel(transformer, moe.aux_weight, moe.balance, token_bytes)
+  return LanguageModel(
+    transformer,
+    moe.aux_weight,
+    moe.balance,
+    token_bytes,
+    z_weight=moe.z_weight,
+    entropy_weight=moe.entropy_weight,
+    bias_rate=getattr(router(), 'bias_rate', 0.0),
+  )
 
 
 def layers_with_experts(config: Config) -> list[int]:
@@ -296,22 +308,24 @@ def build_callbacks(
   plugins = _build_group(
     config, 'callbacks', CALLBACKS, (callbacks.Callback, PeriodicAction)
   )
+  sample = TextSample(
+    task.logits,
+    directory / 'sample.txt',
+    tokenizer,
+    prompt=tokenizer.encode(prompt).tolist(),
+    block_size=config.block_size,
+    seed=config.seed,
+    **config.sample.to_dict(),
+  )
   return [
+    AuxWeight(config.moe.aux_weight),
     callbacks.ParameterOverview(),
     callbacks.Progress(tokens_per_step),
     *([ExpertLoads()] if layers_with_experts(config) else []),
     callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
     *plugins,
     callbacks.Checkpoints(config.eval_interval),
-    TextSample(
-      task.logits,
-      directory / 'sample.txt',
-      tokenizer,
-      prompt=tokenizer.encode(prompt).tolist(),
-      block_size=config.block_size,
-      seed=config.seed,
-      **config.sample.to_dict(),
-    ),
+    *([] if causality.objection(config) else [sample]),
     callbacks.Result(
       facts,
       tokens_per_step,

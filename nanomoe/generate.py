@@ -77,18 +77,22 @@ def generate(
   A piece is '' while a character is incomplete: a token may be a part of one.
 
   Raises:
-    UserError: there is no such run or checkpoint, a prompt is empty, or a
-      character of it is unknown. All of it before the first piece.
+    UserError: there is no such run or checkpoint, a prompt is empty, a
+      character of it is unknown, or the model is not causal. All of it before
+      the first piece.
   """
   config = workdir_lib.config_of(workdir)
   if not all(prompts):
     raise UserError('--prompt is empty: it must have a character at least')
 
-  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe import causality, experiment  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
 
+  if reason := causality.objection(config):
+    raise UserError(f'no text can be generated: {reason}')
   run = experiment.restore(config, workdir, step)
-  generator = Generator(run.task.logits, run.params, config.block_size)
+  trained = run.params, run.model_state
+  generator = Generator(run.task.logits, trained, config.block_size)
   try:
     tokens = [run.tokenizer.encode(prompt).tolist() for prompt in prompts]
   except UserError as error:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from nanomoe import numerics, slots
 from nanomoe.dispatch import report
 from nanomoe.experts import Experts
-from nanomoe.routers import Routing
+from nanomoe.routing import Routing
 from trainers.metrics import Mean
 
 

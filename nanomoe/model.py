@@ -12,6 +12,7 @@ from nanomoe.dropout import Dropout
 from nanomoe.moe import MoEAux
 from nanomoe.positions import Position
 from nanomoe.remat import remat
+from nanomoe.routing import Given
 
 
 class Block(nn.Module):
@@ -20,7 +21,8 @@ class Block(nn.Module):
   Attributes:
     norm: makes, of a name, a module x -> x.
     attention: makes a module (x, cache, train) -> (y, cache).
-    feed_forward: makes a module (x, mask) -> (y, what it reports, or None).
+    feed_forward: makes a module (x, given, train) -> (y, what it reports,
+      or None).
     dropout_rate: on both branches.
   """
 
@@ -33,7 +35,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    mask: Bool[Array, 'batch time'],
+    given: Given,
     cache: Cache | None = None,
     *,
     train: bool,
@@ -42,7 +44,7 @@ class Block(nn.Module):
     y, grown = self.attention()(normed, cache, train=train)
     x = x + Dropout(self.dropout_rate)(y, train=train)
     normed = self.norm(name='feed_forward_norm')(x)
-    y, aux = self.feed_forward()(normed, mask)
+    y, aux = self.feed_forward()(normed, given, train=train)
     return x + Dropout(self.dropout_rate)(y, train=train), aux, grown
 
 
@@ -56,8 +58,8 @@ class Transformer(nn.Module):
     remat: keeps only what enters a block, and computes the rest again for the
       gradient: a third more work, a fraction of the activations' memory.
     position: of a token, added to its embedding or not.
-    blocks: each makes, of a name, a layer: a module (x, mask, cache, train) ->
-      (x, what it reports, or None, cache).
+    blocks: each makes, of a name, a layer: a module (x, given, cache, train)
+      -> (x, what it reports, or None, cache).
     norm: makes, of a name, a module x -> x.
     head: makes, of the tokens' embeddings [V, d_model], x -> logits.
     cap: logits -> logits.
@@ -79,6 +81,7 @@ class Transformer(nn.Module):
     tokens: Int[Array, 'batch time'],
     mask: Bool[Array, 'batch time'],
     cache: Cache | None = None,
+    bias: Float[Array, 'layers experts'] | None = None,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time vocab'], MoEAux | None, Cache]:
@@ -90,6 +93,7 @@ class Transformer(nn.Module):
       tokens: from position 0 on; with a cache, from its length on.
       mask: False for padding, which counts in no load and no loss.
       cache: of the positions before, as returned: [L, ...].
+      bias: of the layers' routers, for those that have one.
       train: with dropout.
     """
     embedding = self.param(
@@ -101,15 +105,18 @@ class Transformer(nn.Module):
     x = self.position.embed(self.param, embedding[tokens], start)
     x = Dropout(self.dropout_rate)(x, train=train)
 
-    def run(block, x, mask, own):
-      return block(x, mask, own, train=train)
+    def run(block, x, given, own):
+      return block(x, given, own, train=train)
 
     if self.remat and train:
       run = remat(run)
     reports, caches = [], []
     for i, block in enumerate(self.blocks):
       own = cache and jax.tree.map(lambda c, i=i: c[i], cache)
-      x, aux, grown = run(block(name=f'block_{i}'), x, mask, own)
+      # Of the layers that report: others ignore it.
+      its = None if bias is None else bias[min(len(reports), len(bias) - 1)]
+      given = Given(tokens, mask, its)
+      x, aux, grown = run(block(name=f'block_{i}'), x, given, own)
       reports += [] if aux is None else [aux]
       caches.append(grown)
     x = self.norm(name='final_norm')(x)

@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 from flax import linen as nn
 import jax
-from jaxtyping import Array, Bool, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from nanomoe.experts import Experts
+from nanomoe.routing import Given, Routing
 from trainers.metrics import Mean
 
 
@@ -29,7 +31,8 @@ class MoE(nn.Module):
   """Each token's weighted sum of the experts that the router chose for it.
 
   Attributes:
-    router: makes the router, a module (x, mask) -> Routing.
+    router: makes the router, a module (x, tokens, mask, bias, train) ->
+      Routing.
     experts: (param, d_model) -> Experts, as of `experts.make`.
     dispatch: (x, routing, experts, precision) -> (y, metrics), as of
       `dispatchers.build`.
@@ -45,14 +48,30 @@ class MoE(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    mask: Bool[Array, 'batch time'],
+    given: Given,
+    *,
+    train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
-    tokens = x.reshape(-1, x.shape[-1])
-    routing = self.router()(tokens, mask.reshape(-1))
+    routing = self.router()(x, given.tokens, given.mask, given.bias, train)
     experts = self.experts(self.param, x.shape[-1])
-    y, metrics = self.dispatch(tokens, routing, experts, self.precision)
+    flat = x.reshape(-1, x.shape[-1])
+    y, metrics = by_row(self.dispatch, flat, routing, experts, self.precision)
     aux = MoEAux(routing.load, routing.losses, {**routing.metrics, **metrics})
     return y.reshape(x.shape), aux
+
+
+def by_row(
+  combine: Callable[..., tuple[jax.Array, Mapping[str, Mean]]],
+  x: Float[Array, 'tokens d_model'],
+  routing: Routing,
+  experts: Experts,
+  precision: str,
+) -> tuple[Float[Array, 'tokens d_model'], Mapping[str, Mean]]:
+  """What `combine` makes of the rows of a routing, added up by token."""
+  if routing.token is None:
+    return combine(x, routing, experts, precision)
+  y, metrics = combine(x[routing.token], routing, experts, precision)
+  return jnp.zeros_like(x).at[routing.token].add(y), metrics
 
 
 class FeedForward(nn.Module):
@@ -70,9 +89,11 @@ class FeedForward(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    mask: Bool[Array, 'batch time'],
+    given: Given,
+    *,
+    train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], None]:
-    del mask
+    del given, train
     expert = self.experts(self.param, x.shape[-1])
     tokens = x.reshape(1, -1, x.shape[-1])
     return expert(tokens, self.precision).reshape(x.shape), None
@@ -84,7 +105,7 @@ class Sum(nn.Module):
   Dai et al. 2024 (DeepSeekMoE), sec. 3.2.
 
   Attributes:
-    chosen, shared: make modules (x, mask) -> (y, what it reports).
+    chosen, shared: make modules (x, given, train) -> (y, what it reports).
   """
 
   chosen: Callable[[], nn.Module]
@@ -94,8 +115,10 @@ class Sum(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    mask: Bool[Array, 'batch time'],
+    given: Given,
+    *,
+    train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
-    chosen, aux = self.chosen()(x, mask)
-    shared, _ = self.shared()(x, mask)
+    chosen, aux = self.chosen()(x, given, train=train)
+    shared, _ = self.shared()(x, given, train=train)
     return chosen + shared, aux

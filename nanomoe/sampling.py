@@ -67,36 +67,36 @@ class Generator:
   adds tokens to it, as many as it is told.
 
   Args:
-    logits: (params, tokens, cache) -> (logits, cache), as
+    logits: (trained, tokens, cache) -> (logits, cache), as
       LanguageModel.logits; where a position sees the future, its later rows
       must not matter.
-    params: of the model.
+    trained: params and model_state of the model.
     block_size: of the model.
     cached: False reads the whole window for each token: the definition.
   """
 
   def __init__(
-    self, logits: Logits, params: Any, block_size: int, *, cached: bool = True
+    self, logits: Logits, trained: Any, block_size: int, *, cached: bool = True
   ):
-    def read(params, window, length, key, index, sampling):
-      every, cache = logits(params, window)
+    def read(trained, window, length, key, index, sampling):
+      every, cache = logits(trained, window)
       last = jnp.take_along_axis(every, length[:, None, None] - 1, axis=1)
       every_layer = jnp.broadcast_to(length, cache.length.shape)
       cache = cache._replace(length=every_layer)
       key = jax.random.fold_in(key, index)
       return draw(last[:, 0], key, sampling), cache
 
-    def add(params, token, cache, key, index, num_tokens, sampling):
+    def add(trained, token, cache, key, index, num_tokens, sampling):
       def body(i, carry):
         tokens, token, cache = carry
-        last, cache = logits(params, token[:, None], cache)
+        last, cache = logits(trained, token[:, None], cache)
         token = draw(last[:, 0], jax.random.fold_in(key, index + i), sampling)
         return tokens.at[i].set(token), token, cache
 
       tokens = jnp.zeros((MAX_TOKENS, *token.shape), token.dtype)
       return jax.lax.fori_loop(0, num_tokens, body, (tokens, token, cache))
 
-    self.params = jax.device_put(params)
+    self.trained = jax.device_put(trained)
     self.block_size = block_size
     self.cached = cached
     self._read = jax.jit(read)
@@ -127,7 +127,7 @@ class Generator:
     while done < num_tokens:
       if cache is None:
         token, cache = self._read(
-          self.params, window, length, key, done, sampling
+          self.trained, window, length, key, done, sampling
         )
         drawn = np.asarray(token)[None]
       else:
@@ -136,7 +136,7 @@ class Generator:
         room = size - int(length.max()) + 1
         count = min(at_once, room, num_tokens - done)
         tokens, token, cache = self._add(
-          self.params, token, cache, key, done, count, sampling
+          self.trained, token, cache, key, done, count, sampling
         )
         drawn = np.asarray(tokens)[:count]
         seconds = time.perf_counter() - start

@@ -106,9 +106,15 @@ FIELDS: dict[str, Field] = {
     float, "an expert's rows over an even load, in dispatch capacity", above=0
   ),
   'moe.balance': Field(
-    str, 'definition of the balance loss', choices=('documented', 'mean')
+    str,
+    'definition of the balance loss',
+    choices=('documented', 'mean', 'sequence'),
   ),
   'moe.aux_weight': Field(float, 'of the balance loss', 0),
+  'moe.z_weight': Field(float, "of the routers' z-loss", 0),
+  'moe.entropy_weight': Field(
+    float, "of the routers' entropy: > 0 has them decide, < 0 explore"
+  ),
   'optimizer.learning_rate': Field(float, 'at its highest', 0),
   'optimizer.weight_decay': Field(float, 'decoupled', 0),
   'optimizer.beta1': Field(float, 'of the first moment', 0, 1),

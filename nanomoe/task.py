@@ -10,22 +10,31 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from nanomoe.attention import Cache
-from nanomoe.routers import BALANCE
+from nanomoe.balance import BALANCE
+from nanomoe.moe import MoEAux
 from trainers.metrics import MaxOverMean, Mean, Metrics
 from trainers.task import Aux, Batch, Total
 
 
 class LanguageModel:
-  """Next-token cross-entropy, plus the routers' weighted balance loss.
+  """Next-token cross-entropy, plus the routers' weighted losses.
 
   Batches: inputs and targets int32[B, T]; weights float32[B, T], 0 for padding.
 
+  model_state: `aux_weight`, which a callback may change while training; `bias`,
+  float32[layers, experts], if routers have one: it selects experts.
+
   Args:
-    model: a module (tokens, mask, cache, train) -> (logits, MoEAux, cache);
-      None for MoEAux if there are no experts: their metrics are then missing.
-    aux_weight: of the balance loss.
+    model: a module (tokens, mask, cache, bias, train) -> (logits, MoEAux,
+      cache); None for MoEAux if there are no experts: their metrics are then
+      missing.
+    aux_weight: of the balance loss, at the start.
     balance: how it is joined over layers: a name in routers.BALANCE.
     token_bytes: the UTF-8 of each token; None: one ASCII character each.
+    z_weight: of the routers' z-loss, the mean over layers.
+    entropy_weight: of the routers' entropy, the mean over layers.
+    bias_rate: by which an update moves an expert's bias, towards an even load;
+      0: there is none.
   """
 
   def __init__(
@@ -34,10 +43,16 @@ class LanguageModel:
     aux_weight: float,
     balance: str,
     token_bytes: Sequence[bytes] | None = None,
+    *,
+    z_weight: float = 0.0,
+    entropy_weight: float = 0.0,
+    bias_rate: float = 0.0,
   ):
     self.model = model
     self.aux_weight = aux_weight
     self.balance = balance
+    self.weights = {'z_loss': z_weight, 'router_entropy': entropy_weight}
+    self.bias_rate = bias_rate
     self._num_bytes = self._num_chars = None
     if token_bytes is not None:
       self._num_bytes = np.array([len(b) for b in token_bytes], np.float32)
@@ -48,18 +63,31 @@ class LanguageModel:
   def init(self, key: jax.Array, batch: Batch) -> tuple[Any, Any]:
     inputs = batch['inputs'][:1]
     mask = jnp.ones(inputs.shape, bool)
-    return self.model.init(key, inputs, mask, train=False)['params'], {}
+    output, variables = self.model.init_with_output(
+      key, inputs, mask, train=False
+    )
+    state = {'aux_weight': jnp.float32(self.aux_weight)}
+    if self.bias_rate and output[1] is not None:
+      state['bias'] = jnp.zeros(output[1].load.shape, jnp.float32)
+    return variables['params'], state
 
   def logits(
     self,
-    params: Any,
+    trained: tuple[Any, Any],
     tokens: Int[Array, 'batch time'],
     cache: Cache | None = None,
   ) -> tuple[Float[Array, 'batch time vocab'], Cache]:
-    """As evaluation sees them; and what later tokens need of these."""
+    """As evaluation sees them; and what later tokens need of these.
+
+    Args:
+      trained: params and model_state.
+      tokens: as of the model.
+      cache: as of the model.
+    """
+    params, state = trained
     mask = jnp.ones(tokens.shape, bool)
     output: Any = self.model.apply(
-      {'params': params}, tokens, mask, cache, train=False
+      {'params': params}, tokens, mask, cache, state.get('bias'), train=False
     )
     logits, _, grown = output
     return logits, grown
@@ -73,14 +101,14 @@ class LanguageModel:
     *,
     train: bool,
   ) -> tuple[Total, Aux]:
-    del model_state
     weights = jnp.asarray(batch['weights'])
     output: Any = self.model.apply(
       {'params': params},
       batch['inputs'],
       weights > 0,
+      bias=model_state.get('bias'),
       train=train,
-      rngs={'dropout': key},
+      rngs={'dropout': key, 'routing': key},
     )
     logits, aux, _ = output
     targets = jnp.asarray(batch['targets'])
@@ -97,20 +125,41 @@ class LanguageModel:
     }
     if aux is None:
       return Total(nats, weight), Aux(metrics, {})
-    aux_loss = BALANCE[self.balance].join(aux.losses['balance'])
+    added, more = self._routing(aux, model_state['aux_weight'], weight)
+    total = Total(nats + added * weight, weight)
+    return total, Aux({**metrics, **more}, {'expert_load': aux.load})
+
+  def _routing(
+    self, aux: MoEAux, aux_weight: jax.Array, weight: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """What is added to the cross-entropy, and metrics."""
+    losses = {
+      'aux_loss': BALANCE[self.balance].join(aux.losses['balance']),
+      **{name: jnp.mean(aux.losses[name]) for name in self.weights},
+    }
+    weights = {'aux_loss': aux_weight, **self.weights}
+    weighted = {name: weights[name] * loss for name, loss in losses.items()}
+    # What has no weight may be infinite.
+    added = ['aux_loss', *(name for name, w in self.weights.items() if w)]
     load = aux.load.astype(jnp.float32)
-    metrics |= {
-      'aux_loss': Mean(aux_loss * weight, weight),
+    return jnp.stack([weighted[name] for name in added]).sum(), {
+      **{name: Mean(x * weight, weight) for name, x in losses.items()},
+      **{
+        f'weighted_{k}': Mean(x * weight, weight) for k, x in weighted.items()
+      },
       'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
       'max_over_mean_load': MaxOverMean(load),
       **aux.metrics,
     }
-    total = Total(nats + self.aux_weight * aux_loss * weight, weight)
-    return total, Aux(metrics, {'expert_load': aux.load})
 
   def advance(self, model_state: Any, statistics: Any) -> Any:
-    del statistics
-    return model_state
+    """Wang et al. 2024, algorithm 1: every bias moves by the rate."""
+    if 'bias' not in model_state:
+      return model_state
+    load = statistics['expert_load'].astype(jnp.float32)
+    error = jnp.mean(load, axis=-1, keepdims=True) - load
+    bias = model_state['bias'] + self.bias_rate * jnp.sign(error)
+    return {**model_state, 'bias': bias}
 
 
 def _num_chars(utf8: bytes) -> int:

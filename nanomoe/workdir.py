@@ -35,6 +35,8 @@ _MAY_CHANGE = (
   'optimizer.clip_norm',
   'model.remat',
   'moe.aux_weight',
+  'moe.z_weight',
+  'moe.entropy_weight',
   'checkpoint.',
   'callbacks.',
   'writers.',
@@ -50,6 +52,8 @@ _BY_NAME_ALONE = (
   'eval_weights',
   'optimizer.',
   'moe.aux_weight',
+  'moe.z_weight',
+  'moe.entropy_weight',
 )
 
 

@@ -129,6 +129,8 @@ OTHER = {
   'moe.dense_d_ff': 16,
   'moe.balance': 'mean',
   'moe.aux_weight': 0.5,
+  'moe.z_weight': 0.5,
+  'moe.entropy_weight': 0.5,
   'optimizer.learning_rate': 1e-2,
   'optimizer.weight_decay': 0.5,
   'optimizer.beta1': 0.5,

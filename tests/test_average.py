@@ -138,7 +138,8 @@ def by_hand(averaged, corpus):
   for weights in ('params', 'average'):
     params = checkpoint.select(arrays, f'state.{weights}', run.params)
     loss = evaluator(params, run.model_state, batches)['cross_entropy']
-    generator = Generator(run.task.logits, params, config.block_size)
+    trained = params, run.model_state
+    generator = Generator(run.task.logits, trained, config.block_size)
     drawn = np.concatenate(list(generator([prompt], 60, Sampling(1.0), 0)))
     found[weights] = loss, run.tokenizer.decode(drawn)
   assert found['params'][0] != pytest.approx(found['average'][0], rel=1e-4)

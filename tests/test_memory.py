@@ -24,10 +24,10 @@ def _gradient(config):
     'targets': jnp.asarray(tokens[:, 1:], jnp.int32),
     'weights': jnp.ones((8, config.block_size), jnp.float32),
   }
-  params, _ = jax.jit(task.init)(jax.random.key(0), batch)
+  params, state = jax.jit(task.init)(jax.random.key(0), batch)
 
   def loss(params):
-    total, _ = task.loss(params, {}, batch, jax.random.key(1), train=True)
+    total, _ = task.loss(params, state, batch, jax.random.key(1), train=True)
     return total.sum / total.weight
 
   step = jax.jit(jax.value_and_grad(loss)).lower(params).compile()

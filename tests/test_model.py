@@ -41,8 +41,8 @@ def test_parameters_of_the_choices_by_hand():
   config.moe.first_dense_layers, config.moe.every = 1, 2
   # q, k, v, out; two norms and two of a head's width.
   block = 128 * (128 + 2 * 64) + 128 * 128 + 2 * 128 + 2 * 32
-  dense = 128 * 1024 + 1024 + 1024 * 128 + 128
-  router, expert = 128 * 4, 131_712
+  dense = 2 * 128 * 1024
+  router, expert = 128 * 4, 2 * 128 * 512
   rest = 65 * 128 + 128 + 4 * block + 2 * dense + 2 * router  # Layers 2 and 4.
   assert _counts(config) == {
     'num_params': rest + 2 * 4 * expert,

@@ -61,7 +61,9 @@ def test_layer_norm_is_linens(shape, offset):
 
   linens = nn.LayerNorm(epsilon=EPSILON)
   ours, theirs = (
-    jax.value_and_grad(lambda p, x, m=m: loss(m, p, x), (0, 1))(params, x)
+    jax.jit(jax.value_and_grad(lambda p, x, m=m: loss(m, p, x), (0, 1)))(
+      params, x
+    )
     for m in (LayerNorm(), linens)
   )
   jax.tree.map(

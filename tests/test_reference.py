@@ -91,8 +91,9 @@ def test_same_logits_and_auxiliary_loss(peer, dispatch):
   like, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
   assert jax.tree.structure(like) == jax.tree.structure(params)
   np.testing.assert_allclose(
-    task.logits(params, tokens)[0], peer['logits'], atol=1e-5
+    task.logits((params, {}), tokens)[0], peer['logits'], atol=1e-5
   )
-  _, aux = task.loss(params, {}, batch, jax.random.key(0), train=False)
+  _, state = task.init(jax.random.key(0), batch)
+  _, aux = task.loss(params, state, batch, jax.random.key(0), train=False)
   aux_loss = metrics_lib.compute(aux.metrics)['aux_loss']
   assert aux_loss == pytest.approx(float(peer['aux_loss']), abs=1e-5)

@@ -1,116 +1,266 @@
-"""Routing against its definition, in NumPy."""
+"""Routers against their definitions, in NumPy."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import routers
+from nanomoe.dispatchers import DISPATCH
+from nanomoe.routing import Given
+from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
+from tests.routed import layer as make_moe
 
-D_MODEL, NUM_EXPERTS = 6, 4
-
-
-def _route(x, mask=None, *, top_k=2, balance='documented', params=None):
-  router = routers.TopK(NUM_EXPERTS, top_k, balance)
-  mask = jnp.ones(len(x), bool) if mask is None else mask
-  params = params or router.init(jax.random.key(0), x, mask)
-  return router.apply(params, x, mask), params
+BATCH, TIME, D_MODEL = 2, 15, 5
 
 
 @pytest.fixture
 def x(rng):
-  return jnp.asarray(rng.normal(size=(50, D_MODEL)), jnp.float32)
+  return jnp.asarray(rng.normal(size=(BATCH, TIME, D_MODEL)), jnp.float32)
 
 
-@pytest.mark.parametrize('top_k', [1, 2, 3, 4])
-def test_equals_its_definition(x, top_k):
-  routing, params = _route(x, top_k=top_k)
-  logits = np.float64(x) @ np.float64(params['params']['kernel'])
-  order = np.argsort(-logits, axis=1)[:, :top_k]
-  np.testing.assert_array_equal(routing.expert, order)
-  top = np.exp(np.take_along_axis(logits, order, axis=1))
+@pytest.fixture
+def tokens(rng):
+  return jnp.asarray(rng.integers(0, VOCAB, (BATCH, TIME)), jnp.int32)
+
+
+@pytest.fixture
+def params(rng):
+  def draw():
+    return jnp.asarray(rng.normal(size=(D_MODEL, NUM_EXPERTS)), jnp.float32)
+
+  return {'params': {'kernel': draw(), 'noise': draw()}}
+
+
+def route(router, params, x, tokens, mask=None, bias=None, key=None):
+  """The routing; in training if there is a key."""
+  mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+  rngs = {} if key is None else {'routing': key}
+
+  @QUICKLY
+  def run(params, x, tokens, mask, bias, rngs):
+    return router.apply(
+      params, x, tokens, mask, bias, key is not None, rngs=rngs
+    )
+
+  return run(params, x, tokens, mask, bias, rngs)
+
+
+def gates(routing, num_tokens=BATCH * TIME):
+  """float[N, E]: the weight that a token gives to an expert; 0: not sent."""
+  gate = np.zeros((num_tokens, NUM_EXPERTS + 1))
+  rows = np.arange(len(routing.expert))
+  token = rows if routing.token is None else np.asarray(routing.token)
+  for row in rows:
+    for e, w in zip(routing.expert[row], routing.weight[row], strict=True):
+      assert gate[token[row], e] == 0 or e == NUM_EXPERTS
+      gate[token[row], e] = w
+  return gate[:, :NUM_EXPERTS]
+
+
+def softmax(z):
+  return np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
+
+
+def highest(scores, k):
+  """bool, like scores: the k highest of each row."""
+  rank = np.argsort(np.argsort(-scores, axis=-1), axis=-1)
+  return rank < k
+
+
+def normalized(gate):
+  return gate / gate.sum(axis=-1, keepdims=True)
+
+
+def topk(z, bias):
+  return normalized(np.where(highest(z, TOP_K), np.exp(z), 0)), softmax(z)
+
+
+def switch(z, bias):
+  return softmax(z) * highest(z, TOP_K), softmax(z)
+
+
+def sigmoid(z, bias, num_groups=1, groups_kept=1):
+  scores = 1 / (1 + np.exp(-z))
+  groups = (scores + bias).reshape(len(z), num_groups, -1)
+  value = np.sort(groups, axis=-1)[..., -2:].sum(axis=-1)
+  kept = highest(value, groups_kept)[..., None]
+  selection = np.where(kept, groups, -np.inf).reshape(z.shape)
+  gate = np.where(highest(selection, TOP_K), scores, 0)
+  return normalized(gate), normalized(scores)
+
+
+def expert_choice(z, bias):
+  probs = softmax(z)
+  capacity = -(-len(z) * TOP_K // NUM_EXPERTS)
+  return probs * highest(probs.T, capacity).T, probs
+
+
+DEFINITIONS = {
+  'TopK': topk,
+  'Switch': switch,
+  'Mixtral': topk,
+  'Sigmoid': sigmoid,
+  'grouped': lambda z, bias: sigmoid(z, bias, num_groups=3, groups_kept=2),
+  'NoisyTopK': topk,
+  'ExpertChoice': expert_choice,
+}
+
+
+@pytest.mark.parametrize('variant', DEFINITIONS)
+def test_equals_its_definition(variant, x, tokens, params, rng):
+  """Gates, probabilities and loads, outside of training, among padding."""
+  bias = rng.normal(size=NUM_EXPERTS)
+  mask = rng.random((BATCH, TIME)) < 0.7
+  routing = route(
+    make(variant), params, x, tokens, mask, jnp.asarray(bias, jnp.float32)
+  )
+  kernel = np.float64(params['params']['kernel'])
+  gate, probs = DEFINITIONS[variant](np.float64(x)[mask] @ kernel, bias)
+  mask = mask.reshape(-1)
+  actual = gates(routing)
+  np.testing.assert_allclose(actual[mask], gate, rtol=1e-4, atol=1e-6)
+  assert (actual[~mask] == 0).all()
+  np.testing.assert_allclose(routing.probs[mask], probs, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(routing.load, (gate > 0).sum(axis=0))
+  if DEFINITIONS[variant] in (topk, switch):  # First choice first.
+    assert (np.diff(routing.weight, axis=1) <= 0).all()
+
+
+def test_the_bias_selects_and_does_not_weigh(x, tokens, params):
+  bias = jnp.zeros(NUM_EXPERTS).at[3].set(10.0)
+  biased = route(make('Sigmoid'), params, x, tokens, bias=bias)
+  assert biased.load[3] == BATCH * TIME
+  plain = route(make('Sigmoid'), params, x, tokens)
+  np.testing.assert_allclose(biased.probs, plain.probs)
+  assert gates(biased)[:, 3].max() < 1
+
+
+def test_jitter_multiplies_by_a_uniform_number_when_training(params):
+  """Of one dimension, the logits tell it."""
+  router = make('Switch')
+  num_tokens = 2000
+  x = jnp.ones((1, num_tokens, 1))
+  tokens = jnp.zeros((1, num_tokens), jnp.int32)
+  kernel = params['params']['kernel'][:1]
+  routing = route(
+    router, {'params': {'kernel': kernel}}, x, tokens, key=jax.random.key(0)
+  )
+  log = np.log(routing.probs)
+  factor = (log[:, 1] - log[:, 0]) / float(kernel[0, 1] - kernel[0, 0])
+  assert 0.8 - 1e-4 < factor.min() < 0.81 and 1.19 < factor.max() < 1.2 + 1e-4
+  np.testing.assert_allclose(factor.mean(), 1, atol=0.01)
+  np.testing.assert_allclose(factor.std(), 0.4 / np.sqrt(12), rtol=0.05)
+
+
+def test_noise_is_normal_and_as_wide_as_learned(x, params):
+  router = make('NoisyTopK')
+  num_tokens = 4000
+  same = jnp.broadcast_to(x[:1, :1], (1, num_tokens, D_MODEL))
+  tokens = jnp.zeros((1, num_tokens), jnp.int32)
+  routing = route(router, params, same, tokens, key=jax.random.key(0))
+  kernel, noise = (np.float64(w) for w in params['params'].values())
+  row = np.float64(x[0, 0])
+  width = np.log1p(np.exp(row @ noise))
+  # Noisy logits, all less that of expert 0.
+  log = np.log(np.float64(routing.probs))
+  difference = (log - log[:, :1])[:, 1:]
+  mean = row @ kernel
+  expected = np.hypot(width, width[0])[1:]
+  np.testing.assert_allclose(difference.std(axis=0), expected, rtol=0.05)
+  error = difference.mean(axis=0) - (mean - mean[0])[1:]
+  assert np.abs(error / expected).max() < 4 / np.sqrt(num_tokens)
+  # Selected and weighed by the noisy logits.
+  gate, _ = topk(log, None)
   np.testing.assert_allclose(
-    routing.weight, top / top.sum(1, keepdims=True), rtol=1e-4
-  )
-  full = np.exp(logits)
-  probs = full / full.sum(1, keepdims=True)
-  np.testing.assert_allclose(routing.probs, probs, rtol=1e-4, atol=1e-6)
-  first = np.bincount(order[:, 0], minlength=NUM_EXPERTS) / len(x)
-  np.testing.assert_allclose(
-    routing.losses['balance'],
-    NUM_EXPERTS * np.sum(first * probs.mean(0)),
-    rtol=1e-4,
-  )
-  np.testing.assert_array_equal(
-    routing.load, np.bincount(order.ravel(), minlength=NUM_EXPERTS)
+    gates(routing, num_tokens), gate, rtol=1e-3, atol=1e-6
   )
 
 
-def test_entropy_is_the_mean_of_the_tokens(x):
-  mask = jnp.arange(50) < 30
-  routing, _ = _route(x, mask)
-  entropy, probs = routing.metrics['router_entropy'], routing.probs[:30]
-  assert entropy.count == 30
-  np.testing.assert_allclose(
-    entropy.compute(), -(probs * np.log(probs)).sum(1).mean(), rtol=1e-5
+def test_hash_is_a_balanced_table_of_tokens(x, tokens):
+  router = make('Hash', vocab_size=6 * NUM_EXPERTS + 1, seed=1)
+  table = router.table()
+  assert all(len(set(row)) == TOP_K for row in table.tolist())
+  for rank in range(TOP_K):
+    load = np.bincount(table[:, rank], minlength=NUM_EXPERTS)
+    assert sorted(load) == [6] * (NUM_EXPERTS - 1) + [7]
+  assert len({tuple(sorted(row)) for row in table.tolist()}) > NUM_EXPERTS
+  other = make('Hash', vocab_size=6 * NUM_EXPERTS + 1, seed=2).table()
+  assert (other != table).any()
+  gate = gates(route(router, {}, x, tokens))
+  for n, token in enumerate(np.ravel(tokens)):
+    expected = np.bincount(table[token], minlength=NUM_EXPERTS) / TOP_K
+    np.testing.assert_allclose(gate[n], expected)
+
+
+@pytest.mark.parametrize('capacity_factor', [0.5, 1.0, 20.0])
+def test_capacity_factor_is_the_mean_number_of_experts(
+  capacity_factor, x, tokens, params
+):
+  router = make('ExpertChoice', capacity_factor=capacity_factor)
+  routing = route(router, params, x, tokens)
+  capacity = min(round(capacity_factor * BATCH * TIME / 6 + 0.4), BATCH * TIME)
+  assert (np.asarray(routing.load) == capacity).all()
+  assert len(routing.expert) == NUM_EXPERTS * capacity
+
+
+@pytest.fixture(scope='module', params=VARIANTS)
+def layer(request):
+  """(of a dispatch: value and gradients of a layer; those of the oracle).
+
+  In training, with padding.
+  """
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.integers(0, VOCAB, (BATCH, TIME)), jnp.int32)
+  given = Given(tokens, jnp.arange(BATCH * TIME).reshape(tokens.shape) < 22)
+
+  def random(like):
+    return jnp.asarray(rng.normal(size=like.shape), jnp.float32)
+
+  make_layer = functools.partial(make_moe, request.param)
+  x = random(np.zeros((BATCH, TIME, D_MODEL)))
+  init = functools.partial(make_layer('dense').init, train=False)
+  params = jax.tree.map(
+    random, jax.eval_shape(init, jax.random.key(0), x, given)
   )
 
+  def run(name):
+    def loss(params, x):
+      rngs = {'routing': jax.random.key(1)}
+      y, aux = make_layer(name).apply(params, x, given, train=True, rngs=rngs)
+      return jnp.sum(jnp.sin(y)) + aux.losses['balance'], (y, aux.load)
 
-def test_entropy_of_the_uniform_and_of_the_certain():
-  mask = jnp.ones(5, bool)
-  uniform = routers.entropy(jnp.full((5, 4), 0.25), mask)
-  np.testing.assert_allclose(uniform.compute(), np.log(4), rtol=1e-6)
-  certain = routers.entropy(jax.nn.one_hot(jnp.arange(5) % 4, 4), mask)
-  assert certain.compute() == 0
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return QUICKLY(grad)(params, x)
+
+  return run, run('dense')
 
 
-def test_padding_is_nowhere(x):
-  """Routing of 50 tokens, 20 of them padding, is that of the other 30."""
-  mask = jnp.arange(50) < 30
-  padded, params = _route(x, mask)
-  plain, _ = _route(x[:30], params=params)
-  assert (padded.expert[30:] == NUM_EXPERTS).all()
-  np.testing.assert_array_equal(padded.expert[:30], plain.expert)
-  np.testing.assert_array_equal(padded.load, plain.load)
-  for name, metric in plain.metrics.items():
-    np.testing.assert_allclose(padded.metrics[name], metric, rtol=1e-6)
-  np.testing.assert_allclose(
-    padded.losses['balance'], plain.losses['balance'], rtol=1e-6
+@pytest.mark.parametrize('name', sorted({*DISPATCH} - {'dense'}))
+def test_every_dispatch_equals_dense(layer, name):
+  """Of each router: value, load, and all gradients."""
+  run, expected = layer
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4),
+    run(name),
+    expected,
   )
+  assert jnp.abs(expected[0][1][0]).max() > 0.1
 
 
-@pytest.mark.parametrize('balance', routers.BALANCE)
-def test_balance_is_1_if_uniform(balance):
-  expert = jnp.stack([jnp.arange(8) % 4, (jnp.arange(8) + 1) % 4], axis=1)
-  probs = jnp.full((8, 4), 0.25)
-  loss = routers.BALANCE[balance].layer(expert, probs, jnp.ones(8, bool))
-  np.testing.assert_allclose(loss, 1.0)
-
-
-@pytest.mark.parametrize(('balance', 'worst'), [('documented', 4), ('mean', 2)])
-def test_balance_if_collapsed(balance, worst):
-  """First choices on one of E experts: E; both on two of them: E / K."""
-  expert = jnp.tile(jnp.array([[2, 1]]), (8, 1))
-  probs = jax.nn.one_hot(expert, 4).mean(axis=1)
-  if balance == 'documented':
-    probs = jax.nn.one_hot(expert[:, 0], 4)
-  loss = routers.BALANCE[balance].layer(expert, probs, jnp.ones(8, bool))
-  np.testing.assert_allclose(loss, worst)
-
-
-@pytest.mark.parametrize('balance', routers.BALANCE)
-def test_gradient_reaches_the_router_and_is_the_hand_derived(x, balance):
-  """f is constant, so dL/dz_te = E / N * p_te * (f_e - sum_j f_j p_tj)."""
-  _, params = _route(x, balance=balance)
-
-  def loss(params):
-    return _route(x, balance=balance, params=params)[0].losses['balance']
-
-  grad = jax.grad(loss)(params)['params']['kernel']
-  routing, _ = _route(x, balance=balance, params=params)
-  probs = np.float64(routing.probs)
-  chosen = routing.expert[:, :1] if balance == 'documented' else routing.expert
-  share = np.bincount(np.ravel(chosen), minlength=NUM_EXPERTS) / chosen.size
-  dz = probs * (share - (probs @ share)[:, None]) * NUM_EXPERTS / len(x)
-  np.testing.assert_allclose(grad, np.float64(x).T @ dz, rtol=1e-3, atol=1e-6)
-  assert np.abs(grad).max() > 1e-4
+@pytest.mark.parametrize(
+  ('variant', 'arguments', 'words'),
+  [
+    ('Sigmoid', {'num_groups': 4}, 'num_groups=4 must divide num_experts=6'),
+    ('Sigmoid', {'num_groups': 0}, 'num_groups=0 must'),
+    ('Sigmoid', {'num_groups': 6}, 'groups_kept=1 must hold top_k=2'),
+    ('Sigmoid', {'groups_kept': 2}, 'at most num_groups=1'),
+    ('Sigmoid', {'bias_rate': -1.0}, 'bias_rate'),
+    ('Switch', {'jitter': 1.0}, 'jitter=1.0 must'),
+    ('ExpertChoice', {'capacity_factor': 0.0}, 'capacity_factor=0.0 must'),
+  ],
+)
+def test_arguments_that_mean_nothing(variant, arguments, words):
+  with pytest.raises(ValueError, match=words):
+    make(variant, **arguments)

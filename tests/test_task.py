@@ -9,6 +9,7 @@ from benchmarks import products
 from configs import base
 from nanomoe import experiment, optimizers
 from nanomoe.task import cross_entropy
+from tests.routed import QUICKLY
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
 from trainers.state import TrainState
@@ -17,12 +18,12 @@ VOCAB = 11
 
 
 @pytest.fixture
-def task_and_params(tiny):
+def task_and_trained(tiny):
   config = experiment.decide(tiny({'precision': 'float32'}))
   task = experiment.build_task(config, VOCAB)
   batch = {'inputs': jnp.zeros((1, 16), jnp.int32)}
-  params, _ = task.init(jax.random.key(0), batch)
-  return task, jax.tree.map(lambda x: 3 * x, params)
+  params, state = QUICKLY(task.init)(jax.random.key(0), batch)
+  return task, (jax.tree.map(lambda x: 3 * x, params), state)
 
 
 def _batch(rng, rows=4):
@@ -34,10 +35,10 @@ def _batch(rng, rows=4):
   }
 
 
-def _evaluate(task, params, batch):
+def _evaluate(task, trained, batch):
   total, aux = jax.jit(
-    lambda p, b: task.loss(p, {}, b, jax.random.key(0), train=False)
-  )(params, batch)
+    lambda p, b: task.loss(*p, b, jax.random.key(0), train=False)
+  )(trained, batch)
   return float(total.sum / total.weight), metrics_lib.compute(aux.metrics)
 
 
@@ -51,12 +52,12 @@ def test_cross_entropy_is_the_definition(rng):
   np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
-def test_parts_of_the_loss(task_and_params, rng):
+def test_parts_of_the_loss(task_and_trained, rng):
   """total = cross-entropy + aux_weight * aux_loss; bits are nats / ln 2."""
-  task, params = task_and_params
+  task, trained = task_and_trained
   batch = _batch(rng)
-  total, metrics = _evaluate(task, params, batch)
-  logits = np.float64(task.logits(params, batch['inputs'])[0])
+  total, metrics = _evaluate(task, trained, batch)
+  logits = np.float64(task.logits(trained, batch['inputs'])[0])
   log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   nats = -np.take_along_axis(log_probs, batch['targets'][..., None], -1).mean()
   assert metrics['cross_entropy'] == pytest.approx(nats, rel=1e-4)
@@ -71,14 +72,14 @@ def test_parts_of_the_loss(task_and_params, rng):
   assert np.shape(metrics['router_entropy']) == (2,)
 
 
-def test_bits_are_counted_by_what_the_tokens_stand_for(task_and_params, rng):
+def test_bits_are_counted_by_what_the_tokens_stand_for(task_and_trained, rng):
   """'é' is two tokens, one character; padding stands for nothing."""
-  task, params = task_and_params
+  task, trained = task_and_trained
   spelled = [b'ab', b'\xc3', b'\xa9', 'né'.encode(), *[b'x'] * (VOCAB - 4)]
   task = type(task)(task.model, task.aux_weight, task.balance, spelled)
   batch = _batch(rng)
   batch['weights'] = batch['weights'].at[:, :7].set(0.0)
-  metrics = _evaluate(task, params, batch)[1]
+  metrics = _evaluate(task, trained, batch)[1]
   counted = np.asarray(batch['targets'])[:, 7:].ravel()
   utf8 = b''.join(spelled[t] for t in counted)
   bits = metrics['cross_entropy'] / np.log(2) * len(counted)
@@ -91,14 +92,14 @@ def test_bits_are_counted_by_what_the_tokens_stand_for(task_and_params, rng):
   )
 
 
-def test_padding_counts_in_nothing(task_and_params, rng):
+def test_padding_counts_in_nothing(task_and_trained, rng):
   """Metrics of 4 rows, one of them padding, are those of the other 3."""
-  task, params = task_and_params
+  task, trained = task_and_trained
   batch = _batch(rng)
   padded = {**batch, 'weights': batch['weights'].at[3].set(0.0)}
   fewer = {name: x[:3] for name, x in batch.items()}
-  total, metrics = _evaluate(task, params, padded)
-  expected_total, expected = _evaluate(task, params, fewer)
+  total, metrics = _evaluate(task, trained, padded)
+  expected_total, expected = _evaluate(task, trained, fewer)
   assert total == pytest.approx(expected_total, rel=1e-5)
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)

@@ -29,6 +29,7 @@ from tests.shrunk import ROOT, TINY
 from trainers.clock import Clock
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
+LOSSES = ('aux_loss', 'z_loss', 'router_entropy')
 EVALUATED, LOGGED = [4, 8, 12], [2, 4, 6, 8, 10, 12]
 
 
@@ -72,7 +73,8 @@ def test_a_split_has_every_chart(finished, split, steps, only):
   events = Events(workdir / split)
   layers = range(NUM_LAYERS)
   scalars = only | {'loss/cross_entropy', 'loss/bits_per_char'}
-  scalars |= {'loss/bits_per_byte', 'routing/aux_loss'}
+  scalars |= {'loss/bits_per_byte', 'routing/aux_loss', 'routing/z_loss'}
+  scalars |= {f'loss/weighted_{name}' for name in LOSSES}
   scalars |= {f'routing/router_entropy/{i}' for i in layers}
   scalars |= {f'routing/max_over_mean_load/{i}' for i in layers}
   scalars |= {f'routing/dropped_fraction/{i}' for i in layers}
@@ -140,7 +142,8 @@ class Texts(types.SimpleNamespace):
   """What TextSample uses of a trainer; `steps` have a text."""
 
   def __init__(self):
-    super().__init__(step=0, num_train_steps=9, status='running')
+    state = types.SimpleNamespace(model_state={})
+    super().__init__(step=0, num_train_steps=9, status='running', state=state)
     self.eval_params = jnp.ones(())
     self.writer, self.clock, self.steps = self, Clock(), []
 
@@ -166,12 +169,14 @@ def test_samples_are_at_their_steps_and_compiled_once(
 ):
   traces = []
 
-  def logits(params, tokens, cache=None):
+  def logits(trained, tokens, cache=None):
     traces.append(tokens.shape)
     rows, time = tokens.shape
     nothing = jnp.zeros((1, rows, 1, 8, 1))
     length = jnp.zeros((1, rows), jnp.int32)
-    return params * jnp.zeros((rows, time, 3)), Cache(nothing, nothing, length)
+    return trained[0] * jnp.zeros((rows, time, 3)), Cache(
+      nothing, nothing, length
+    )
 
   tokenizer = Characters()
   tokenizer.fit({'train': 'a\nb'})

@@ -30,9 +30,8 @@ def evaluation():
 def generation():
   """Seconds of a text of n characters."""
   variant = Variant({})
-  generator = Generator(
-    variant.task.logits, variant.state.params, variant.config.block_size
-  )
+  trained = variant.state.params, variant.state.model_state
+  generator = Generator(variant.task.logits, trained, variant.config.block_size)
 
   def run(n: int) -> list[float]:
     start = time.perf_counter()

@@ -1,0 +1,52 @@
+"""Every router, as it is tested: what its config says beside the type."""
+
+import functools
+
+import jax
+
+from nanomoe import dispatchers, experts
+from nanomoe.moe import MoE
+from nanomoe.routers import ROUTERS
+
+# What runs once: compiling it well takes longer than running it badly.
+QUICKLY = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+NUM_EXPERTS, TOP_K, VOCAB = 6, 2, 11
+
+VARIANTS = {
+  'TopK': ('TopK', {}),
+  'Switch': ('Softmax', {'jitter': 0.2}),
+  'Mixtral': ('Softmax', {'renormalize': True}),
+  'Sigmoid': ('Sigmoid', {'bias_rate': 0.5}),
+  'grouped': ('Sigmoid', {'num_groups': 3, 'groups_kept': 2}),
+  'NoisyTopK': ('NoisyTopK', {}),
+  'Hash': ('Hash', {'vocab_size': VOCAB}),
+  'ExpertChoice': ('ExpertChoice', {}),
+}
+assert {name for name, _ in VARIANTS.values()} == set(ROUTERS)
+
+
+def make(variant: str, balance: str = 'mean', **changes):
+  name, arguments = VARIANTS[variant]
+  arguments = {**arguments, **changes}
+  return ROUTERS[name](NUM_EXPERTS, TOP_K, balance, **arguments)
+
+
+def layer(variant, dispatch, capacity_factor=NUM_EXPERTS):
+  """A layer of small experts; by default no expert is ever full."""
+  return MoE(
+    router=functools.partial(make, variant, name='router'),
+    experts=functools.partial(
+      experts.make,
+      num_experts=NUM_EXPERTS,
+      d_ff=7,
+      activation='gelu',
+      use_bias=True,
+    ),
+    dispatch=dispatchers.build(
+      dispatch, {'capacity_factor': float(capacity_factor)}
+    ),
+    precision='float32',
+  )

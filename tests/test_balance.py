@@ -1,0 +1,135 @@
+"""The routers' losses: their values, and their gradients by hand in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanomoe import balance
+from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, make
+
+E, K = NUM_EXPERTS, TOP_K
+BATCH, TIME, D_MODEL = 3, 8, 5
+LOSSES = [*balance.BALANCE, 'z_loss', 'router_entropy']
+
+
+@pytest.mark.parametrize('name', balance.BALANCE)
+def test_balance_is_1_if_uniform(name):
+  expert = jnp.stack([jnp.arange(8) % 4, (jnp.arange(8) + 1) % 4], axis=1)
+  probs = jnp.full((8, 4), 0.25)
+  loss = balance.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
+  np.testing.assert_allclose(loss, 1.0)
+
+
+@pytest.mark.parametrize(
+  ('name', 'worst'), [('documented', 4), ('mean', 2), ('sequence', 2)]
+)
+def test_balance_if_collapsed(name, worst):
+  """First choices on one of E experts: E; both on two of them: E / K."""
+  expert = jnp.tile(jnp.array([[2, 1]]), (8, 1))
+  probs = jax.nn.one_hot(expert, 4).mean(axis=1)
+  if name == 'documented':
+    probs = jax.nn.one_hot(expert[:, 0], 4)
+  loss = balance.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
+  np.testing.assert_allclose(loss, worst)
+
+
+def test_sequences_that_are_even_together_alone():
+  """Each on an expert of its own: even in the batch, collapsed in each."""
+  expert = jnp.array([[0]] * 4 + [[1]] * 4)
+  probs = jax.nn.one_hot(expert[:, 0], 2)
+  mask = jnp.ones((2, 4), bool)
+  assert balance.balance_of_all_choices(expert, probs, mask) == 1
+  assert balance.balance_of_sequences(expert, probs, mask) == 2
+  # By expert, in any order, and of other lengths.
+  token = jnp.array([5, 0, 7, 1, 6, 2, 4, 3])
+  by_expert = expert[token], probs, mask.at[1, 2:].set(False), token
+  assert balance.balance_of_sequences(*by_expert) == 2
+
+
+def test_how_layers_are_joined():
+  layers = jnp.array([1.0, 2.0])
+  joined = {name: b.join(layers) for name, b in balance.BALANCE.items()}
+  assert joined == {'documented': 3.0, 'mean': 1.5, 'sequence': 1.5}
+
+
+def test_entropy_of_the_uniform_and_of_the_certain():
+  mask = jnp.ones(5, bool)
+  uniform = balance.entropy(jnp.full((5, 4), 0.25), mask)
+  np.testing.assert_allclose(uniform.compute(), np.log(4), rtol=1e-6)
+  certain = jax.nn.one_hot(jnp.arange(5) % 4, 4)
+  assert balance.entropy(certain, mask).compute() == 0
+  gradient = jax.grad(lambda p: balance.entropy(p, mask).total)(certain)
+  assert np.isfinite(gradient).all()
+
+
+@pytest.fixture
+def case(rng):
+  """x, a mask with a sequence of padding, and the router's parameters."""
+  mask = rng.random((BATCH, TIME)) < 0.8
+  mask[2] = False
+  kernel = rng.normal(size=(D_MODEL, E))
+  return rng.normal(size=(BATCH, TIME, D_MODEL)), mask, kernel
+
+
+@pytest.mark.parametrize('variant', ['TopK', 'Sigmoid'])
+@pytest.mark.parametrize('loss', LOSSES)
+def test_value_and_gradient_are_those_by_hand(loss, variant, case):
+  """Of the router's kernel, in float64; what is selected is constant."""
+  x, mask, kernel = case
+  name = loss if loss in balance.BALANCE else 'mean'
+  router = make(variant, name)
+  key = 'balance' if loss in balance.BALANCE else loss
+
+  def of(kernel, x, mask):
+    params = {'params': {'kernel': kernel}}
+    tokens = jnp.zeros(mask.shape, jnp.int32)
+    routing = router.apply(params, x, tokens, mask, None, True)
+    return routing.losses[key], routing.expert
+
+  with jax.enable_x64(True):
+    run = QUICKLY(jax.value_and_grad(of, has_aux=True))
+    (value, expert), gradient = run(kernel, x, mask)
+  assert gradient.dtype == np.float64
+
+  flat = mask.reshape(-1)
+  n = flat.sum()
+  z = x.reshape(-1, D_MODEL) @ kernel
+  scores = np.exp(z) if variant == 'TopK' else 1 / (1 + np.exp(-z))
+  total = scores.sum(axis=1, keepdims=True)
+  p = scores / total
+  # dL/dp, for a loss of p, becomes dL/dz: p_j = s(z_j) / sum_i s(z_i).
+  slope = scores if variant == 'TopK' else scores * (1 - scores)
+
+  def through(dp):
+    return slope / total * (dp - np.sum(dp * p, axis=1, keepdims=True))
+
+  def share(rows):
+    load = np.bincount(np.ravel(rows), minlength=E + 1)[:E]
+    return load / max(load.sum(), 1)
+
+  chosen = np.where(flat[:, None], expert, E)
+  entropy = -np.sum(p * np.log(p), axis=1)
+  squares = np.log(np.exp(z).sum(axis=1))
+  # E sum_e f_e P_e has dp = E f_e / n.
+  f = share(chosen[:, :1] if loss == 'documented' else chosen)
+  f = np.tile(f, (len(z), 1)) * E / n
+  if loss == 'sequence':  # Two sequences count.
+    own = [share(rows) for rows in chosen.reshape(BATCH, TIME, K)]
+    f = (
+      np.repeat(own, TIME, axis=0)
+      * E
+      / mask.sum(axis=1).repeat(TIME).clip(1).reshape(-1, 1)
+    )
+    f /= 2
+  expected, dz = {
+    'z_loss': (
+      squares**2 / n,
+      2 / n * squares[:, None] * np.exp(z - squares[:, None]),
+    ),
+    'router_entropy': (entropy / n, through(-(np.log(p) + 1) / n)),
+  }.get(loss, (np.sum(f * p, axis=1), through(f)))
+  np.testing.assert_allclose(value, np.sum(expected * flat), rtol=1e-10)
+  by_hand = x.reshape(-1, D_MODEL).T @ (dz * flat[:, None])
+  np.testing.assert_allclose(gradient, by_hand, rtol=1e-9, atol=1e-12)
+  assert np.abs(by_hand).max() > 1e-3

@@ -1,0 +1,159 @@
+"""Which pairs of router and dispatch see the future: found, then compared."""
+
+import functools
+import itertools
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanomoe import causality, experiment, generate
+from nanomoe.dispatchers import DISPATCH
+from nanomoe.routers import ROUTERS
+from nanomoe.routing import Given
+from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, layer
+from trainers.errors import UserError
+
+BATCH, TIME, CUT = 3, 12, 6
+SMALL = {
+  'block_size': TIME,
+  'model.num_layers': 1,
+  'moe.num_experts': NUM_EXPERTS,
+  'moe.capacity_factor': 0.6,  # Some are dropped.
+  'moe.top_k': TOP_K,
+  'precision': 'float32',
+}
+
+
+def _changes(variant, name):
+  kind, arguments = VARIANTS[variant]
+  arguments = {k: v for k, v in arguments.items() if k != 'vocab_size'}
+  return {
+    **SMALL,
+    'moe.dispatch': name,
+    'moe.router.type': kind,
+    **{f'moe.router.{k}': v for k, v in arguments.items()},
+  }
+
+
+def _model(variant, name, tiny, rng):
+  """Tokens -> logits, in evaluation and in training, of a whole model."""
+  config = experiment.decide(tiny(_changes(variant, name)))
+  task = experiment.build_task(config, VOCAB)
+  batch = {'inputs': jnp.zeros((BATCH, TIME), jnp.int32)}
+  params, state = _random(task.init, rng, jax.random.key(0), batch)
+
+  def logits(tokens, train):
+    mask, key = jnp.ones(tokens.shape, bool), jax.random.key(0)
+    return task.model.apply(
+      {'params': params},
+      tokens,
+      mask,
+      bias=state.get('bias'),
+      train=train,
+      rngs={'dropout': key, 'routing': key},
+    )[0]
+
+  return logits
+
+
+def _layer(variant, name, tiny, rng):
+  """The same of embeddings, one layer of experts, and a head: quick."""
+  del tiny
+  moe = layer(variant, name, capacity_factor=SMALL['moe.capacity_factor'])
+
+  def given(tokens):
+    return Given(tokens, jnp.ones(tokens.shape, bool), bias)
+
+  bias = jnp.asarray(rng.normal(size=NUM_EXPERTS), jnp.float32)
+  embedding = jnp.asarray(rng.normal(size=(VOCAB, 5)), jnp.float32)
+  tokens = jnp.zeros((BATCH, TIME), jnp.int32)
+  init = functools.partial(moe.init, train=False)
+  params = _random(
+    init, rng, jax.random.key(0), embedding[tokens], given(tokens)
+  )
+
+  def logits(tokens, train):
+    rngs = {'routing': jax.random.key(0)}
+    x, _ = moe.apply(
+      params, embedding[tokens], given(tokens), train=train, rngs=rngs
+    )
+    return x @ embedding.T
+
+  return logits
+
+
+def _random(init, rng, *args):
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32),
+    jax.eval_shape(init, *args),
+  )
+
+
+def find(logits, rng) -> set[str]:
+  """What moves a logit of the first sequence, before CUT.
+
+  'future': its own later tokens; 'others': other sequences. In evaluation or,
+  with one key for all, in training.
+  """
+  tokens = rng.integers(0, VOCAB, (BATCH, TIME)).astype(np.int32)
+
+  @QUICKLY
+  def earlier(tokens):
+    each = [logits(tokens, train)[0, :CUT] for train in (False, True)]
+    return jnp.stack(each)
+
+  before, found = earlier(tokens), set()
+  places = {'future': (0, slice(CUT, None)), 'others': slice(1, None)}
+  for shift, (what, place) in itertools.product(range(1, 5), places.items()):
+    changed = tokens.copy()
+    changed[place] = (changed[place] + shift) % VOCAB
+    moved = np.abs(earlier(changed) - before).max()
+    assert moved < 1e-3 or moved > 1e-2  # Rounding, or not.
+    found |= {what} if moved > 1e-2 else set()
+  return found
+
+
+@pytest.mark.parametrize(
+  'of', [_layer, pytest.param(_model, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize('name', DISPATCH)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_each_label_is_what_is_found(variant, name, of, tiny, rng):
+  found = find(of(variant, name, tiny, rng), rng)
+  objection = causality.objection(tiny(_changes(variant, name)))
+  assert bool(found) == bool(objection)
+
+
+@pytest.mark.parametrize('router', ROUTERS.values())
+def test_each_label_is_in_the_docstring(router):
+  [causal] = re.findall(r'(?:[.;]|^)\s+(Causal|Not\s+causal)', router.__doc__)
+  assert (causal == 'Causal') == router.causal
+
+
+def test_the_objection_names_who_is_to_blame(tiny):
+  causal = tiny(_changes('TopK', 'dropless'))
+  assert causality.objection(causal) == ''
+  # Without a label.
+  causal.moe.router.type = 'flax.linen.Dense'
+  assert causality.objection(causal) == ''
+  other = tiny(_changes('ExpertChoice', 'dense'))
+  assert causality.objection(other).startswith(
+    'not causal: moe.router.type=ExpertChoice; '
+  )
+
+
+def test_no_text_is_generated(tiny, tmp_path, caplog):
+  """A run says why when it starts, the command instead of a text."""
+  with caplog.at_level(logging.WARNING):
+    trainer = experiment.build(tiny(_changes('ExpertChoice', 'auto')), tmp_path)
+  [line] = [r.getMessage() for r in caplog.records if 'causal' in r.message]
+  assert line.endswith('; no text is sampled')
+  assert 'TextSample' not in trainer.callbacks.names
+  with pytest.raises(UserError) as error:
+    generate.generate(tmp_path, ['a'])
+  reason = line.removesuffix('; no text is sampled')
+  assert error.value.problems == [f'no text can be generated: {reason}']
