@@ -120,6 +120,8 @@ class LanguageModel:
     weighted |= {name: w * losses[name] for name, w in self.weights.items()}
     # What has no weight may be infinite.
     added = ['aux_loss', *(name for name, w in self.weights.items() if w)]
+    # Evaluation minimizes none of it.
+    shown = weighted if train else {}
     load = aux.load.astype(jnp.float32)
     metrics: Metrics = {
       'cross_entropy': Mean(nats, weight),
@@ -132,7 +134,7 @@ class LanguageModel:
       **{name: Mean(x * weight, weight) for name, x in losses.items()},
       **{
         f'weighted_{name}': Mean(x * weight, weight)
-        for name, x in weighted.items()
+        for name, x in shown.items()
       },
       'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
       'max_over_mean_load': MaxOverMean(load),
