@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanomoe import dispatch
-from nanomoe.moe import MoE
+from nanomoe.moe import MoE, by_row
 from nanomoe.routing import Given
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
 
@@ -255,6 +255,26 @@ def test_every_dispatch_equals_dense(layer, name):
     expected,
   )
   assert jnp.abs(expected[0][1][0]).max() > 0.1
+
+
+def test_rows_of_a_token_are_added_up(x, tokens, params, rng):
+  """By expert, as by token with E choices, those that are none left out."""
+  routing = route(make('ExpertChoice'), params, x, tokens)
+  gate = jnp.asarray(gates(routing), jnp.float32)
+  assert ((gate > 0).sum(axis=1) > 1).any()
+  expert = jnp.where(gate > 0, jnp.arange(NUM_EXPERTS), NUM_EXPERTS)
+  by_token = routing._replace(expert=expert, weight=gate, token=None)
+  shapes = (D_MODEL, 7), (7,), (7, D_MODEL), (D_MODEL,)
+  experts = dispatch.Experts(
+    *(jnp.asarray(rng.normal(size=(NUM_EXPERTS, *s)), x.dtype) for s in shapes)
+  )
+
+  @QUICKLY
+  def run(routing):
+    flat = x.reshape(-1, D_MODEL)
+    return by_row(dispatch.dense, flat, routing, experts, 'float32')
+
+  np.testing.assert_allclose(run(routing), run(by_token), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
