@@ -125,12 +125,12 @@ class LanguageModel:
     }
     if aux is None:
       return Total(nats, weight), Aux(metrics, {})
-    added, more = self._routing(aux, model_state['aux_weight'], weight)
+    added, more = self._routing(aux, model_state['aux_weight'], weight, train)
     total = Total(nats + added * weight, weight)
     return total, Aux({**metrics, **more}, {'expert_load': aux.load})
 
   def _routing(
-    self, aux: MoEAux, aux_weight: jax.Array, weight: jax.Array
+    self, aux: MoEAux, aux_weight: jax.Array, weight: jax.Array, train: bool
   ) -> tuple[jax.Array, Metrics]:
     """What is added to the cross-entropy, and metrics."""
     losses = {
@@ -139,13 +139,15 @@ class LanguageModel:
     }
     weights = {'aux_loss': aux_weight, **self.weights}
     weighted = {name: weights[name] * loss for name, loss in losses.items()}
+    shown = weighted if train else {}  # Evaluation minimizes none of it.
     # What has no weight may be infinite.
     added = ['aux_loss', *(name for name, w in self.weights.items() if w)]
     load = aux.load.astype(jnp.float32)
     return jnp.stack([weighted[name] for name in added]).sum(), {
       **{name: Mean(x * weight, weight) for name, x in losses.items()},
       **{
-        f'weighted_{k}': Mean(x * weight, weight) for k, x in weighted.items()
+        f'weighted_{name}': Mean(x * weight, weight)
+        for name, x in shown.items()
       },
       'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
       'max_over_mean_load': MaxOverMean(load),

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanomoe import experts
+from nanomoe.dispatch import dense
 from nanomoe.dispatchers import DISPATCH
+from nanomoe.moe import by_row
 from nanomoe.routing import Given
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
 from tests.routed import layer as make_moe
@@ -247,6 +250,30 @@ def test_every_dispatch_equals_dense(layer, name):
     expected,
   )
   assert jnp.abs(expected[0][1][0]).max() > 0.1
+
+
+def test_rows_of_a_token_are_added_up(x, tokens, params, rng):
+  """By expert, as by token with E choices, those that are none left out."""
+  routing = route(make('ExpertChoice'), params, x, tokens)
+  gate = jnp.asarray(gates(routing), jnp.float32)
+  assert ((gate > 0).sum(axis=1) > 1).any()
+  expert = jnp.where(gate > 0, jnp.arange(NUM_EXPERTS), NUM_EXPERTS)
+  by_token = routing._replace(expert=expert, weight=gate, token=None)
+  weights = experts.make(
+    lambda name, init, shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+    D_MODEL,
+    num_experts=NUM_EXPERTS,
+    d_ff=4,
+    activation='gelu',
+    use_bias=True,
+  )
+
+  @QUICKLY
+  def run(routing):
+    flat = x.reshape(-1, D_MODEL)
+    return by_row(dense, flat, routing, weights, 'float32')[0]
+
+  np.testing.assert_allclose(run(routing), run(by_token), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
