@@ -147,6 +147,7 @@ def by_hand(averaged, corpus):
   return found
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_keeps_and_samples_by_it(averaged, by_hand):
   """And its best checkpoint is the best of the average's."""
   _, directory = averaged
@@ -161,6 +162,7 @@ def test_a_run_evaluates_keeps_and_samples_by_it(averaged, by_hand):
   assert result['best_step'] == min(losses, key=lambda step: losses[step])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights', ['average', 'params'])
 def test_the_commands_use_what_the_config_says(
   averaged, by_hand, corpus, tmp_path, weights
@@ -184,6 +186,7 @@ def test_the_commands_use_what_the_config_says(
   assert ''.join(piece for (piece,) in pieces) == text
 
 
+@pytest.mark.slow
 def test_another_run_starts_from_what_this_one_evaluates(averaged, tmp_path):
   config, directory = averaged
   config = config.copy_and_resolve_references()
@@ -203,6 +206,7 @@ def test_another_run_starts_from_what_this_one_evaluates(averaged, tmp_path):
   assert bits(began[0].average) == bits(host(theirs))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_exactly(averaged, tmp_path):
   """With Muon's momentum, and the average."""
   config, directory = averaged

@@ -232,7 +232,10 @@ def test_killed_three_times_ends_bitwise_equal(finished, command, tmp_path):
   assert text == (expected / 'sample.txt').read_text()
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'number',
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_interrupted_saves_and_exits_75(finished, command, tmp_path, number):
   """In the middle of an evaluation that would take minutes."""
   expected, _ = finished

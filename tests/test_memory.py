@@ -34,6 +34,7 @@ def _gradient(config):
   return step(params), step.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_remat_changes_the_memory_alone(tiny):
   """The same parameters and dropout, hence the same loss and gradient."""
   changes = {'model.num_layers': 3, 'block_size': 64, 'precision': 'float32'}

@@ -16,6 +16,7 @@ from nanomoe import config as config_lib
 from nanomoe import experiment, optimizers, schema
 from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
+from tests.routed import QUICKLY
 from tests.shrunk import ROOT
 from trainers.errors import UserError
 
@@ -120,7 +121,7 @@ def test_the_router_is_topk_of_softer_logits(importable, tiny):
       'weights': jnp.ones((1, 16)),
     }
 
-    @jax.jit
+    @QUICKLY
     def total(key):
       params, state = task.init(key, batch)
       return task.loss(params, state, batch, key, train=False)[0].sum

@@ -57,7 +57,7 @@ def test_parts_of_the_loss(task_and_trained, rng):
   task, trained = task_and_trained
   batch = _batch(rng)
   total, metrics = _evaluate(task, trained, batch)
-  logits = np.float64(task.logits(trained, batch['inputs'])[0])
+  logits = np.float64(QUICKLY(task.logits)(trained, batch['inputs'])[0])
   log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   nats = -np.take_along_axis(log_probs, batch['targets'][..., None], -1).mean()
   assert metrics['cross_entropy'] == pytest.approx(nats, rel=1e-4)
