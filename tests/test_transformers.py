@@ -11,6 +11,7 @@ import pytest
 from benchmarks import peers
 from configs import base
 from nanomoe import experiment
+from nanomoe.routing import Given
 
 pytestmark = pytest.mark.slow
 
@@ -136,12 +137,14 @@ def test_attention_of_each_layer(model, peer):
 
 def test_feed_forward_of_each_layer(model, peer):
   params = _params(peer)
-  mask = jnp.ones(peer['tokens'].shape, bool)
+  tokens = jnp.asarray(peer['tokens'], jnp.int32)
+  given = Given(tokens, jnp.ones(tokens.shape, bool))
   for i, block in enumerate(model.blocks):
     key = f'model.layers.{i}.mlp'
     feed_forward = block.keywords['feed_forward']()
     own = {'params': params[f'block_{i}'][feed_forward.name]}
-    y, _ = feed_forward.apply(own, jnp.asarray(peer[f'{key}.x']), mask)
+    x = jnp.asarray(peer[f'{key}.x'])
+    y, _ = feed_forward.apply(own, x, given, train=False)
     np.testing.assert_allclose(y, peer[f'{key}.y'], atol=1e-4)
 
 
