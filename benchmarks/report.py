@@ -32,50 +32,18 @@ RUNS = {
 
 def figures(workdir: pathlib.Path, exact: pathlib.Path) -> dict:
   """What the table shows: evaluations, and the run's result."""
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  metrics = [json.loads(line) for line in lines]
-  train = {m['step']: m for m in metrics if 'train/loss' in m}
-  rows = [
-    {
-      'step': m['step'],
-      'train/cross_entropy': train[max(s for s in train if s <= m['step'])][
-        'train/cross_entropy'
-      ],
-      'val/cross_entropy': m['val/cross_entropy'],
-      'val/bits_per_char': m['val/bits_per_char'],
-      'val/aux_loss': m['val/aux_loss'],
-    }
-    for m in metrics
-    if 'val/cross_entropy' in m and m['step'] >= min(train)
-  ]
-  result = json.loads((workdir / 'result.json').read_text())
-  kept = (
-    'status',
-    'step',
-    'num_params',
-    'num_active_params',
-    'corpus',
-    'best_val_loss',
-    'best_step',
-    'train_seconds',
-    'steps_per_sec',
-    'tokens_per_sec',
-    'seconds_by_phase',
-    'peak_memory_bytes',
-    'versions',
-    'revision',
-  )
+  run = results.of_run(workdir)
   return {
-    'rows': rows,
+    'rows': run['rows'],
     'exact': {
       key: value
       for key, value in json.loads(exact.read_text()).items()
       if key != 'workdir'
     },
-    'result': {key: result[key] for key in kept},
+    'result': run['result'],
     'max_aux_loss': max(
       m['train/aux_loss']
-      for m in metrics
+      for m in results.metrics(workdir)
       if 'train/loss' in m and m['step'] >= 250
     ),
   }
