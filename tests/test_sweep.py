@@ -9,10 +9,16 @@ import threading
 import time
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import precision_curves, results, routing_study, sweep
+from benchmarks import (
+  config_runs,
+  precision_curves,
+  results,
+  routing_study,
+  sweep,
+)
 from benchmarks.sweep import Run
 from nanomoe import config as config_lib
 from nanomoe import experiment, schema
@@ -176,20 +182,22 @@ def test_figures_of_a_run_are_those_it_logged(tmp_path):
   assert json.loads(json.dumps(figures)) == figures
 
 
+def parameters(config, **model):
+  config.model.update(model)
+  task = experiment.build_task(experiment.decide(config), 65)
+  batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
+  params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+  return experiment.count_params(params, config)
+
+
 @pytest.mark.parametrize('name', routing_study.VARIANTS)
 def test_a_variant_of_routing_has_the_active_parameters_of_all(name):
   """And all have as many in all, but for what routers and dense layers are."""
-
-  def parameters(name):
-    run = routing_study.RUNS[f'{name}-0']
-    config = config_lib.apply(run.load(), [('model.num_layers', '1')])
-    task = experiment.build_task(experiment.decide(config), 65)
-    batch = {'inputs': np.zeros((1, config.block_size), np.int32)}
-    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
-    return experiment.count_params(params, config)
-
-  counted, dense = parameters(name), parameters('dense')
-  total = parameters('dense_total')['num_params']
+  counted, dense, wide = (
+    parameters(routing_study.RUNS[f'{n}-0'].load(), num_layers=1)
+    for n in (name, 'dense', 'dense_total')
+  )
+  total = wide['num_params']
   if name not in ('dense', 'dense_total'):
     assert counted['num_params'] == pytest.approx(total, rel=0.02)
   if name != 'dense_total':
@@ -205,3 +213,13 @@ def test_runs_of_a_study_differ_in_what_they_are_named_after():
       assert name.rpartition('-')[2] == str(run.seed)
       key = json.dumps([run.config, run.changes, run.seed], sort_keys=True)
       assert seen.setdefault((study, key), name) == name
+
+
+@pytest.mark.parametrize('name', config_runs.CONFIGS)
+def test_a_config_uses_for_a_token_about_what_base_does(name):
+  counted = parameters(config_runs.RUNS[name].load())
+  # 4 layers of attention, two experts of 512 and a router of 4, by hand.
+  attention = 4 * (128 * 128 + 128)
+  experts = 2 * (2 * 128 * 512 + 512 + 128) + 4 * 128
+  layers = 4 * (attention + experts)
+  assert counted['num_active_params'] == pytest.approx(layers, rel=0.1)
