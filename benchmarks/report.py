@@ -1,8 +1,9 @@
 """python -m benchmarks.report [--name=base --workdir=DIR --exact=FILE]
 
 Writes benchmarks/results/<name>.json from a run's metrics.jsonl and
-result.json; without --workdir, nothing. Then makes all tables in README.md anew
-from benchmarks/results, each between its two markers.
+result.json; without --workdir, nothing. Then makes all tables of the documents
+anew from benchmarks/results, each between its two markers, and the line at the
+top of each config that says what it gave.
 """
 
 import functools
@@ -12,7 +13,16 @@ import re
 
 from absl import app, flags
 
-from benchmarks import generate, peers, results, scaling, step_time
+from benchmarks import (
+  config_runs,
+  generate,
+  peers,
+  precision_curves,
+  results,
+  routing_study,
+  scaling,
+  step_time,
+)
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
 _NAME = flags.DEFINE_string('name', 'base', 'Of the figures: one of RUNS.')
@@ -32,50 +42,18 @@ RUNS = {
 
 def figures(workdir: pathlib.Path, exact: pathlib.Path) -> dict:
   """What the table shows: evaluations, and the run's result."""
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  metrics = [json.loads(line) for line in lines]
-  train = {m['step']: m for m in metrics if 'train/loss' in m}
-  rows = [
-    {
-      'step': m['step'],
-      'train/cross_entropy': train[max(s for s in train if s <= m['step'])][
-        'train/cross_entropy'
-      ],
-      'val/cross_entropy': m['val/cross_entropy'],
-      'val/bits_per_char': m['val/bits_per_char'],
-      'val/aux_loss': m['val/aux_loss'],
-    }
-    for m in metrics
-    if 'val/cross_entropy' in m and m['step'] >= min(train)
-  ]
-  result = json.loads((workdir / 'result.json').read_text())
-  kept = (
-    'status',
-    'step',
-    'num_params',
-    'num_active_params',
-    'corpus',
-    'best_val_loss',
-    'best_step',
-    'train_seconds',
-    'steps_per_sec',
-    'tokens_per_sec',
-    'seconds_by_phase',
-    'peak_memory_bytes',
-    'versions',
-    'revision',
-  )
+  run = results.of_run(workdir)
   return {
-    'rows': rows,
+    'rows': run['rows'],
     'exact': {
       key: value
       for key, value in json.loads(exact.read_text()).items()
       if key != 'workdir'
     },
-    'result': {key: result[key] for key in kept},
+    'result': run['result'],
     'max_aux_loss': max(
       m['train/aux_loss']
-      for m in metrics
+      for m in results.metrics(workdir)
       if 'train/loss' in m and m['step'] >= 250
     ),
   }
@@ -115,26 +93,30 @@ def table(data: dict) -> str:
   return '\n'.join(lines)
 
 
+def runs() -> dict[str, dict]:
+  """{config file, with what differs from it: figures} of all that was run."""
+  found = {command: results.read(name) for name, command in RUNS.items()}
+  study = results.read('config_runs') or {'runs': {}}
+  found |= {run['config']: run for run in study['runs'].values()}
+  return {command: data for command, data in found.items() if data}
+
+
+def measured(config: str) -> str:
+  """The line at the top of a config file."""
+  data = runs().get(config)
+  if not data:
+    return 'Measured: not yet.'
+  loss, minutes = config_runs.loss(data), config_runs.minutes(data)
+  return (
+    f'Measured: val cross-entropy {loss:.4f}, {data["result"]["step"]} steps '
+    f'in {minutes:.0f} minutes on 2 cores.'
+  )
+
+
 def _configs() -> str:
   """A row for each run."""
-  lines = [
-    '| config | parameters (for a token) | steps | val cross-entropy '
-    '| minutes | s a step |',
-    '|---|---:|---:|---:|---:|---:|',
-  ]
-  for name, command in RUNS.items():
-    data = results.read(name)
-    if not data:
-      continue
-    result = data['result']
-    minutes = sum(result['seconds_by_phase'].values()) / 60
-    lines.append(
-      f'| `{command}` | {result["num_params"]:,} '
-      f'({result["num_active_params"]:,}) | {result["step"]} '
-      f'| {data["exact"]["cross_entropy"]:.4f} | {minutes:.0f} '
-      f'| {1 / result["steps_per_sec"]:.3f} |'
-    )
-  return '\n'.join(lines)
+  rows = [config_runs.row(command, data) for command, data in runs().items()]
+  return '\n'.join([*config_runs.HEAD, *rows])
 
 
 def _quick() -> str | None:
@@ -169,12 +151,15 @@ def main(argv):
     data = figures(pathlib.Path(_WORKDIR.value), pathlib.Path(_EXACT.value))
     path = ROOT / 'benchmarks' / 'results' / f'{_NAME.value}.json'
     path.write_text(json.dumps(data, indent=1) + '\n')
-  readme = ROOT / 'README.md'
-  text = readme.read_text()
-  for name, make in TABLES.items():
-    if made := make():
-      text = _between(text, name, made)
-  readme.write_text(text)
+  for document, tables in TABLES.items():
+    text = (ROOT / document).read_text()
+    for name, make in tables.items():
+      text = _between(text, name, make() or '', document)
+    (ROOT / document).write_text(text)
+  for path in (ROOT / 'configs').glob('*.py'):
+    line = measured(f'configs/{path.name}')
+    text = path.read_text()
+    path.write_text(re.sub(r'^Measured: .*', line, text, flags=re.MULTILINE))
 
 
 def _base() -> str | None:
@@ -210,23 +195,37 @@ def _against() -> str | None:
   return '\n'.join([*lines, ' '.join(dict.fromkeys(machines))])
 
 
+def _study(module) -> str | None:
+  figures = results.read(module.__name__.rpartition('.')[2])
+  return module.table(figures) if figures else None
+
+
+# {document: {marker: what makes the table, or None before it is measured}}.
 TABLES = {
-  'base': _base,
-  'configs': _configs,
-  'quick': _quick,
-  'against': _against,
-  'step_time': _variants,
-  'scaling': _scaling,
+  'README.md': {
+    'base': _base,
+    'configs': _configs,
+    'quick': _quick,
+    'against': _against,
+    'step_time': _variants,
+    'scaling': _scaling,
+  },
+  'docs/routing.md': {
+    'routing_study': functools.partial(_study, routing_study)
+  },
+  'benchmarks/NOTES.md': {
+    'precision_curves': functools.partial(_study, precision_curves)
+  },
 }
 
 
-def _between(text: str, name: str, new: str) -> str:
+def _between(text: str, name: str, new: str, document: str) -> str:
   begin, end = f'<!-- {name} -->', f'<!-- /{name} -->'
   text, count = re.subn(
     f'{begin}.*?{end}', lambda _: f'{begin}\n{new}\n{end}', text, flags=re.S
   )
   if count != 1:
-    raise SystemExit(f'README.md needs one {begin} ... {end}, has {count}')
+    raise SystemExit(f'{document} needs one {begin} ... {end}, has {count}')
   return text
 
 

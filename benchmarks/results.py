@@ -10,6 +10,24 @@ import jax
 
 DIRECTORY = pathlib.Path(__file__).parent / 'results'
 
+# Of result.json, what figures have.
+_KEPT = (
+  'status',
+  'step',
+  'num_params',
+  'num_active_params',
+  'corpus',
+  'best_val_loss',
+  'best_step',
+  'train_seconds',
+  'steps_per_sec',
+  'tokens_per_sec',
+  'seconds_by_phase',
+  'peak_memory_bytes',
+  'versions',
+  'revision',
+)
+
 
 def write(name: str, figures: dict[str, Any]) -> None:
   """results/<name>.json: the figures and the machine."""
@@ -21,6 +39,38 @@ def write(name: str, figures: dict[str, Any]) -> None:
 def read(name: str) -> dict[str, Any] | None:
   path = DIRECTORY / f'{name}.json'
   return json.loads(path.read_text()) if path.exists() else None
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def of_run(workdir: pathlib.Path) -> dict[str, Any]:
+  """A finished run's evaluations, all metrics of the last one, its result."""
+  logged = metrics(workdir)
+  train = {m['step']: m for m in logged if 'train/loss' in m}
+  evaluations = [
+    m for m in logged if 'val/cross_entropy' in m and m['step'] >= min(train)
+  ]
+  rows = [
+    {
+      'step': m['step'],
+      'train/cross_entropy': train[max(s for s in train if s <= m['step'])][
+        'train/cross_entropy'
+      ],
+      'val/cross_entropy': m['val/cross_entropy'],
+      'val/bits_per_char': m['val/bits_per_char'],
+      **({'val/aux_loss': m['val/aux_loss']} if 'val/aux_loss' in m else {}),
+    }
+    for m in evaluations
+  ]
+  result = json.loads((workdir / 'result.json').read_text())
+  return {
+    'rows': rows,
+    'last': {k: v for k, v in evaluations[-1].items() if k[:4] == 'val/'},
+    'result': {key: result[key] for key in _KEPT},
+  }
 
 
 def machine() -> dict[str, Any]:

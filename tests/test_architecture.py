@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import variant
 from configs import base
 from nanomoe import config as config_lib
 from nanomoe import experiment, schema
@@ -20,6 +21,9 @@ CONFIGS = sorted(
   for path in (ROOT / 'configs').glob('*.py')
   if path.stem != '__init__'
 )
+
+# Trained in the default tests: to compile one takes ten seconds.
+FAST = ('base', 'quick')
 
 # package: what none of its modules may import.
 FORBIDDEN = {
@@ -75,17 +79,37 @@ def test_main_is_light_and_answers_before_jax():
   assert out.stdout.strip() == '[]'
 
 
+def _shrunk(name, corpus):
+  module = importlib.import_module(f'configs.{name}')
+  changes = {**TINY, 'num_train_steps': 2, 'data.path': corpus}
+  return config_lib.apply(
+    module.get_config(), [(k, str(v)) for k, v in changes.items()]
+  )
+
+
 @pytest.mark.parametrize('name', CONFIGS)
-def test_config_takes_a_step(name, corpus, tmp_path):
-  """Each config, shrunk, trains; its file says what it is for, and how."""
+def test_config_is_built_and_its_step_traced(name, corpus, tmp_path):
+  """Its file says what it is for, and how."""
   module = importlib.import_module(f'configs.{name}')
   command = f'python -m nanomoe.main --config=configs/{name}.py'
   assert command in module.__doc__
-  changes = {**TINY, 'num_train_steps': 2, 'data.path': corpus}
-  config = config_lib.apply(
-    module.get_config(), [(k, str(v)) for k, v in changes.items()]
-  )
-  trainer = experiment.build(config, tmp_path)
+  config = _shrunk(name, corpus)
+  experiment.build(config, tmp_path)
+  assert variant.flops(config, 20) > 0
+  whole = config_lib.apply(module.get_config(), [])
+  experiment.build_task(experiment.decide(whole), 65)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in CONFIGS
+  ],
+)
+def test_config_takes_a_step(name, corpus, tmp_path):
+  """Each config, shrunk, trains."""
+  trainer = experiment.build(_shrunk(name, corpus), tmp_path)
   assert trainer.fit() == 'done'
   assert trainer.step == 2
 

@@ -1,0 +1,149 @@
+"""Named runs, one after the other, that go on where they were stopped.
+
+A module with a table of runs is a study: `python -m benchmarks.STUDY
+--workdir=DIR` trains each in DIR/NAME by `python -m nanomoe.main`, then writes
+benchmarks/results/STUDY.json and prints its table. The same command goes on
+after Ctrl-C, SIGTERM or kill -9, and skips what is done; DIR/sweep.log tells
+all. With --table, nothing is trained: the figures are of what is done.
+"""
+
+from collections.abc import Callable, Mapping
+import datetime
+import fcntl
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from benchmarks import results, variant
+from nanomoe import causality, command, experiment
+from nanomoe import config as config_lib
+from nanomoe.config import Config
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Run(NamedTuple):
+  """A config file, and {key: value} of what differs from it."""
+
+  config: str
+  changes: Mapping[str, Any] = {}
+  seed: int = 0
+
+  def words(self, directory: pathlib.Path) -> list[str]:
+    """The command that starts it there, and goes on with it."""
+    changes = {**self.changes, 'seed': self.seed}
+    return [
+      *(sys.executable, '-m', 'nanomoe.main', '-q'),
+      *(f'--config={self.config}', f'--workdir={directory}'),
+      *(f'--config.{key}={value}' for key, value in changes.items()),
+    ]
+
+  def load(self) -> Config:
+    changes = [(key, str(value)) for key, value in self.changes.items()]
+    return config_lib.apply(config_lib.load_file(self.config), changes)
+
+
+def train(runs: Mapping[str, Run], directory: pathlib.Path) -> list[str]:
+  """Trains all that are not done; the names of those that failed."""
+  directory.mkdir(parents=True, exist_ok=True)
+  failed = []
+  with open(directory / 'sweep.log', 'a', encoding='utf-8') as log:
+    for name, run in runs.items():
+      words = run.words(directory / name)
+      _wait_for_other_process(directory / name)
+      if is_done(directory / name, words):
+        continue
+      _tell(log, f'{name}: {" ".join(words)}')
+      code = _call(words, log)
+      _tell(log, f'{name}: exit code {code}')
+      if code == command.INTERRUPTED:
+        raise KeyboardInterrupt
+      failed += [name] if code else []
+  return failed
+
+
+def is_done(directory: pathlib.Path, words: list[str]) -> bool:
+  """Whether these words finished it: after others they may mean more steps."""
+  result = _result(directory)
+  return result.get('status') == 'done' and result['argv'][1:] == words[3:]
+
+
+def gather(runs: Mapping[str, Run], directory: pathlib.Path) -> dict[str, Any]:
+  """{name: figures} of the runs that are done."""
+  figures = {}
+  for name, run in runs.items():
+    result = _result(directory / name)
+    if result.get('status') == 'done':
+      config = experiment.decide(run.load())
+      figures[name] = {
+        'config': run.config,
+        'changes': dict(run.changes),
+        'seed': run.seed,
+        'is_causal': not causality.objection(config),
+        'gflop': variant.flops(config, result['vocab_size']) / 1e9,
+        **results.of_run(directory / name),
+      }
+  return figures
+
+
+def main(
+  study: str,
+  runs: Mapping[str, Run],
+  table: Callable[[dict[str, Any]], str],
+  usage: str,
+) -> None:
+  """The command of a study; `table` makes Markdown of its figures."""
+  values = flags.FlagValues()
+  workdir = flags.DEFINE_string(
+    'workdir', None, 'Of all runs.', required=True, flag_values=values
+  )
+  only_table = flags.DEFINE_bool(
+    'table', False, 'Trains nothing.', flag_values=values
+  )
+
+  def start(_: None) -> int:
+    directory = pathlib.Path(workdir.value).absolute()
+    failed = [] if only_table.value else train(runs, directory)
+    figures = {'runs': gather(runs, directory)}
+    results.write(study, figures)
+    print(table(results.read(study) or {}))
+    for name in failed:
+      print(f'error: {name} failed: {directory}/sweep.log', file=sys.stderr)
+    return 1 if failed else 0
+
+  command.run(start, lambda argv: command.parse_flags(argv, values, usage))
+
+
+def _call(words: list[str], log: Any) -> int:
+  # Ctrl-C is for us alone: a second signal would end it before it saved.
+  process = subprocess.Popen(
+    words, cwd=ROOT, stdout=log, stderr=log, process_group=0
+  )
+  try:
+    return process.wait()
+  except KeyboardInterrupt:
+    process.terminate()  # It saves.
+    process.wait()
+    raise
+
+
+def _wait_for_other_process(directory: pathlib.Path) -> None:
+  """The run of a sweep that was killed goes on, and holds its log."""
+  if (directory / 'log.txt').exists():
+    with open(directory / 'log.txt', encoding='utf-8') as log:
+      fcntl.flock(log, fcntl.LOCK_EX)
+
+
+def _result(directory: pathlib.Path) -> dict[str, Any]:
+  path = directory / 'result.json'
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _tell(log: Any, line: str) -> None:
+  now = datetime.datetime.now().isoformat(' ', 'seconds')
+  for file in (log, sys.stderr):
+    print(now, line, file=file, flush=True)
