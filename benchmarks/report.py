@@ -1,8 +1,8 @@
 """python -m benchmarks.report [--name=base --workdir=DIR --exact=FILE]
 
 Writes benchmarks/results/<name>.json from a run's metrics.jsonl and
-result.json; without --workdir, nothing. Then makes all tables in README.md anew
-from benchmarks/results, each between its two markers.
+result.json; without --workdir, nothing. Then makes all tables in README.md and
+docs/ anew from benchmarks/results, each between its two markers.
 """
 
 import functools
@@ -12,7 +12,14 @@ import re
 
 from absl import app, flags
 
-from benchmarks import generate, peers, results, scaling, step_time
+from benchmarks import (
+  collapse,
+  generate,
+  peers,
+  results,
+  scaling,
+  step_time,
+)
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
 _NAME = flags.DEFINE_string('name', 'base', 'Of the figures: one of RUNS.')
@@ -169,12 +176,13 @@ def main(argv):
     data = figures(pathlib.Path(_WORKDIR.value), pathlib.Path(_EXACT.value))
     path = ROOT / 'benchmarks' / 'results' / f'{_NAME.value}.json'
     path.write_text(json.dumps(data, indent=1) + '\n')
-  readme = ROOT / 'README.md'
-  text = readme.read_text()
-  for name, make in TABLES.items():
-    if made := make():
-      text = _between(text, name, made)
-  readme.write_text(text)
+  for document, tables in TABLES.items():
+    path = ROOT / document
+    text = path.read_text()
+    for name, make in tables.items():
+      if made := make():
+        text = _between(document, text, name, made)
+    path.write_text(text)
 
 
 def _base() -> str | None:
@@ -210,23 +218,31 @@ def _against() -> str | None:
   return '\n'.join([*lines, ' '.join(dict.fromkeys(machines))])
 
 
+def _collapse() -> str | None:
+  measured = results.read('collapse')
+  return collapse.table(measured) if measured else None
+
+
 TABLES = {
-  'base': _base,
-  'configs': _configs,
-  'quick': _quick,
-  'against': _against,
-  'step_time': _variants,
-  'scaling': _scaling,
+  'README.md': {
+    'base': _base,
+    'configs': _configs,
+    'quick': _quick,
+    'against': _against,
+    'step_time': _variants,
+    'scaling': _scaling,
+  },
+  'docs/routing.md': {'collapse': _collapse},
 }
 
 
-def _between(text: str, name: str, new: str) -> str:
+def _between(document: str, text: str, name: str, new: str) -> str:
   begin, end = f'<!-- {name} -->', f'<!-- /{name} -->'
   text, count = re.subn(
     f'{begin}.*?{end}', lambda _: f'{begin}\n{new}\n{end}', text, flags=re.S
   )
   if count != 1:
-    raise SystemExit(f'README.md needs one {begin} ... {end}, has {count}')
+    raise SystemExit(f'{document} needs one {begin} ... {end}, has {count}')
   return text
 
 
