@@ -14,6 +14,7 @@ import re
 from absl import app, flags
 
 from benchmarks import (
+  collapse,
   config_runs,
   generate,
   peers,
@@ -211,7 +212,8 @@ TABLES = {
     'scaling': _scaling,
   },
   'docs/routing.md': {
-    'routing_study': functools.partial(_study, routing_study)
+    'routing_study': functools.partial(_study, routing_study),
+    'collapse': functools.partial(_study, collapse),
   },
   'benchmarks/NOTES.md': {
     'precision_curves': functools.partial(_study, precision_curves)

@@ -86,6 +86,17 @@ def get_config() -> ConfigDict:
   config.callbacks.profile = ConfigDict(
     {'type': 'Profile', 'num_steps': 0}  # Traced after the start; 0: none.
   )
+  config.callbacks.routing_alarm = ConfigDict(
+    {
+      'type': 'RoutingAlarm',
+      'action': 'warn',  # raise: the balance loss's weight; stop: the run.
+      'dead_steps': 500,  # Without a token for an expert.
+      'max_vio': None,  # Largest over mean load - 1; None: 0.9 of the worst.
+      'factor': 2.0,  # Of the weight, each time that it is raised,
+      'min_weight': 0.01,  # to this at least,
+      'max_weight': 1.0,  # and to this at most.
+    }
+  )
 
   config.writers = ConfigDict()  # Beside TensorBoard and metrics.jsonl.
 

@@ -46,8 +46,59 @@ CHARTS = {
   'weighted_router_entropy': Chart(
     'loss/weighted_router_entropy', 'As it is in the total.'
   ),
-  'max_over_mean_load': Chart('routing/max_over_mean_load'),
-  'router_entropy': Chart('routing/router_entropy'),
+  'aux_weight': Chart(
+    'routing/aux_weight', "The balance loss's: an alarm may raise it."
+  ),
+  'load_entropy': Chart(
+    'routing/load_entropy',
+    'Of the loads over all batches, in nats: ln of the number of experts if '
+    'they are even, 0 if one has all.',
+  ),
+  'max_over_mean_load': Chart(
+    'routing/max_over_mean_load', 'Of the loads over all batches.'
+  ),
+  'max_vio': Chart(
+    'routing/max_vio',
+    'Largest load over the mean, less 1, of each batch; the mean over batches '
+    '(MaxVio_batch, Wang et al. 2024).',
+  ),
+  'dead_experts': Chart(
+    'routing/dead_experts',
+    'The share of experts that had no token: since the log before, or in the '
+    'evaluation.',
+  ),
+  'routing_alarms': Chart(
+    'routing/alarms',
+    'Experts that are dead for too long, and layers whose MaxVio is too large.',
+  ),
+  'routing_alarm': Chart('routing/alarm', 'What happened, and what was done.'),
+  'router_entropy': Chart(
+    'routing/router_entropy', "Mean over tokens of the router's, in nats."
+  ),
+  'first_gate': Chart(
+    'routing/first_gate', 'Mean weight of the first choices of tokens.'
+  ),
+  'co_activation': Chart(
+    'routing/co_activation',
+    "How much of a layer's first choices the layer before tells: mutual "
+    'information over entropy, 0 to 1. Its picture has a panel for each layer '
+    'but the first, a row for each expert of the layer before, a column for '
+    'each of its own. White: as often together as by chance; blue: less; red: '
+    'more, twice that or above.',
+  ),
+  'load_history': Chart(
+    'routing/load_history',
+    'A row for each expert, layer by layer; time goes to the right, from the '
+    'first step to this one. White: its fair share of the tokens; blue: less; '
+    'red: more, twice that or above.',
+  ),
+  'specialization': Chart(
+    'routing/specialization',
+    'A row for each expert, layer by layer, a column for each token of the '
+    'vocabulary (of large ones, the most frequent), which the text of this '
+    'name lists. White: as often as for all tokens; blue: less; red: more, '
+    'twice that or above; gray: no such token.',
+  ),
   'dropped_fraction': Chart(
     'routing/dropped_fraction',
     'Of the assignments of tokens to experts; 0, unless the dispatch drops.',
@@ -63,7 +114,13 @@ LAYOUT = {
   'routing': {
     'balance loss': r'routing/aux_loss$',
     'router entropy by layer (nats)': r'routing/router_entropy/\d+$',
+    'load entropy by layer (nats)': r'routing/load_entropy/\d+$',
     'largest over mean load, by layer': r'routing/max_over_mean_load/\d+$',
+    'MaxVio of a batch, by layer': r'routing/max_vio/\d+$',
+    'dead experts, by layer': r'routing/dead_experts/\d+$',
+    'first gate, by layer': r'routing/first_gate/\d+$',
+    'co-activation with the layer before': r'routing/co_activation/\d+$',
+    'alarms': r'routing/alarms$',
   },
   'optimizer': {
     'learning rate': r'optimizer/learning_rate$',

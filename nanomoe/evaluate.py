@@ -70,6 +70,7 @@ def evaluate(
   from nanomoe.data.windows import Windows  # noqa: PLC0415
   from trainers.checkpoint import check_fingerprint  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
+  from trainers.metrics import is_for_files  # noqa: PLC0415
 
   config.eval_iters = 0  # Each target of the split, once.
   run = experiment.restore(config, workdir, step)
@@ -103,7 +104,7 @@ def evaluate(
     'step': run.step,
     'weights': config.eval_weights,
     **of,
-    **metrics,
+    **{k: v for k, v in metrics.items() if is_for_files(v)},
     'num_tokens': num_tokens,
     'tokens_per_sec': num_tokens / (time.perf_counter() - start),
   }

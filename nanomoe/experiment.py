@@ -24,7 +24,7 @@ from nanomoe import (
 )
 from nanomoe import experts as experts_lib
 from nanomoe.attention import Attention
-from nanomoe.callbacks import AuxWeight, ExpertLoads, TextSample
+from nanomoe.callbacks import AuxWeight, RoutingAlarm, TextSample, pictures
 from nanomoe.config import Config
 from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
@@ -43,7 +43,12 @@ from trainers.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-CALLBACKS = {name: getattr(callbacks, name) for name in callbacks.__all__}
+CALLBACKS = {
+  **{name: getattr(callbacks, name) for name in callbacks.__all__},
+  'RoutingAlarm': RoutingAlarm,
+}
+# Tokens whose experts are counted and drawn: a picture has a column for each.
+MAX_WATCHED = 128
 
 
 def build(config: Config, directory: pathlib.Path) -> Trainer:
@@ -58,7 +63,9 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     raise UserError(lines)
   config = decide(config)
   corpus, tokenizer, dataset = text_lib.read(config, directory)
-  task = build_task(config, tokenizer.vocab_size, tokenizer.token_bytes())
+  token_bytes = tokenizer.token_bytes()
+  watched = text_lib.frequent(dataset, token_bytes, MAX_WATCHED)
+  task = build_task(config, tokenizer.vocab_size, token_bytes, watched)
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps
   )
@@ -193,6 +200,7 @@ def build_task(
   config: Config,
   vocab_size: int,
   token_bytes: Sequence[bytes] | None = None,
+  watched: Sequence[int] = (),
 ) -> LanguageModel:
   model, moe = config.model, config.moe
   router = functools.partial(
@@ -285,6 +293,7 @@ def build_task(
     z_weight=moe.z_weight,
     entropy_weight=moe.entropy_weight,
     bias_rate=getattr(router(), 'bias_rate', 0.0),
+    watched=watched,
   )
 
 
@@ -306,7 +315,12 @@ def build_callbacks(
   """In the order in which they are called."""
   tokens_per_step = config.batch_size * config.block_size
   plugins = _build_group(
-    config, 'callbacks', CALLBACKS, (callbacks.Callback, PeriodicAction)
+    config,
+    'callbacks',
+    CALLBACKS,
+    (callbacks.Callback, PeriodicAction),
+    num_experts=config.moe.num_experts,
+    top_k=config.moe.top_k,
   )
   sample = TextSample(
     task.logits,
@@ -321,7 +335,7 @@ def build_callbacks(
     AuxWeight(config.moe.aux_weight),
     callbacks.ParameterOverview(),
     callbacks.Progress(tokens_per_step),
-    *([ExpertLoads()] if layers_with_experts(config) else []),
+    *(pictures(task, tokenizer) if layers_with_experts(config) else []),
     callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
     *plugins,
     callbacks.Checkpoints(config.eval_interval),

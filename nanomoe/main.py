@@ -53,6 +53,7 @@ _INIT_FROM = flags.DEFINE_string(
 EXIT_CODES = {
   'done': 0,
   'diverged': 3,
+  'collapsed': 3,
   'unsaved': 4,
   'interrupted': command.INTERRUPTED,
 }

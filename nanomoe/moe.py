@@ -20,11 +20,14 @@ class MoEAux(NamedTuple):
     load: assignments per expert: additive over batches and devices.
     losses: unweighted, by name.
     metrics: the router's and the dispatch's own, by name.
+    expert, token: as of `Routing`.
   """
 
   load: Int[Array, ' experts']
   losses: Mapping[str, Float[Array, '']]
   metrics: Mapping[str, Mean]
+  expert: Int[Array, 'rows k']
+  token: Int[Array, ' rows'] | None
 
 
 class MoE(nn.Module):
@@ -56,7 +59,13 @@ class MoE(nn.Module):
     experts = self.experts(self.param, x.shape[-1])
     flat = x.reshape(-1, x.shape[-1])
     y, metrics = by_row(self.dispatch, flat, routing, experts, self.precision)
-    aux = MoEAux(routing.load, routing.losses, {**routing.metrics, **metrics})
+    aux = MoEAux(
+      load=routing.load,
+      losses=routing.losses,
+      metrics={**routing.metrics, **metrics},
+      expert=routing.expert,
+      token=routing.token,
+    )
     return y.reshape(x.shape), aux
 
 

@@ -68,6 +68,9 @@ def make_routing(
 ) -> Routing:
   """Routing to `expert`; padding, where `mask` is False, goes nowhere.
 
+  Its metrics: `router_entropy`, in nats, and `first_gate`, the mean weight of
+  first choices; where experts choose, of all that were.
+
   Args:
     expert, weight, probs, token: as of `Routing`.
     mask: False for padding.
@@ -78,6 +81,8 @@ def make_routing(
   flat = mask.reshape(-1)
   rows = flat if token is None else flat[token]
   expert = jnp.where(rows[:, None], expert, num_experts)
+  has_expert = (expert[:, 0] < num_experts).astype(weight.dtype)
+  first = Mean(jnp.sum(weight[:, 0] * has_expert), jnp.sum(has_expert))
   nats = entropy(probs, flat)
   zero = jnp.zeros((), probs.dtype)
   return Routing(
@@ -90,6 +95,6 @@ def make_routing(
       'z_loss': zero if logits is None else z_loss(logits, flat),
       'router_entropy': nats.total / jnp.maximum(nats.count, 1),
     },
-    metrics={'router_entropy': nats},
+    metrics={'router_entropy': nats, 'first_gate': first},
     token=token,
   )

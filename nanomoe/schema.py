@@ -138,6 +138,7 @@ def help_text(config: Mapping[str, Any] | None = None) -> str:
   rows = [(key, f'{f.meaning}; {f.allowed}') for key, f in FIELDS.items()]
   rows += [(f'{key}.type', meaning) for key, meaning in SPECS.items()]
   rows += [(f'{key}.NAME.type', text) for key, text in SPEC_GROUPS.items()]
+  rows += list(ARGUMENTS.items())
   values = dict(flatten(config or {}))
   return terminal.columns(
     (key, f'{text} [{values[key]!r}]' if key in values else text)
@@ -159,6 +160,30 @@ OPTIMIZER_ARGUMENTS = {
   'Lion': (),
   'Adafactor': (),
   'Muon': ('muon_beta',),
+}
+# What base.py's own callbacks are given.
+ARGUMENTS = {
+  'callbacks.early_stopping.patience': (
+    'evaluations without a new best, at which it stops; 0: never'
+  ),
+  'callbacks.non_finite.patience': (
+    'updates in a row that were not finite, at which it stops; 0: never'
+  ),
+  'callbacks.profile.num_steps': 'steps that are traced; 0: none',
+  'callbacks.routing_alarm.action': (
+    "on dead or crowded experts: 'warn'; 'raise' the balance loss's weight; "
+    "'stop' the run"
+  ),
+  'callbacks.routing_alarm.dead_steps': (
+    'steps without a token for an expert; and steps between two actions'
+  ),
+  'callbacks.routing_alarm.max_vio': (
+    'limit of (largest - mean) / mean load; None: nine tenths of its worst, '
+    'num_experts / top_k - 1'
+  ),
+  'callbacks.routing_alarm.factor': 'of the weight, each time it is raised',
+  'callbacks.routing_alarm.min_weight': 'what it is raised to, at least',
+  'callbacks.routing_alarm.max_weight': 'what it is not raised above',
 }
 # Any number of specs, by any name.
 SPEC_GROUPS = {

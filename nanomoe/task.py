@@ -10,10 +10,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from nanomoe import tally
 from nanomoe.attention import Cache
 from nanomoe.balance import BALANCE
 from nanomoe.moe import MoEAux
-from trainers.metrics import MaxOverMean, Mean, Metrics
+from trainers.metrics import (
+  Entropy,
+  Last,
+  MaxOverMean,
+  Mean,
+  Metrics,
+  MutualInformation,
+  ShareOfZeros,
+  Sum,
+)
 from trainers.task import Aux, Batch, Total
 
 
@@ -36,6 +46,7 @@ class LanguageModel:
     entropy_weight: of the routers' entropy, the mean over layers.
     bias_rate: by which an update moves an expert's bias, towards an even load;
       0: there is none.
+    watched: the tokens that evaluations count the experts of: `token_experts`.
   """
 
   def __init__(
@@ -48,12 +59,14 @@ class LanguageModel:
     z_weight: float = 0.0,
     entropy_weight: float = 0.0,
     bias_rate: float = 0.0,
+    watched: Sequence[int] = (),
   ):
     self.model = model
     self.aux_weight = aux_weight
     self.balance = balance
     self.weights = {'z_loss': z_weight, 'router_entropy': entropy_weight}
     self.bias_rate = bias_rate
+    self.watched = np.array(watched, np.int32)
     self._num_bytes = self._num_chars = None
     if token_bytes is not None:
       self._num_bytes = np.array([len(b) for b in token_bytes], np.float32)
@@ -128,8 +141,10 @@ class LanguageModel:
     if aux is None:
       return Total(nats, weight), Aux(metrics, {})
     added, more = self._routing(aux, model_state['aux_weight'], weight, train)
+    metrics |= more
+    metrics |= self._choices(aux, jnp.asarray(batch['inputs']), train)
     total = Total(nats + added * weight, weight)
-    return total, Aux({**metrics, **more}, {'expert_load': aux.load})
+    return total, Aux(metrics, {'expert_load': aux.load})
 
   def _routing(
     self, aux: MoEAux, aux_weight: jax.Array, weight: jax.Array, train: bool
@@ -141,20 +156,47 @@ class LanguageModel:
     }
     weights = {'aux_loss': aux_weight, **self.weights}
     weighted = {name: weights[name] * loss for name, loss in losses.items()}
-    shown = weighted if train else {}  # Evaluation minimizes none of it.
+    shown: Metrics = {  # Evaluation minimizes none of it.
+      **{
+        f'weighted_{name}': Mean(x * weight, weight)
+        for name, x in weighted.items()
+      },
+      'aux_weight': Last(aux_weight),
+    }
     # What has no weight may be infinite.
     added = ['aux_loss', *(name for name, w in self.weights.items() if w)]
     load = aux.load.astype(jnp.float32)
     return jnp.stack([weighted[name] for name in added]).sum(), {
       **{name: Mean(x * weight, weight) for name, x in losses.items()},
-      **{
-        f'weighted_{name}': Mean(x * weight, weight)
-        for name, x in shown.items()
-      },
+      **(shown if train else {}),
       'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
+      'load_entropy': Entropy(load),
       'max_over_mean_load': MaxOverMean(load),
+      'max_vio': tally.max_vio(load),
+      'dead_experts': ShareOfZeros(load),
       **aux.metrics,
     }
+
+  def _choices(
+    self, aux: MoEAux, inputs: Int[Array, 'batch time'], train: bool
+  ) -> Metrics:
+    """Of experts that were chosen together, or for a token of the vocabulary.
+
+    Evaluations have the counts themselves too, for pictures.
+    """
+    num_experts = aux.load.shape[-1]
+    metrics: Metrics = {}
+    if aux.token is None:  # Where experts choose, no choice is a token's first.
+      pairs = tally.first_choices(aux.expert, num_experts)
+      metrics['co_activation'] = MutualInformation(pairs)
+      metrics |= {} if train else {'first_choices': Sum(pairs)}
+    if self.watched.size and not train:
+      watched = jnp.asarray(self.watched)
+      counts = tally.of_tokens(
+        aux.expert, aux.token, inputs, watched, num_experts
+      )
+      metrics['token_experts'] = Sum(counts)
+    return metrics
 
   def advance(self, model_state: Any, statistics: Any) -> Any:
     """Wang et al. 2024, algorithm 1: every bias moves by the rate."""

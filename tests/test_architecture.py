@@ -164,6 +164,7 @@ OTHER = {
   'optimizer.decay_mask': 'matrices',
   'optimizer.ema_decay': 0.9,
   'checkpoint.keep_latest': 4,
+  'callbacks.routing_alarm.max_vio': 0.0,
   'sample.num_tokens': 7,
   'sample.temperature': 0.1,
 }
@@ -188,6 +189,12 @@ ELSEWHERE = {
   'callbacks.non_finite.patience',
   'callbacks.profile.type',
   'callbacks.profile.num_steps',
+  'callbacks.routing_alarm.type',
+  'callbacks.routing_alarm.action',
+  'callbacks.routing_alarm.dead_steps',
+  'callbacks.routing_alarm.factor',
+  'callbacks.routing_alarm.min_weight',
+  'callbacks.routing_alarm.max_weight',
   'sample.every_steps',
 }
 

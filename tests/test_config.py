@@ -515,6 +515,10 @@ def test_base_has_the_keys_of_the_schema_and_no_others():
   assert {k for k in values if schema.spec_of(k) is None} == set(schema.FIELDS)
   assert {schema.spec_of(k) for k in values} >= set(schema.SPECS)
   assert schema.problems(base.get_config().to_dict()) == []
+  arguments = {k for k in values if k.startswith('callbacks.')}
+  assert {k for k in arguments if not k.endswith('.type')} == set(
+    schema.ARGUMENTS
+  )
 
 
 def write(path, text):

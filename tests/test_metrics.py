@@ -10,7 +10,14 @@ import pytest
 from trainers import metrics
 from trainers.clock import Clock
 from trainers.files import to_json, write_atomically
-from trainers.metrics import Last, MaxOverMean, Mean
+from trainers.metrics import (
+  Entropy,
+  Last,
+  MaxOverMean,
+  Mean,
+  MutualInformation,
+  ShareOfZeros,
+)
 
 
 def of(total, count, last):
@@ -38,6 +45,46 @@ def test_the_largest_over_the_mean_is_of_the_sums():
   merged = metrics.merge(metrics.merge(none, first), second)
   assert metrics.compute(merged) == {'load': [1.0, 1.5]}
   assert np.isnan(metrics.compute(none)['load']).all()
+
+
+def test_the_entropy_is_of_the_sums():
+  """Each part on one of two: certain; their sum even. And 3 to 1, twice."""
+  parts = [[[4.0, 0.0], [3.0, 1.0]], [[0.0, 4.0], [3.0, 1.0]]]
+  first, second = (Entropy(jnp.asarray(p)) for p in parts)
+  three = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
+  np.testing.assert_allclose(first.compute(), [0, three])
+  np.testing.assert_allclose(first.merge(second).compute(), [np.log(2), three])
+  assert np.isnan(Entropy(jnp.zeros(3)).compute())
+
+
+def test_the_share_of_zeros_is_of_the_sums():
+  first = ShareOfZeros(jnp.array([[0.0, 0.0, 2.0], [1.0, 1.0, 1.0]]))
+  second = ShareOfZeros(jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+  np.testing.assert_allclose(first.compute(), [2 / 3, 0])
+  np.testing.assert_allclose(first.merge(second).compute(), [1 / 3, 0])
+  assert np.isnan(ShareOfZeros(jnp.zeros(3)).compute())
+
+
+def test_mutual_information_of_known_pairs(rng):
+  """Independent, determined either way, and always the same."""
+  of_x, of_y = rng.integers(1, 9, (2, 4)).astype(float)
+  halves = np.array([[2.0, 2, 0, 0], [0, 0, 2, 2]])
+  # x is a half of y: it tells ln 2 of ln 4. y tells all of x.
+  for pairs, told in [
+    (np.outer(of_x, of_y), 0),
+    (np.eye(5)[rng.permutation(5)] * 3, 1),
+    (halves, 0.5),
+    (halves.T, 1),
+    (np.array([[3.0, 0], [5, 0]]), np.nan),  # y is always the same.
+    (np.array([[3.0, 5], [0, 0]]), 0),  # x is.
+    (np.zeros((2, 2)), np.nan),
+  ]:
+    found = MutualInformation(jnp.asarray(pairs)).compute()
+    np.testing.assert_allclose(found, told, atol=1e-6)
+  merged = MutualInformation(jnp.asarray(halves)).merge(
+    MutualInformation(jnp.asarray(halves[::-1]))
+  )
+  np.testing.assert_allclose(merged.compute(), 0, atol=1e-6)
 
 
 def test_arrays_are_means_by_element():

@@ -61,7 +61,9 @@ def test_layers_with_experts_report_alone(tiny, first, every, layers):
   metrics, params = _shapes(config)
   for name in ('expert_load', 'router_entropy'):
     assert metrics[name].total.shape[0] == len(layers)
-  assert metrics['max_over_mean_load'].total.shape == (len(layers), 4)
+  for name in ('max_over_mean_load', 'load_entropy', 'dead_experts'):
+    assert metrics[name].total.shape == (len(layers), 4)
+  assert metrics['co_activation'].total.shape == (len(layers), 4, 4)
   for i in range(4):
     assert ('moe' in params[f'block_{i}']) == (i in layers)
     assert ('feed_forward' in params[f'block_{i}']) == (i not in layers)
@@ -89,7 +91,8 @@ def test_a_run_without_experts(tiny, tmp_path):
   assert trainer.fit() == 'done'
   lines = (tmp_path / 'metrics.jsonl').read_text()
   assert 'train/cross_entropy' in lines and 'val/cross_entropy' in lines
-  assert 'load' not in lines and 'aux_loss' not in lines
+  for word in ('load', 'aux_', 'expert', 'activation', 'vio', 'alarm'):
+    assert word not in lines
 
 
 @pytest.fixture(params=[{}, MODERN], ids=['base', 'modern'])

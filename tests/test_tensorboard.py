@@ -32,6 +32,23 @@ NUM_LAYERS, NUM_EXPERTS = 2, 4
 WEIGHTED = {
   f'loss/weighted_{name}' for name in ('aux_loss', 'z_loss', 'router_entropy')
 }
+BY_LAYER = (
+  'dead_experts',
+  'dropped_fraction',
+  'first_gate',
+  'load_entropy',
+  'max_over_mean_load',
+  'max_vio',
+  'router_entropy',
+)
+PICTURES = {
+  'train': {'routing/load_history': 'images'},
+  'val': {
+    'routing/specialization': 'images',
+    'routing/specialization/tokens': 'text',
+    'routing/co_activation': 'images',
+  },
+}
 EVALUATED, LOGGED = [4, 8, 12], [2, 4, 6, 8, 10, 12]
 
 
@@ -66,7 +83,7 @@ def recorded(workdir, key):
 @pytest.mark.parametrize(
   ('split', 'steps', 'only'),
   [
-    ('train', LOGGED, {'loss/total', *WEIGHTED}),
+    ('train', LOGGED, {'loss/total', 'routing/aux_weight', *WEIGHTED}),
     ('val', EVALUATED, {'loss/best_cross_entropy'}),
   ],
 )
@@ -76,9 +93,8 @@ def test_a_split_has_every_chart(finished, split, steps, only):
   layers = range(NUM_LAYERS)
   scalars = only | {'loss/cross_entropy', 'loss/bits_per_char'}
   scalars |= {'loss/bits_per_byte', 'routing/aux_loss', 'routing/z_loss'}
-  scalars |= {f'routing/router_entropy/{i}' for i in layers}
-  scalars |= {f'routing/max_over_mean_load/{i}' for i in layers}
-  scalars |= {f'routing/dropped_fraction/{i}' for i in layers}
+  scalars |= {f'routing/{name}/{i}' for name in BY_LAYER for i in layers}
+  scalars |= {'routing/co_activation/1'}  # No layer is before the first.
   histograms = {f'routing/expert_load/{i}' for i in layers}
   kinds = {**dict.fromkeys(scalars, 'scalars')}
   kinds |= dict.fromkeys(histograms, 'histograms')
@@ -86,6 +102,9 @@ def test_a_split_has_every_chart(finished, split, steps, only):
   for tag, kind in kinds.items():
     assert events.kinds.pop(tag) == kind
     assert events.steps(tag) == steps, tag
+  for tag, kind in PICTURES[split].items():
+    assert events.kinds.pop(tag) == kind
+    assert events.steps(tag) == EVALUATED, tag
   session = {f'_hparams_/session_{end}_info' for end in ('start', 'end')}
   assert set(events.kinds) == (session if split == 'val' else set())
 
@@ -125,6 +144,7 @@ def test_the_rest_is_in_the_directory_of_the_run(finished):
     'optimizer/skipped_updates': 'scalars',
     'speed/steps_per_sec': 'scalars',
     'speed/tokens_per_sec': 'scalars',
+    'routing/alarms': 'scalars',
     'sample': 'text',
     'custom_scalars__config__': 'custom_scalars',
   }

@@ -54,7 +54,7 @@ class Trainer:
     metrics: the newest step's, on the device; reading them waits for it.
     score, best: the newest and the best `Score`, or None.
     status: 'running', then 'done', 'interrupted', 'diverged', 'unsaved' (the
-      last state could not be saved) or 'failed' (an exception).
+      last state could not be saved), 'failed' (an exception), or a callback's.
     clock: seconds by phase: start, compile, train, evaluate, checkpoint, end.
     num_timed_steps: the steps that took clock.read('train').
 

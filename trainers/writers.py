@@ -11,6 +11,7 @@ import numpy as np
 
 from trainers.board import Board, RunWriter
 from trainers.files import to_json
+from trainers.metrics import is_for_files
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +117,15 @@ class Writers:
     self.clu = metric_writers.MultiWriter([self._run, *self._extra])
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """Numbers are scalars, so are those of a vector; rows are histograms."""
+    """Numbers are scalars, so are those of a vector; rows are histograms.
+
+    What is not `is_for_files` is left out; of a vector, what is NaN has no
+    chart.
+    """
     metrics = {
-      k: v.tolist() if hasattr(v, 'tolist') else v for k, v in metrics.items()
+      k: v.tolist() if hasattr(v, 'tolist') else v
+      for k, v in metrics.items()
+      if is_for_files(v)
     }
     if self._file:
       try:
@@ -134,7 +141,11 @@ class Writers:
       elif isinstance(value, list):
         array = np.asarray(value)
         parts = scalars if array.ndim == 1 else histograms
-        parts.update({f'{name}/{i}': part for i, part in enumerate(array)})
+        parts.update(
+          (f'{name}/{i}', part)
+          for i, part in enumerate(array)
+          if array.ndim > 1 or not np.isnan(part)
+        )
     self.clu.write_scalars(step, scalars)
     if histograms:
       self.clu.write_histograms(step, histograms)

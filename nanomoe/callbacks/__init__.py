@@ -1,7 +1,27 @@
 """Callbacks that know language models."""
 
 from nanomoe.callbacks.aux_weight import AuxWeight
-from nanomoe.callbacks.expert_loads import ExpertLoads
+from nanomoe.callbacks.choices import CoActivation, Specialization
+from nanomoe.callbacks.expert_loads import ExpertLoads, LoadHistory
+from nanomoe.callbacks.routing_alarm import RoutingAlarm
 from nanomoe.callbacks.text_sample import TextSample
+from nanomoe.data.tokenizer import Tokenizer
+from nanomoe.task import LanguageModel
+from trainers.callbacks import Callback
 
-__all__ = ['AuxWeight', 'ExpertLoads', 'TextSample']
+__all__ = [
+  'AuxWeight',
+  'CoActivation',
+  'ExpertLoads',
+  'LoadHistory',
+  'RoutingAlarm',
+  'Specialization',
+  'TextSample',
+  'pictures',
+]
+
+
+def pictures(task: LanguageModel, tokenizer: Tokenizer) -> list[Callback]:
+  """Those that draw routing, of a model with experts."""
+  names = [repr(tokenizer.decode([t])) for t in task.watched.tolist()]
+  return [ExpertLoads(), LoadHistory(), Specialization(names), CoActivation()]

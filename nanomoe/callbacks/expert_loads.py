@@ -1,15 +1,13 @@
-"""The loads of all experts as one picture."""
+"""The loads of all experts, now and over time, as pictures."""
 
+import base64
 from typing import Any
 
 from jaxtyping import Float, UInt8
 import numpy as np
 
+from nanomoe.callbacks import picture
 from trainers.callbacks import Callback
-
-# Of a load in units of the mean: none, equal, twice or more.
-COLORS = np.array([[33, 102, 172], [247, 247, 247], [178, 24, 43]])
-LINE = np.array([90, 90, 90], np.uint8)  # Between cells: equal loads are white.
 
 
 class ExpertLoads(Callback):
@@ -30,21 +28,84 @@ class ExpertLoads(Callback):
     loop.writer.write_images(loop.step, {name: image})
 
 
-def draw(
-  load: Float[np.ndarray, 'layers experts'],
-) -> UInt8[np.ndarray, 'height width 3']:
+def draw(load: Float[np.ndarray, 'layers experts']) -> picture.Image:
   """Blue: idle; white: the mean of its layer; red: twice that or more.
 
   The first layer is on top. A kilobyte or two, as PNG, and about 480 pixels
   wide: what is the same all over a cell costs next to nothing.
   """
   num_layers, num_experts = load.shape
-  relative = np.nan_to_num(load / load.mean(axis=1, keepdims=True), nan=0.0)
-  channels = [np.interp(relative, [0, 1, 2], c) for c in COLORS.T]
-  cells = np.stack(channels, axis=-1).round().astype(np.uint8)
   width = max(480 // num_experts, 4)
   height = min(max(320 // num_layers, 6), width, 48)
-  image = cells.repeat(height, axis=0).repeat(width, axis=1)
-  image[height - 1 :: height] = LINE
-  image[:, width - 1 :: width] = LINE
-  return image
+  return picture.grid(np.nan_to_num(relative(load)), (height, width))
+
+
+def relative(
+  load: Float[np.ndarray, '*layers experts'],
+) -> Float[np.ndarray, '*layers experts']:
+  """Over the mean of its layer; NaN where that is 0."""
+  mean = np.mean(load, axis=-1, keepdims=True)
+  return np.divide(load, mean, where=mean > 0, out=np.full(load.shape, np.nan))
+
+
+class LoadHistory(Callback):
+  """Draws the loads of training over time, at each evaluation.
+
+  Experts, below each other, layer by layer; time goes to the right, from the
+  first step to this one. It remembers MAX_COLUMNS of them: then the shortest
+  two neighbours become one, their mean.
+  """
+
+  MAX_COLUMNS = 128
+  WIDTH = 512  # Pixels.
+  EVEN = 127  # The level of a fair share; twice that is the highest.
+
+  def __init__(self):
+    self.ends: list[int] = []  # The last step of each column.
+    self.levels = np.zeros((0, 0), np.uint8)  # [columns, experts].
+    self._num_experts = 1
+
+  def on_log(self, loop, metrics):
+    load = np.asarray(metrics['train/expert_load'])
+    self._num_experts = load.shape[1]
+    load = load[picture.some_layers(*load.shape)]
+    level = np.clip(np.nan_to_num(relative(load)), 0, 2) * self.EVEN
+    self._add(loop.step, level.round().astype(np.uint8).reshape(1, -1))
+
+  def _add(self, step: int, level: UInt8[np.ndarray, '1 experts']) -> None:
+    levels = np.concatenate([self.levels.reshape(-1, level.size), level])
+    self.ends.append(step)
+    if len(self.ends) > self.MAX_COLUMNS:
+      steps = np.diff([0, *self.ends])
+      i = int(np.argmin(steps[:-1] + steps[1:]))
+      mean = np.average(levels[i : i + 2], axis=0, weights=steps[i : i + 2])
+      levels[i + 1] = mean.round()
+      levels = np.delete(levels, i, axis=0)
+      del self.ends[i]
+    self.levels = levels
+
+  def on_eval_end(self, loop, split, metrics):
+    if self.ends:
+      loop.writer.write_images(loop.step, {'train/load_history': self.draw()})
+
+  def draw(self) -> picture.Image:
+    """All that is remembered; a column is as wide as its steps are many."""
+    steps = (np.arange(self.WIDTH) + 0.5) / self.WIDTH * self.ends[-1]
+    columns = np.searchsorted(self.ends, steps)
+    share = self.levels[columns].T / self.EVEN
+    height = min(max(320 // len(share), 1), 16)
+    return picture.grid(share, (height, 1), self._num_experts)
+
+  def state_dict(self):
+    if not self.ends:
+      return {}
+    return {
+      'ends': self.ends,
+      'num_experts': self._num_experts,
+      'levels': base64.b64encode(self.levels.tobytes()).decode(),
+    }
+
+  def load_state_dict(self, state):
+    self.ends, self._num_experts = state['ends'], state['num_experts']
+    levels = np.frombuffer(base64.b64decode(state['levels']), np.uint8)
+    self.levels = levels.reshape(len(self.ends), -1)

@@ -1,5 +1,6 @@
 """The text of a run: found, tokenized, split, cut into batches."""
 
+from collections.abc import Sequence
 import pathlib
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainers.task import Dataset
 DATASETS = {'Windows': Windows}
 VOCABULARY = 'vocabulary.json'
 TRAIN_SHARE = 0.9  # Of the text; the rest is the validation split.
+COUNTED_BATCHES = 16  # Enough to know the most frequent tokens.
 
 
 def read(
@@ -62,6 +64,23 @@ def split(whole: Any) -> dict[str, Any]:
   """Of the text, so that the splits are the same whatever its tokens."""
   num_train = int(len(whole) * TRAIN_SHARE)
   return {'train': whole[:num_train], 'val': whole[num_train:]}
+
+
+def frequent(
+  dataset: Dataset, token_bytes: Sequence[bytes], at_most: int
+) -> list[int]:
+  """The tokens, or those most frequent in training; in the order of texts.
+
+  Where the vocabulary has more than `at_most`, the first batches are counted.
+  """
+  tokens = np.arange(len(token_bytes))
+  if len(tokens) > at_most:
+    count = np.zeros(len(tokens), np.int64)
+    for i in range(COUNTED_BATCHES):
+      inputs = np.asarray(dataset.train_batch(i, slice(None))['inputs'])
+      count += np.bincount(inputs.ravel(), minlength=len(tokens))
+    tokens = np.argsort(-count, kind='stable')[:at_most]
+  return sorted(tokens.tolist(), key=lambda token: token_bytes[token])
 
 
 def build_dataset(config: Config, splits: dict[str, np.ndarray]) -> Dataset:
