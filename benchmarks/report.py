@@ -19,6 +19,7 @@ from benchmarks import (
   generate,
   peers,
   precision_curves,
+  profile,
   results,
   routing_study,
   scaling,
@@ -216,7 +217,8 @@ TABLES = {
     'collapse': functools.partial(_study, collapse),
   },
   'benchmarks/NOTES.md': {
-    'precision_curves': functools.partial(_study, precision_curves)
+    'profile': functools.partial(_study, profile),
+    'precision_curves': functools.partial(_study, precision_curves),
   },
 }
 
