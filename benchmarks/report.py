@@ -180,7 +180,7 @@ def _scaling() -> str | None:
 
 
 def _against() -> str | None:
-  """Every peer's rows, of what was measured."""
+  """Every peer's rows, of what was measured, and on which machine."""
   rows, machines = [], []
   for peer in peers.PEERS:
     for name, make in [
@@ -188,13 +188,21 @@ def _against() -> str | None:
       (f'generate-{peer}', generate.rows),
     ]:
       if measured := results.read(name):
-        rows += make(measured)
-        machines.append(results.describe(measured['machine']))
+        machine = results.describe(measured['machine'])
+        machines += [] if machine in machines else [machine]
+        rows += [
+          f'{row} {machines.index(machine) + 1} |' for row in make(measured)
+        ]
   if not rows:
     return None
-  head = ['| what | against | ours | theirs | theirs / ours |']
-  lines = [*head, '|---|---|---:|---:|---:|', *rows, '']
-  return '\n'.join([*lines, ' '.join(dict.fromkeys(machines))])
+  lines = [
+    '| what | against | ours | theirs | theirs / ours | machine |',
+    '|---|---|---:|---:|---:|---:|',
+    *rows,
+    '',
+    *(f'{i}. {machine}' for i, machine in enumerate(machines, 1)),
+  ]
+  return '\n'.join(lines)
 
 
 def _study(module) -> str | None:
