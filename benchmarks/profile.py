@@ -63,7 +63,10 @@ def measure(steps: int, variant: Variant) -> dict[str, Any]:
     with jax.profiler.trace(directory):
       traced = statistics.median(variant() for _ in range(steps))
     taken, starts = _wall(pathlib.Path(directory), ops)
-  rates = {'flop_per_sec': _product_rate(), 'bytes_per_sec': _copy_rate()}
+  rates = {
+    'flop_per_sec': _product_rate(variant.config.precision),
+    'bytes_per_sec': _copy_rate(),
+  }
   groups: dict[str, Any] = collections.defaultdict(
     lambda: {'sec': 0.0, 'ideal_sec': 0.0, 'gflop': 0.0, 'calls': 0.0}
   )
@@ -127,10 +130,9 @@ def _wall(
   return seconds, calls
 
 
-def _product_rate() -> float:
+def _product_rate(precision: str) -> float:
   """Floating-point operations a second of a large product, as base.py's."""
-  x = jnp.ones((8192, 1024), jnp.bfloat16)
-  w = jnp.ones((1024, 1024), jnp.bfloat16)
+  x, w = jnp.ones((8192, 512), precision), jnp.ones((512, 512), precision)
   product = functools.partial(
     jnp.einsum, 'nd,df->nf', preferred_element_type=jnp.float32
   )

@@ -18,6 +18,7 @@ from benchmarks import (
   generate,
   peers,
   precision_curves,
+  profile,
   results,
   routing_study,
   scaling,
@@ -214,7 +215,8 @@ TABLES = {
     'routing_study': functools.partial(_study, routing_study)
   },
   'benchmarks/NOTES.md': {
-    'precision_curves': functools.partial(_study, precision_curves)
+    'profile': functools.partial(_study, profile),
+    'precision_curves': functools.partial(_study, precision_curves),
   },
 }
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanomoe.dropout import Dropout
+from nanomoe.dropout import dropout
 from nanomoe.linear import Linear
 from nanomoe.numerics import dot
 from nanomoe.positions import Position
@@ -73,12 +73,20 @@ class Attention(nn.Module):
     rotate = self.position.rotate
     q, k = (rotate(x, jnp.atleast_2d(position)) for x in (q, k))
     if cache is None:
-      y = self._attend_in_parts(q, self._shared(k), self._shared(v), train)
+      drops = train and self.dropout_rate > 0
+      key = self.make_rng('dropout') if drops else None
+      y = _attend_in_parts(
+        q,
+        self._shared(k),
+        self._shared(v),
+        key,
+        dropout_rate=self.dropout_rate,
+        precision=self.precision,
+      )
     else:
       k, v = _write(cache.key, k, start), _write(cache.value, v, start)
-      y = self._attend(
-        q, self._shared(k), self._shared(v), start[:, None], train
-      )
+      weights = _weights(q, self._shared(k), start[:, None], self.precision)
+      y = _read(weights, self._shared(v), self.precision)
     y = y.transpose(0, 2, 1, 3).reshape(x.shape)
     return self._linear(d_model, 'out')(y), Cache(k, v, start + time)
 
@@ -99,38 +107,60 @@ class Attention(nn.Module):
     """The keys, or values, of each head of queries."""
     return jnp.repeat(x, self.num_heads // self.num_kv_heads, axis=1)
 
-  def _attend_in_parts(self, q, k, v, train: bool):
-    """A few rows at a time, each with the positions that its last one sees.
 
-    With 4 parts, 5 eighths of the scores are computed; half of them are seen.
-    """
-    time = q.shape[2]
-    size = -(-time // PARTS)
-    parts = [slice(i, min(i + size, time)) for i in range(0, time, size)]
-    stops = tuple(p.stop for p in parts)
-    each = [
-      self._attend(q[:, :, p], k, v, p.start, train)
-      for p, k, v in zip(
-        parts, _prefixes(k, stops), _prefixes(v, stops), strict=True
-      )
-    ]
-    return jnp.concatenate(each, axis=2)
+# By itself: traced for one layer, not for each.
+@functools.partial(jax.jit, static_argnames=('dropout_rate', 'precision'))
+def _attend_in_parts(
+  q: Float[Array, 'batch heads time d_head'],
+  k: Float[Array, 'batch heads time d_head'],
+  v: Float[Array, 'batch heads time d_head'],
+  key: jax.Array | None,
+  *,
+  dropout_rate: float,
+  precision: str,
+) -> Float[Array, 'batch heads time d_head']:
+  """A few rows at a time, each with the positions that its last one sees.
 
-  def _attend(self, q, k, v, start, train: bool):
-    """q [batch, heads, rows, d_head] of k and v [batch, heads, positions, ...].
+  With 4 parts, 5 eighths of the scores are computed; half of them are seen.
 
-    Args:
-      q, k, v: as above.
-      start: the position of the first row: int, or int[batch, 1].
-      train: with dropout.
-    """
-    scores = dot('bhtd,bhsd->bhts', q * q.shape[-1] ** -0.5, k, self.precision)
-    # A row sees the positions up to its own: [batch or 1, 1, time, positions].
-    own = jnp.atleast_2d(start + jnp.arange(q.shape[2]))
-    visible = jnp.arange(k.shape[2]) <= own[:, None, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-    weights = Dropout(self.dropout_rate)(weights, train=train)
-    return dot('bhts,bhsd->bhtd', weights, v, self.precision)
+  Args:
+    q, k, v: of the same positions.
+    key: of the dropout of attention weights; None: there is none.
+    dropout_rate: of it.
+    precision: of products.
+  """
+  time = q.shape[2]
+  size = -(-time // PARTS)
+  parts = [slice(i, min(i + size, time)) for i in range(0, time, size)]
+  stops = tuple(p.stop for p in parts)
+  each = []
+  for p, seen, values in zip(
+    parts, _prefixes(k, stops), _prefixes(v, stops), strict=True
+  ):
+    weights = _weights(q[:, :, p], seen, p.start, precision)
+    if key is not None:
+      own = jax.random.fold_in(key, p.start)
+      weights = dropout(weights, own, dropout_rate)
+    each.append(_read(weights, values, precision))
+  return jnp.concatenate(each, axis=2)
+
+
+def _weights(
+  q: Float[Array, 'batch heads rows d_head'],
+  k: Float[Array, 'batch heads positions d_head'],
+  start: int | Int[Array, 'batch 1'],
+  precision: str,
+) -> Float[Array, 'batch heads rows positions']:
+  """Of the positions up to a row's own; `start` is the first row's."""
+  scores = dot('bhtd,bhsd->bhts', q * q.shape[-1] ** -0.5, k, precision)
+  # [batch or 1, 1, rows, positions].
+  own = jnp.atleast_2d(start + jnp.arange(q.shape[2]))
+  visible = jnp.arange(k.shape[2]) <= own[:, None, :, None]
+  return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+
+
+def _read(weights, v, precision: str):
+  return dot('bhts,bhsd->bhtd', weights, v, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

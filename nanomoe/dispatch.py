@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nanomoe import experts as experts_lib
 from nanomoe import pieces, slots
 from nanomoe.experts import Experts
 from nanomoe.routing import Routing
@@ -80,36 +81,48 @@ def _run_blocks(
 ) -> Float[Array, 'blocks rows d_model']:
   """Each block through its own expert, a few blocks at a time.
 
-  The gradient computes the hidden layer again: on CPUs that costs less than to
-  write it to memory and to read it.
+  Of bfloat16 products the gradient computes the hidden layer again: on CPUs
+  that costs less than to write it to memory and to read it. Float32 products
+  cost several times as much: what they gave is kept.
   """
+  return _run(x, experts, expert, precision)[0]
 
+
+def _run(x, experts, expert, precision: str, keep: bool = False):
   rounded = experts.rounded(precision)  # Once, not for each block anew.
+  product = functools.partial(experts_lib.product, precision=precision)
 
   def some(_, blocks):
     x, expert = blocks
-    return None, rounded.of(expert)(x, precision)
+    own = rounded.of(expert)
+    before = own.before(x, product)
+    return None, (own.after(before, product), before if keep else None)
 
-  _, y = jax.lax.scan(some, None, _at_once((x, expert), x, experts))
-  return y.reshape(x.shape)
+  _, (y, kept) = jax.lax.scan(some, None, _at_once((x, expert), x, experts))
+  return y.reshape(x.shape), kept
 
 
 def _run_blocks_forward(x, experts, expert, precision):
-  return _run_blocks(x, experts, expert, precision), (x, experts, expert)
+  y, before = _run(x, experts, expert, precision, keep=precision == 'float32')
+  return y, (x, experts, expert, before)
 
 
 def _run_blocks_backward(precision, residuals, gradient):
-  x, experts, expert = residuals
+  x, experts, expert, kept = residuals
   rounded = experts.rounded(precision)
+  product = functools.partial(experts_lib.product, precision=precision)
 
   def some(total, blocks):
-    x, expert, gradient = blocks
-    of_x, more = rounded.of(expert).gradients(x, gradient, precision)
+    (x, expert, gradient), before = blocks
+    own = rounded.of(expert)
+    if before is None:
+      before = own.before(x, product)
+    of_x, more = own.gradients(x, before, gradient, precision)
     return jax.tree.map(lambda t, m: t.at[expert].add(m), total, more), of_x
 
   blocks = _at_once((x, expert, gradient), x, experts)
   total = jax.tree.map(jnp.zeros_like, experts)
-  of_experts, of_x = jax.lax.scan(some, total, blocks)
+  of_experts, of_x = jax.lax.scan(some, total, (blocks, kept))
   return of_x.reshape(x.shape), of_experts, None
 
 

@@ -38,9 +38,13 @@ DISPATCH = {
 
 
 def build(name: str, moe: Mapping[str, Any]) -> Combine:
-  """(x, routing, experts, precision) -> (y, metrics), as `moe` says."""
+  """(x, routing, experts, precision) -> (y, metrics), as `moe` says.
+
+  Jitted by itself: traced and lowered for one layer, not for each.
+  """
   combine, _, keys = DISPATCH[name]
-  return functools.partial(combine, **{key: moe[key] for key in keys})
+  own = functools.partial(combine, **{key: moe[key] for key in keys})
+  return jax.jit(own, static_argnums=3)
 
 
 def resolve_dispatch(dispatch: str) -> str:

@@ -38,11 +38,17 @@ def _mix(x: jax.Array) -> jax.Array:
   return x ^ (x >> 16)
 
 
-class Dropout(nn.Module):
+def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
   """Zeroes elements with probability `rate` and rescales the rest.
 
   Srivastava et al. 2014. The expectation is exactly the input.
   """
+  mask, keep = keep_mask(key, rate, x.shape)
+  return jnp.where(mask, x * (1 / keep), 0.0)
+
+
+class Dropout(nn.Module):
+  """`dropout` in training, with a key of the stream 'dropout'."""
 
   rate: float
 
@@ -50,5 +56,4 @@ class Dropout(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     if not train or self.rate == 0.0:
       return x
-    mask, keep = keep_mask(self.make_rng('dropout'), self.rate, x.shape)
-    return jnp.where(mask, x * (1 / keep), 0.0)
+    return dropout(x, self.make_rng('dropout'), self.rate)

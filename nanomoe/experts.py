@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -15,6 +16,16 @@ from nanomoe.numerics import dot
 
 # x, or the hidden layer, of an expert by one of its weights.
 PRODUCT = 'gni,gio->gno'
+
+# (rows, weights, bias or None) -> rows, whatever the rows are.
+Product = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def product(
+  x: jax.Array, w: jax.Array, bias: jax.Array | None, precision: str
+) -> jax.Array:
+  """Rows of G experts, each by its own weights: a `Product`."""
+  return dot(PRODUCT, x, w, precision, bias)
 
 
 @struct.dataclass
@@ -40,13 +51,18 @@ class Experts:
     self, x: Float[Array, 'G rows d_model'], precision: str
   ) -> Float[Array, 'G rows d_model']:
     """Each expert's rows through it."""
-    return self.through(lambda x, w, b: dot(PRODUCT, x, w, precision, b), x)
+    run = functools.partial(product, precision=precision)
+    return self.after(self.before(x, run), run)
 
-  def through(
-    self, product: Callable[..., jax.Array], x: Float[Array, '*rows d_model']
+  def before(
+    self, x: Float[Array, '*rows d_model'], product: Product
+  ) -> list[Float[Array, '*rows d_ff']]:
+    """What the hidden layer is made of."""
+    return [product(x, *layer) for layer in self.inputs]
+
+  def after(
+    self, before: list[Float[Array, '*rows d_ff']], product: Product
   ) -> Float[Array, '*rows d_model']:
-    """As __call__, by product(x, weights, bias or None), whatever x's rows."""
-    before = [product(x, *layer) for layer in self.inputs]
     return product(self.activate(*before), self.w_out, self.b_out)
 
   @property
@@ -63,14 +79,20 @@ class Experts:
   def gradients(
     self,
     x: Float[Array, 'G rows d_model'],
+    before: list[Float[Array, 'G rows d_ff']],
     of_y: Float[Array, 'G rows d_model'],
     precision: str,
   ) -> tuple[Float[Array, 'G rows d_model'], 'Experts']:
     """Of sum(of_y * self(x, precision)): of x, and of what self holds.
 
     By hand: `jax.vjp` would trace the last product once more, for nothing.
+
+    Args:
+      x: as of __call__.
+      before: `self.before(x)`.
+      of_y: of __call__'s result.
+      precision: of products.
     """
-    before = [dot(PRODUCT, x, w, precision, b) for w, b in self.inputs]
     hidden, gradient_of = jax.vjp(self.activate, *before)
     of_hidden, *out = numerics.gradients(
       PRODUCT, hidden, self.w_out, of_y, precision

@@ -34,7 +34,7 @@ def grouped(
   )
 
   def run(rows):
-    return experts.through(product, rows)
+    return experts.after(experts.before(rows, product), product)
 
   filled = slots.filled(slot, slot.size)
   y = slots.through(run, x, routing.weight, slot, filled)

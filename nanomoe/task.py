@@ -1,6 +1,7 @@
 """Language modelling as a `trainers.task.Task`."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -60,6 +61,7 @@ class LanguageModel:
         [_num_chars(b) for b in token_bytes], np.float32
       )
 
+  @functools.partial(jax.jit, static_argnums=0)  # Traced once, however used.
   def init(self, key: jax.Array, batch: Batch) -> tuple[Any, Any]:
     inputs = batch['inputs'][:1]
     mask = jnp.ones(inputs.shape, bool)

@@ -161,6 +161,7 @@ class Trainer:
     ):
       update = self._update.result()
       if first:
+        memory_lib.trim()
         self._check_memory(update)
       self.state, self._running, self.metrics = update(
         self.state, self._running, batch, self._step_key

@@ -1,5 +1,6 @@
 """Times this project: configs/base.py, on random tokens."""
 
+import functools
 import time
 
 from benchmarks.variant import Variant
@@ -8,8 +9,8 @@ from nanomoe.sampling import Generator, Sampling
 from trainers.evaluator import Evaluator
 
 
-def step():
-  variant = Variant({})
+def step(precision: str = 'auto'):
+  variant = Variant({'precision': precision})
   return lambda n: [variant() for _ in range(n)]
 
 
@@ -43,4 +44,11 @@ def generation():
 
 
 if __name__ == '__main__':
-  serve({'step': step, 'evaluation': evaluation, 'generation': generation})
+  serve(
+    {
+      'step': step,
+      'step_float32': functools.partial(step, 'float32'),
+      'evaluation': evaluation,
+      'generation': generation,
+    }
+  )
