@@ -17,6 +17,7 @@ _KEPT = (
   'num_params',
   'num_active_params',
   'corpus',
+  'vocab_size',
   'best_val_loss',
   'best_step',
   'train_seconds',

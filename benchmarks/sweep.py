@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from benchmarks import results, variant
+from benchmarks.peers import ROOT
 from nanomoe import causality, command, experiment
 from nanomoe import config as config_lib
 from nanomoe.config import Config
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Run(NamedTuple):
@@ -68,7 +67,8 @@ def train(runs: Mapping[str, Run], directory: pathlib.Path) -> list[str]:
 
 def is_done(directory: pathlib.Path, words: list[str]) -> bool:
   """Whether these words finished it: after others they may mean more steps."""
-  result = _result(directory)
+  path = directory / 'result.json'
+  result = json.loads(path.read_text()) if path.exists() else {}
   return result.get('status') == 'done' and result['argv'][1:] == words[3:]
 
 
@@ -76,16 +76,15 @@ def gather(runs: Mapping[str, Run], directory: pathlib.Path) -> dict[str, Any]:
   """{name: figures} of the runs that are done."""
   figures = {}
   for name, run in runs.items():
-    result = _result(directory / name)
-    if result.get('status') == 'done':
+    if is_done(directory / name, run.words(directory / name)):
       config = experiment.decide(run.load())
+      logged = results.of_run(directory / name)
+      num_flops = variant.flops(config, logged['result']['vocab_size'])
       figures[name] = {
-        'config': run.config,
-        'changes': dict(run.changes),
-        'seed': run.seed,
+        **run._asdict(),
         'is_causal': not causality.objection(config),
-        'gflop': variant.flops(config, result['vocab_size']) / 1e9,
-        **results.of_run(directory / name),
+        'gflop': num_flops / 1e9,
+        **logged,
       }
   return figures
 
@@ -136,11 +135,6 @@ def _wait_for_other_process(directory: pathlib.Path) -> None:
   if (directory / 'log.txt').exists():
     with open(directory / 'log.txt', encoding='utf-8') as log:
       fcntl.flock(log, fcntl.LOCK_EX)
-
-
-def _result(directory: pathlib.Path) -> dict[str, Any]:
-  path = directory / 'result.json'
-  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _tell(log: Any, line: str) -> None:

@@ -157,7 +157,8 @@ def test_figures_of_a_run_are_those_it_logged(tmp_path):
     {'step': 4, 'val/cross_entropy': 3.5, 'val/bits_per_char': 5.0},
     {'step': 6, 'val/cross_entropy': 2.5, 'val/bits_per_char': 4.0},
   ]
-  result = {**dict.fromkeys(results._KEPT, 1), 'vocab_size': 5, 'argv': []}
+  run = Run('configs/base.py', {**TINY, 'moe.router.type': 'ExpertChoice'})
+  result = {**dict.fromkeys(results._KEPT, 1), 'vocab_size': 5}
   for name, status in (('done', 'done'), ('half', 'interrupted')):
     directory = tmp_path / name
     directory.mkdir()
@@ -165,9 +166,8 @@ def test_figures_of_a_run_are_those_it_logged(tmp_path):
       '\n'.join(map(json.dumps, metrics))
     )
     (directory / 'result.json').write_text(
-      json.dumps({**result, 'status': status})
+      json.dumps({**result, 'status': status, 'argv': run.words(directory)[2:]})
     )
-  run = Run('configs/base.py', {**TINY, 'moe.router.type': 'ExpertChoice'})
   runs = {'done': run, 'half': run, 'not begun': run}
   figures = sweep.gather(runs, tmp_path)
   assert list(figures) == ['done']
