@@ -27,12 +27,13 @@ def first_choices(
 ) -> Float[Array, 'layers experts experts']:
   """[l, i, j]: tokens whose first choice is j in layer l, i in the one before.
 
-  0 in the first layer, which has none before it. Padding, whose expert is
-  num_experts, is nowhere.
+  In the first layer i is 0: nothing is before it, and tells nothing. Padding,
+  whose expert is num_experts, is nowhere.
   """
-  first = jax.nn.one_hot(expert[:, :, 0], num_experts)
-  pairs = numerics.dot('lni,lnj->lij', first[:-1], first[1:], 'float32')
-  return jnp.pad(pairs, ((1, 0), (0, 0), (0, 0)))
+  first = expert[:, :, 0]
+  before = jnp.concatenate([jnp.zeros_like(first[:1]), first[:-1]])
+  pairs = [jax.nn.one_hot(e, num_experts) for e in (before, first)]
+  return numerics.dot('lni,lnj->lij', *pairs, 'float32')
 
 
 def of_tokens(

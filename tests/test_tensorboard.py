@@ -33,6 +33,7 @@ WEIGHTED = {
   f'loss/weighted_{name}' for name in ('aux_loss', 'z_loss', 'router_entropy')
 }
 BY_LAYER = (
+  'co_activation',
   'dead_experts',
   'dropped_fraction',
   'first_gate',
@@ -94,7 +95,6 @@ def test_a_split_has_every_chart(finished, split, steps, only):
   scalars = only | {'loss/cross_entropy', 'loss/bits_per_char'}
   scalars |= {'loss/bits_per_byte', 'routing/aux_loss', 'routing/z_loss'}
   scalars |= {f'routing/{name}/{i}' for name in BY_LAYER for i in layers}
-  scalars |= {'routing/co_activation/1'}  # No layer is before the first.
   histograms = {f'routing/expert_load/{i}' for i in layers}
   kinds = {**dict.fromkeys(scalars, 'scalars')}
   kinds |= dict.fromkeys(histograms, 'histograms')

