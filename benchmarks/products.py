@@ -41,6 +41,8 @@ def _count_equation(equation: Any) -> int:
 def _dot(equation: Any) -> int:
   (contracted, _), (batch, _) = equation.params['dimension_numbers']
   left, right = (v.aval for v in equation.invars)
+  if not left.size:
+    return 0
   shared = math.prod(left.shape[i] for i in (*contracted, *batch))
   batches = math.prod(left.shape[i] for i in batch)
   free_left = left.size // shared
