@@ -68,14 +68,14 @@ def evaluate(
   from nanomoe import experiment  # noqa: PLC0415
   from nanomoe.data import text as text_lib  # noqa: PLC0415
   from nanomoe.data.windows import Windows  # noqa: PLC0415
-  from trainers.checkpoint import check_fingerprint  # noqa: PLC0415
+  from trainers import identity  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
 
   config.eval_iters = 0  # Each target of the split, once.
   run = experiment.restore(config, workdir, step)
   if data is None:
     _, _, dataset = text_lib.read(config, workdir)
-    check_fingerprint(run.fingerprint, dataset.fingerprint)
+    identity.check(run.identity, {'data': dataset.fingerprint})
     of = {'split': split}
   else:
     split = f'--data={data}'
