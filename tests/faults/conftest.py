@@ -113,4 +113,5 @@ def result_of(workdir: pathlib.Path) -> dict:
 
 def steps_of(workdir: pathlib.Path) -> list[int]:
   """The checkpoints that are there."""
-  return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  names = [p.name for p in (workdir / 'checkpoints').iterdir()]
+  return sorted(int(name) for name in names if name.isdecimal())
