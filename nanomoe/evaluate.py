@@ -68,7 +68,7 @@ def evaluate(
   from nanomoe import experiment  # noqa: PLC0415
   from nanomoe.data import text as text_lib  # noqa: PLC0415
   from nanomoe.data.windows import Windows  # noqa: PLC0415
-  from trainers.checkpoint import check_fingerprint  # noqa: PLC0415
+  from trainers import identity  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
   from trainers.metrics import is_for_files  # noqa: PLC0415
 
@@ -76,7 +76,7 @@ def evaluate(
   run = experiment.restore(config, workdir, step)
   if data is None:
     _, _, dataset = text_lib.read(config, workdir)
-    check_fingerprint(run.fingerprint, dataset.fingerprint)
+    identity.check(run.identity, {'data': dataset.fingerprint})
     of = {'split': split}
   else:
     split = f'--data={data}'

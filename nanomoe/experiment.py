@@ -37,7 +37,7 @@ from nanomoe.norms import NORMS, identity
 from nanomoe.positions import POSITIONS
 from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
-from trainers import callbacks, checkpoint, spec
+from trainers import callbacks, checkpoint, leaves, saved, spec
 from trainers.errors import UserError
 from trainers.trainer import Trainer
 
@@ -138,7 +138,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
 class Restored(NamedTuple):
   """A trained model, of the weights that its run evaluates.
 
-  What it was trained on is told by `fingerprint`.
+  What it was trained on is told by `identity`.
   """
 
   task: LanguageModel
@@ -146,7 +146,7 @@ class Restored(NamedTuple):
   params: Any
   model_state: Any
   step: int
-  fingerprint: str
+  identity: dict[str, Any]
 
 
 def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
@@ -155,7 +155,7 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   Raises:
     UserError: there is no such checkpoint, or the vocabulary is damaged.
   """
-  arrays, meta = checkpoint.read(directory / 'checkpoints', step)
+  arrays, meta = saved.read(directory / 'checkpoints', step)
   tokenizer = tokenizers.load(
     config.data.tokenizer.to_dict(), directory / VOCABULARY
   )
@@ -165,10 +165,10 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   return Restored(
     task,
     tokenizer,
-    checkpoint.select(arrays, f'state.{config.eval_weights}', params),
-    checkpoint.select(arrays, 'state.model_state', model_state),
+    leaves.select(arrays, f'state.{config.eval_weights}', params),
+    leaves.select(arrays, 'state.model_state', model_state),
     meta['step'],
-    meta['fingerprint'],
+    meta['identity'],
   )
 
 
@@ -182,14 +182,14 @@ def decide(config: Config) -> Config:
 
 def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
   """The best params and model_state of the run in `source`."""
-  arrays, meta = checkpoint.read(source / 'checkpoints', 'best')
+  arrays, meta = saved.read(source / 'checkpoints', 'best')
   config = workdir.read_config(source) or {}
   weights = config.get('eval_weights', 'params')  # An older run has no choice.
   log.info('starting from step %d of %s', meta['step'], source)
   try:
     return (
-      checkpoint.select(arrays, f'state.{weights}', params),
-      checkpoint.select(arrays, 'state.model_state', model_state),
+      leaves.select(arrays, f'state.{weights}', params),
+      leaves.select(arrays, 'state.model_state', model_state),
     )
   except UserError as error:
     lines = [f'init_from={source}: its weights do not fit this model']

@@ -20,7 +20,7 @@ from nanomoe import workdir as workdir_lib
 from nanomoe.data import text as text_lib
 from nanomoe.sampling import Generator, Sampling
 from tests.shrunk import TINY
-from trainers import checkpoint
+from trainers import leaves, saved
 from trainers.callbacks import Callback
 from trainers.errors import UserError
 from trainers.evaluator import Evaluator
@@ -130,13 +130,13 @@ def by_hand(averaged, corpus):
   """{weights: (cross-entropy, text)} of the last checkpoint."""
   config, directory = averaged
   run = experiment.restore(config, directory, 'latest')
-  arrays, _ = checkpoint.read(directory / 'checkpoints', 'latest')
+  arrays, _ = saved.read(directory / 'checkpoints', 'latest')
   _, _, dataset = text_lib.read(config, directory)
   batches = list(dataset.eval_batches('val', slice(0, config.batch_size)))
   prompt = run.tokenizer.encode(corpus.read_text()[:1]).tolist()
   evaluator, found = Evaluator(run.task), {}
   for weights in ('params', 'average'):
-    params = checkpoint.select(arrays, f'state.{weights}', run.params)
+    params = leaves.select(arrays, f'state.{weights}', run.params)
     loss = evaluator(params, run.model_state, batches)['cross_entropy']
     trained = params, run.model_state
     generator = Generator(run.task.logits, trained, config.block_size)
@@ -216,8 +216,7 @@ def test_an_interrupted_run_goes_on_exactly(averaged, tmp_path):
   assert first.step == 5
   assert experiment.build(config, tmp_path).fit() == 'done'
   ours, theirs = (
-    checkpoint.read(d / 'checkpoints', 'latest')[0]
-    for d in (tmp_path, directory)
+    saved.read(d / 'checkpoints', 'latest')[0] for d in (tmp_path, directory)
   )
   assert any(name.startswith('state.average.') for name in theirs)
   assert bits(ours) == bits(theirs)

@@ -194,10 +194,10 @@ class Broken(Checkpointer):
     super().__init__(directory)
     self.bad = bad
 
-  def save(self, step, *args):
+  def save(self, step, *args, **kwargs):
     if step in self.bad:
       raise SaveError(f'step {step}: no space left')
-    super().save(step, *args)
+    super().save(step, *args, **kwargs)
 
 
 def test_a_save_that_fails_does_not_end_training(tmp_path, caplog):

@@ -8,7 +8,7 @@ import pytest
 
 from nanomoe import evaluate as evaluate_lib
 from nanomoe import experiment, main
-from trainers import checkpoint
+from trainers import saved
 from trainers.errors import UserError
 
 # Steps that move nothing: what is evaluated is what the run started from.
@@ -49,8 +49,8 @@ def test_weights_and_vocabulary_come_from_the_best_checkpoint(
     for d in (source, workdir)
   ]
   assert vocabularies[0] == vocabularies[1]
-  theirs, _ = checkpoint.read(source / 'checkpoints', 'best')
-  ours, _ = checkpoint.read(workdir / 'checkpoints', 'latest')
+  theirs, _ = saved.read(source / 'checkpoints', 'best')
+  ours, _ = saved.read(workdir / 'checkpoints', 'latest')
   params = [name for name in theirs if name.startswith('state.params')]
   assert params
   for name in params:

@@ -78,8 +78,8 @@ def test_what_runs_out_later_is_told_with_the_figures_of_the_step():
   with pytest.raises(UserError, match=r'after step 3: a step needs .*; so$'):
     trainer.fit()
   (memory,) = told
-  # w, b, and two moments of each, a count; three counters; `rows`: 4 bytes.
-  assert memory.state == 4 * (4 + 8 + 1 + 3 + 1)
+  # w, b, and two moments of each, a count; four counters; `rows`: 4 bytes.
+  assert memory.state == 4 * (4 + 8 + 1 + 4 + 1)
   assert trainer.status == 'failed'
 
 

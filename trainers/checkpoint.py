@@ -1,8 +1,10 @@
-"""Checkpoints: Orbax, behind a few verbs of our own.
+"""Checkpoints, written: Orbax, behind a few verbs of our own.
 
-A trainer has a Checkpointer: save, wait, restore, close. Others read.
+A trainer has a Checkpointer: save, wait, restore, close.
 """
 
+import contextlib
+import json
 import logging
 import pathlib
 import shutil
@@ -12,8 +14,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from trainers import leaves, saved
 from trainers.errors import UserError
 from trainers.files import to_json, write_atomically
+from trainers.saved import Saved
 
 log = logging.getLogger(__name__)
 
@@ -22,111 +26,29 @@ class SaveError(Exception):
   """A checkpoint did not reach the disk."""
 
 
-class Saved(NamedTuple):
-  tree: Any
-  meta: dict[str, Any]
-
-
-def read(
-  directory: pathlib.Path, step: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """({name: array}, meta) of a checkpoint, as saved; writes nothing.
-
-  Args:
-    directory: with the checkpoints of a run.
-    step: a number, 'best' (by the monitored metric) or 'latest'.
-
-  Raises:
-    UserError: there is no such checkpoint, or it is damaged.
-  """
-  steps = sorted(
-    int(path.name) for path in directory.glob('*') if path.name.isdigit()
-  )
-  if not steps:
-    raise UserError(f'{directory}: there is no checkpoint')
-  have = ', '.join(map(str, steps))
-  number = steps[-1]
-  if step == 'best':
-    best = _read_item(directory, number, 'meta', ocp.args.JsonRestore())['best']
-    number = best[0] if best else None
-  elif step != 'latest':
-    number = int(step) if step.isdecimal() else None
-  if number not in steps:
-    raise UserError(
-      f'--step={step}: there is no such checkpoint in {directory}; there are '
-      f'{have}, best and latest'
-    )
-  return (
-    _read_item(directory, number, 'arrays', ocp.args.StandardRestore()),
-    _read_item(directory, number, 'meta', ocp.args.JsonRestore()),
-  )
-
-
-def _read_item(directory, step, name, args):
-  handler = {
-    'arrays': ocp.StandardCheckpointHandler,
-    'meta': ocp.JsonCheckpointHandler,
-  }[name]
-  try:
-    with ocp.Checkpointer(handler()) as checkpointer:
-      return checkpointer.restore(
-        directory.absolute() / str(step) / name, args=args
-      )
-  except Exception as error:  # Whatever damage does to a decoder.
-    raise UserError(_damage(step, error)) from error
-
-
-def _damage(step: int, error: Exception) -> str:
-  reason = str(error).splitlines()[0] if str(error) else repr(error)
-  return f'checkpoint {step} is damaged: {reason}'
-
-
-def select(arrays: dict[str, Any], prefix: str, like: Any) -> Any:
-  """The part of `arrays` under `prefix`, as a tree `like` another.
-
-  Raises:
-    UserError: naming the arrays that are missing or of another shape.
-  """
-  wanted = _by_name(like)
-  start = f'{prefix}.'
-  found = {
-    name.removeprefix(start): x
-    for name, x in arrays.items()
-    if name.startswith(start)
-  }
-  _check_leaves(_leaves(found), _leaves(wanted))
-  return jax.tree.unflatten(
-    jax.tree.structure(like), [found[name] for name in wanted]
-  )
-
-
-def check_fingerprint(saved: str, now: str) -> None:
-  """Raises UserError if the checkpoint is of a run on other data."""
-  if saved != now:
-    raise UserError(
-      'the data is not what this run was trained on: its fingerprint was '
-      f'{saved}, now it is {now}'
-    )
-
-
 class Checkpointer:
   """<directory>/<step>/: arrays by name, and JSON.
 
+  Beside it are checkpoints.json, which names what was saved, and directories
+  of what was set aside: damaged_checkpoints, undone_checkpoints.
+
   Args:
     directory: absolute; made if missing.
-    keep_latest: how many of the newest are kept, beside the best.
+    keep_latest: how many of the newest are kept, beside the best and the
+      newest good one.
   """
 
   def __init__(self, directory: pathlib.Path, keep_latest: int = 2):
     self._directory = directory
     self._superseded = directory.with_name('superseded_checkpoints')
     self._manifest = directory.with_name('checkpoints.json')
-    self._policy = _LatestAndBest(keep_latest)
+    self._policy = _Policy(keep_latest)
+    self._kept = self._policy.kept  # As the last save that landed left it.
     self._saving: int | None = None
     self.newest: int | None = None  # Saved, or restored, by this object.
     try:
       directory.mkdir(parents=True, exist_ok=True)
-      self._recover()
+      self._put_back()
       self._manager = self._open()
     except OSError as error:
       raise UserError(f'{directory}: {error.strerror}') from error
@@ -144,7 +66,7 @@ class Checkpointer:
       ),
     )
 
-  def _recover(self) -> None:
+  def _put_back(self) -> None:
     """Puts back what was superseded by a save that never landed."""
     for old in self._superseded.glob('*'):
       if not (self._directory / old.name).exists():
@@ -152,26 +74,44 @@ class Checkpointer:
     shutil.rmtree(self._superseded, ignore_errors=True)
 
   def save(
-    self, step: int, tree: Any, meta: dict[str, Any], best: int | None
+    self,
+    step: int,
+    tree: Any,
+    meta: dict[str, Any],
+    best: int | None,
+    good: bool = True,
   ) -> None:
     """Copies, and writes in the background. Replaces a checkpoint of `step`.
 
-    `best` is the step that must be kept, whatever its age.
+    `best` is the step that must be kept, whatever its age; so is the newest
+    `good` one, which `restore` may be asked for.
 
     Raises:
       SaveError: the one before did not reach the disk, or this cannot start.
     """
     self.wait()
-    self._policy.best = best
-    arrays = _by_name(tree)
-    meta = {'leaves': _leaves(arrays), **meta}
     try:
+      arrays = leaves.by_name(tree)
+      meta = {
+        'step': step,
+        'leaves': leaves.kinds(arrays),
+        'content': leaves.fingerprints(arrays),
+        'good': good,
+        **meta,
+      }
+      meta = json.loads(json.dumps(meta))  # As it will be read.
+      meta['digest'] = saved.digest(meta)
       if step in self._manager.all_steps():
         # Kept until the new one is on the disk.
         self._superseded.mkdir(exist_ok=True)
         path = self._directory / str(step)
         path.rename(self._superseded / str(step))
         self._manager.reload()
+      there = {step, *self._manager.all_steps()}
+      self._policy.kept = _Kept(
+        best if best in there else self._kept.best,
+        step if good else self._kept.good,
+      )
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -181,7 +121,8 @@ class Checkpointer:
         force=True,
       )
     except Exception as error:  # Orbax raises what its storage raises.
-      raise SaveError(f'step {step}: {error}') from error
+      self._give_up()
+      raise SaveError(f'step {step}: {saved.told(error)}') from error
     self.newest = self._saving = step
 
   def wait(self) -> int | None:
@@ -194,16 +135,32 @@ class Checkpointer:
     try:
       self._manager.wait_until_finished()
       if step is not None:
-        steps = sorted(self._manager.all_steps())
-        write_atomically(self._manifest, to_json({'steps': steps}) + '\n')
+        self._write_manifest()
         shutil.rmtree(self._superseded, ignore_errors=True)
+        self._kept = self._policy.kept
     except Exception as error:  # Orbax raises what its storage raises.
-      self.newest = None
-      raise SaveError(f'step {step}: {error}') from error
+      self._give_up()
+      raise SaveError(f'step {step}: {saved.told(error)}') from error
     return step
+
+  def _give_up(self) -> None:
+    """After a save that failed: what was there is there, and no more."""
+    self.newest = None
+    self._policy.kept = self._kept
+    # They take room, where there may be none.
+    for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
+      shutil.rmtree(path, ignore_errors=True)
+    try:
+      self._put_back()
+      # Orbax counts what never landed, and no more what it meant to delete.
+      self._manager.reload()
+    except OSError as error:
+      log.error('%s: %s', self._directory, error)
 
   def restore(self, abstract: Any) -> Saved | None:
     """The newest intact checkpoint, or None if there never was one.
+
+    What is newer is set aside: it would count as the newest.
 
     Args:
       abstract: a tree of shapes and types, as the saved one must be.
@@ -212,72 +169,117 @@ class Checkpointer:
       UserError: it is of another architecture, none is intact, or those that
         were saved are gone.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    failures = []
-    for step in steps:
+    steps = saved.steps_in(self._directory)
+    failures = {
+      step: f'checkpoint {step} is gone'
+      for step in self._recorded(steps)
+      if step not in steps
+    }
+    mismatch = None
+    for step in reversed(steps):
       try:
-        saved = self._restore(step, abstract)
-      except UserError:
-        raise
+        found = self._restore(step, abstract)
+      except UserError as error:
+        mismatch = mismatch or error
+        failures[step] = f'checkpoint {step} is foreign: {error.problems[1]}'
       except Exception as error:  # Whatever damage does to a decoder.
-        failures.append(_damage(step, error))
-        continue
-      for failure in failures:
-        log.warning('%s; using %d', failure, step)
-      self._set_aside([s for s in steps if s > step])
-      self.newest = step
-      return saved
+        failures[step] = saved.damage(step, error)
+      else:
+        for newer in sorted(s for s in failures if s > step):
+          log.warning('%s; using %d', failures[newer], step)
+        self._set_aside([s for s in steps if s > step], 'damaged')
+        self.newest = step
+        self._kept = _Kept(None, self._newest_good(step, found.meta))
+        return found
+    if mismatch:
+      raise mismatch
+    anew = 'to start anew, choose another --workdir'
+    if steps:
+      none = f'none in {self._directory} is intact; {anew}'
+      raise UserError([*(failures[s] for s in sorted(failures)), none])
     if failures:
-      hint = 'to start anew, choose another --workdir'
-      failures.append(f'none in {self._directory} is intact; {hint}')
-      raise UserError(failures)
-    if self._manifest.exists():
       raise UserError(
-        f'{self._directory}: checkpoints were saved here, and all are gone; to '
-        'start anew, choose another --workdir'
+        f'{self._directory}: checkpoints were saved here, and all are gone; '
+        f'{anew}'
       )
     return None
 
-  def _set_aside(self, steps: list[int]) -> None:
-    """Moves what is damaged out of the way: else it counts as the newest."""
+  def _restore(self, step: int, abstract: Any) -> Saved:
+    wanted = leaves.by_name(abstract)
+    meta = saved.read_meta(self._directory, step)
+    leaves.check_kinds(meta['leaves'], leaves.kinds(wanted))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+      for name, x in wanted.items()
+    }
+    arrays = saved.read_arrays(self._directory, step, meta, wanted)
+    structure = jax.tree.structure(abstract)
+    return Saved(
+      jax.tree.unflatten(structure, [arrays[name] for name in wanted]), meta
+    )
+
+  def _newest_good(self, step: int, meta: dict[str, Any]) -> int | None:
+    older = [s for s in saved.steps_in(self._directory) if s < step]
+    while not meta.get('good', True):
+      if not older:
+        return None
+      step = older.pop()
+      with contextlib.suppress(Exception):  # Whatever damage does to a decoder.
+        meta = saved.read_meta(self._directory, step)
+    return step
+
+  def undo(self) -> None:
+    """Sets aside what was saved after the newest good one: a way astray."""
+    good = self._kept.good
+    steps = saved.steps_in(self._directory)
+    self._set_aside([s for s in steps if good is None or s > good], 'undone')
+
+  def _set_aside(self, steps: list[int], why: str) -> None:
     for step in steps:
-      aside = self._directory.with_name('damaged_checkpoints') / str(step)
+      aside = self._directory.with_name(f'{why}_checkpoints') / str(step)
       shutil.rmtree(aside, ignore_errors=True)
       aside.parent.mkdir(exist_ok=True)
       (self._directory / str(step)).rename(aside)
       log.info('checkpoint %d was moved to %s', step, aside)
     if steps:
       self._manager.reload()
+      self._write_manifest()
 
-  def _restore(self, step: int, abstract: Any) -> Saved:
-    meta = self._manager.restore(
-      step,
-      args=ocp.args.Composite(meta=ocp.args.JsonRestore()),  # pyright: ignore
-    )['meta']
-    wanted = _by_name(abstract)
-    _check_leaves(meta['leaves'], _leaves(wanted))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-      for name, x in wanted.items()
-    }
-    arrays = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        arrays=ocp.args.StandardRestore(wanted)  # pyright: ignore
-      ),
-    )['arrays']
-    tree = jax.tree.unflatten(
-      jax.tree.structure(abstract), [arrays[name] for name in wanted]
-    )
-    return Saved(tree, meta)
+  def _write_manifest(self) -> None:
+    text = to_json({'steps': saved.steps_in(self._directory)})
+    write_atomically(self._manifest, text + '\n')
+
+  def _recorded(self, steps: list[int]) -> list[int]:
+    """The steps of the manifest; those that are there if it is damaged.
+
+    Raises:
+      UserError: it is damaged, and there are none.
+    """
+    try:
+      return list(map(int, json.loads(self._manifest.read_text())['steps']))
+    except FileNotFoundError:
+      return steps
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      problem = f'{self._manifest} is damaged: {error!r}'
+      if not steps:
+        raise UserError(f'{problem}; there is no checkpoint') from error
+      log.warning('%s', problem)
+      return steps
 
   def close(self) -> None:
     self._manager.close()
 
 
-class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-  """Keeps the newest few, and the best as the trainer knows it.
+class _Kept(NamedTuple):
+  """Steps that are kept, whatever their age."""
+
+  best: int | None = None
+  good: int | None = None
+
+
+class _Policy(checkpoint_managers.PreservationPolicy):
+  """Keeps the newest few, the best as the trainer knows it, the newest good.
 
   Not by scores stored with Orbax: it reads them all when it starts, and a
   damaged one keeps it from starting.
@@ -285,36 +287,9 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
 
   def __init__(self, num_latest: int):
     self.num_latest = num_latest
-    self.best: int | None = None
+    self.kept = _Kept()
 
   def should_preserve(self, checkpoints, *, context):
     del context
     newest = sorted(c.step for c in checkpoints)[-self.num_latest :]
-    return [c.step in newest or c.step == self.best for c in checkpoints]
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-  """{'state.params.block_0...': leaf}: no container types on the disk."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-    for path, leaf in leaves
-  }
-
-
-def _leaves(arrays: dict[str, Any]) -> dict[str, str]:
-  return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in arrays.items()}
-
-
-def _check_leaves(saved: dict[str, str], wanted: dict[str, str]) -> None:
-  if saved == wanted:
-    return
-  names = [n for n in saved | wanted if saved.get(n) != wanted.get(n)]
-  lines = [
-    f'{name} is {saved.get(name, "missing")} in the checkpoint, '
-    f'{wanted.get(name, "missing")} in this model'
-    for name in names[:5]
-  ]
-  if len(names) > 5:
-    lines.append(f'... and {len(names) - 5} more')
-  raise UserError(['the checkpoint is of another architecture:', *lines])
+    return [c.step in newest or c.step in self.kept for c in checkpoints]

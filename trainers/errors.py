@@ -19,6 +19,10 @@ class Interrupted(Exception):
   """SIGTERM or Ctrl-C arrived: raised where a long action polls for it."""
 
 
+class RollBack(Exception):
+  """A hook wants the newest good checkpoint back: raised to undo the steps."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
   """Whether memory, of the host or of a device, ran out.
 

@@ -1,6 +1,7 @@
 """The pure steps: (state, batch, key) -> (state, metrics)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,17 @@ from trainers.task import Batch, Task
 StepFn = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
+class Spikes(NamedTuple):
+  """Losses above `factor` times the median of the last `window`: refused.
+
+  Only losses of accepted updates are among the last, and nothing is refused
+  before there are as many. A loss must be positive.
+  """
+
+  factor: float
+  window: int
+
+
 def all_finite(tree) -> jax.Array:
   """bool[]: no leaf holds an infinity or a NaN."""
   leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
@@ -25,8 +37,12 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   ema_decay: float = 0.0,
+  spikes: Spikes | None = None,
 ) -> StepFn:
   """One update. A non-finite one is counted and otherwise leaves no trace.
+
+  So is one that is among `spikes`, if they are given; then the state must have
+  as many recent_losses.
 
   `schedule` is only reported: it is the learning rate at the number of updates
   so far, as the optimizer's own counter sees it.
@@ -57,14 +73,25 @@ def make_train_step(
       opt_state,
       task.advance(state.model_state, aux.statistics),
       _averaged(state.average, params, num_updates, ema_decay),
+      _appended(state.recent_losses, loss),
     )
-    old = (state.params, state.opt_state, state.model_state, state.average)
-    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-    finite &= all_finite(updates)
-    params, opt_state, model_state, average = jax.tree.map(
-      lambda n, o: jnp.where(finite, n, o), new, old
+    old = (
+      state.params,
+      state.opt_state,
+      state.model_state,
+      state.average,
+      state.recent_losses,
     )
-    skipped = state.skipped + (~finite).astype(jnp.int32)
+    accepted = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    accepted &= all_finite(updates)
+    if spikes:
+      # False while the median is NaN.
+      limit = spikes.factor * jnp.median(state.recent_losses)
+      accepted &= ~(loss > limit)
+    params, opt_state, model_state, average, recent_losses = jax.tree.map(
+      lambda n, o: jnp.where(accepted, n, o), new, old
+    )
+    skipped = state.skipped + (~accepted).astype(jnp.int32)
     metrics = {
       'train/loss': Mean(total.sum, total.weight),
       **metrics_lib.prefixed('train', aux.metrics),
@@ -76,10 +103,12 @@ def make_train_step(
       step=state.step + 1,
       batch_index=state.batch_index + 1,
       skipped=skipped,
+      skipped_in_a_row=jnp.where(accepted, 0, state.skipped_in_a_row + 1),
       params=params,
       opt_state=opt_state,
       model_state=model_state,
       average=average,
+      recent_losses=recent_losses,
     )
     return state, metrics
 
@@ -98,3 +127,7 @@ def _averaged(
     return None
   d = jnp.minimum(decay, (1 + num_updates) / (10 + num_updates))
   return jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)
+
+
+def _appended(recent: jax.Array | None, loss: jax.Array) -> jax.Array | None:
+  return None if recent is None else jnp.append(recent[1:], loss)

@@ -107,9 +107,16 @@ class Writers:
     self.clu = metric_writers.MultiWriter(self._extra)
 
   def start(self, step: int, file_size: int) -> None:
-    """Opens the files; what they say of steps after `step` is superseded."""
+    """Opens the files; what they say of steps after `step` is superseded.
+
+    Again, where a run goes back to an earlier step.
+    """
     if self._workdir is None:
       return
+    if self._run:
+      self._run.call('close')
+    if self._file:
+      self._file.close()
     self._file = MetricsFile(self._workdir / 'metrics.jsonl', file_size)
     self._run = Guarded(
       RunWriter(self._workdir, self._board, step, self.splits)

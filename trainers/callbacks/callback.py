@@ -37,6 +37,9 @@ class Callback:
   def on_checkpoint(self, loop: Trainer, step: int) -> None:
     """The checkpoint of `step` is on the disk: told before the next save."""
 
+  def on_roll_back(self, loop: Trainer) -> None:
+    """`loop` is back at an earlier step, with what was remembered there."""
+
   def on_exception(self, loop: Trainer, error: BaseException) -> None:
     """Training failed with `error`, which the caller of fit() will see."""
 
@@ -59,6 +62,10 @@ class PeriodicActionCallback(Callback):
 
   def on_train_step_end(self, loop: Trainer) -> None:
     self.action(loop.step)
+
+  def on_roll_back(self, loop: Trainer) -> None:
+    # Called for a step twice, those of CLU raise.
+    self.action._previous_step = self.action._last_step = loop.step
 
   def on_fit_end(self, loop: Trainer) -> None:
     # CLU's Profile loses what it is taking when training ends.
@@ -92,6 +99,9 @@ class Callbacks(list[Callback]):
   def each(self, hook: str, *args: Any) -> None:
     for callback in self:
       getattr(callback, hook)(*args)
+
+  def on_roll_back(self, loop: Trainer) -> None:
+    """`loop` is back at an earlier step, with what was remembered there."""
 
   def on_exception(self, loop: Trainer, error: BaseException) -> None:
     """Tells every one; what they raise does not hide `error`."""

@@ -83,6 +83,7 @@ class Result(Callback):
     result = {
       'status': loop.status,
       'stop_reason': loop.stop_reason,
+      'rollbacks': loop.num_rollbacks,
       'step': loop.step,
       **self.latest,
       'best_val_loss': loop.best and loop.best.value,
@@ -108,7 +109,9 @@ class Result(Callback):
     }
 
   def load_state_dict(self, state):
-    self.latest, self.earlier = state['latest'], state['earlier']
+    self.latest = state['latest']
+    if not self._loop:  # Else the run went back: its seconds were spent.
+      self.earlier = state['earlier']
 
 
 def peak_memory_bytes() -> int:

@@ -1,0 +1,95 @@
+"""Updates one after another: the device is a few of them ahead of the host."""
+
+from collections import deque
+from concurrent import futures
+import functools
+import logging
+
+import jax
+
+from trainers import memory as memory_lib
+from trainers import metrics as metrics_lib
+from trainers.metrics import Metrics
+from trainers.state import TrainState
+from trainers.step import StepFn
+from trainers.task import Batch
+
+log = logging.getLogger(__name__)
+
+# Steps that may be queued on the device: enough to hide the host, few enough
+# to stop, and to notice a failure, soon.
+RUN_AHEAD = 2
+
+
+class Updater:
+  """(state, batch) -> (state, metrics), which are added up too.
+
+  The state that is given is donated.
+
+  Attributes:
+    compiled: whether the first update is done: the only one that is waited for.
+    memory: what it needs, once it is compiled.
+    running: the metrics since `take`, added up.
+  """
+
+  def __init__(
+    self, step_fn: StepFn, key: jax.Array, memory_hint: memory_lib.Hint
+  ):
+    # Jitted by itself too: it is traced once for its shapes and its program.
+    self._step_fn = jax.jit(step_fn)
+    self._key = key
+    self._hint = memory_hint
+    self._in_flight: deque[Metrics] = deque()
+    self.compiled = False
+    self.memory: memory_lib.StepMemory | None = None
+
+  def trace(self, state: TrainState, batch: Batch) -> Metrics:
+    """The metrics' shapes, from those of the state."""
+    shapes = jax.eval_shape(self._step_fn, state, batch, self._key)[1]
+    self._zeros = self.running = metrics_lib.zeros_like(shapes)
+    return shapes
+
+  def compile(self, state: TrainState, batch: Batch) -> None:
+    """Begins to, in the background; `state` is of shapes, after `trace`."""
+    update = jax.jit(
+      functools.partial(_accumulate, self._step_fn), donate_argnums=0
+    ).lower(state, self._zeros, batch, self._key)
+    pool = futures.ThreadPoolExecutor(1)
+    self._update = pool.submit(update.compile)
+    pool.shutdown(wait=False)
+
+  def __call__(
+    self, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    update = self._update.result()
+    if not self.compiled:
+      memory_lib.trim()
+      self._check_memory(update, state)
+    state, self.running, metrics = update(state, self.running, batch, self._key)
+    self._in_flight.append(metrics)
+    while len(self._in_flight) > (RUN_AHEAD if self.compiled else 0):
+      jax.block_until_ready(self._in_flight.popleft())
+    self.compiled = True
+    return state, metrics
+
+  def take(self) -> Metrics:
+    """The metrics that were added up; from here on, others are."""
+    running, self.running = self.running, self._zeros
+    return running
+
+  def explained(self, error: BaseException, step: int) -> BaseException:
+    """With what would help, if it is that memory ran out."""
+    return memory_lib.explained(error, step, self.memory, self._hint)
+
+  def _check_memory(
+    self, update: jax.stages.Compiled, state: TrainState
+  ) -> None:
+    """Warns in time: where Linux kills a process, nothing more is told."""
+    self.memory = memory = memory_lib.measure(update, state)
+    if memory and not memory.fits:
+      log.warning('it may not fit: %s; %s', memory, self._hint(memory))
+
+
+def _accumulate(step_fn, state, running, batch, key):
+  state, metrics = step_fn(state, batch, key)
+  return state, metrics_lib.merge(running, metrics), metrics
