@@ -31,7 +31,7 @@ class Loop:
     metrics: the newest step's, on the device; reading them waits for it.
     score, best: the newest and the best `Score`, or None.
     status: 'running', then 'done', 'interrupted', 'diverged', 'unsaved' (the
-      last state could not be saved) or 'failed' (an exception).
+      last state could not be saved), 'failed' (an exception), or a callback's.
     clock: seconds by phase: start, compile, train, evaluate, checkpoint, end.
     num_timed_steps: the steps that took clock.read('train').
     num_rollbacks: how often the run went back to an earlier step.
