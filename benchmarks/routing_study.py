@@ -72,7 +72,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     {**_FINE, 'moe.num_experts': 15, 'moe.top_k': 3, 'moe.num_shared': 1},
   ),
   'switch_capacity': (
-    'the same, `capacity` dispatch, factor 1',
+    '`Softmax`, 1 of 4 experts of 384, `capacity` dispatch, factor 1',
     {**_SWITCH, 'moe.dispatch': 'capacity', 'moe.capacity_factor': 1},
   ),
   'topk_1': (

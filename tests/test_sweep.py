@@ -110,11 +110,11 @@ def test_a_run_whose_sweep_was_killed_is_waited_for(tmp_path):
 
 
 def test_an_interrupted_sweep_lets_its_run_save(tmp_path):
-  """One signal: a second would end the run before it saved."""
+  """One signal, for Ctrl-C is not for its group: a second would end it."""
   script = (
-    'import pathlib, signal, sys, time\n'
+    'import os, pathlib, signal, sys, time\n'
     'def save(*_):\n'
-    '  with open(sys.argv[1], "a") as f: f.write("saved.")\n'
+    '  with open(sys.argv[1], "a") as f: f.write(f"{os.getpgrp()} saved.")\n'
     'signal.signal(signal.SIGTERM, save)\n'
     'signal.signal(signal.SIGINT, save)\n'
     'pathlib.Path(sys.argv[1]).touch()\n'
@@ -130,7 +130,9 @@ def test_an_interrupted_sweep_lets_its_run_save(tmp_path):
   threading.Thread(target=interrupt).start()
   with open(tmp_path / 'log', 'w') as log, pytest.raises(KeyboardInterrupt):
     sweep._call([sys.executable, '-c', script, str(path)], log)
-  assert path.read_text() == 'saved.'
+  group, told = path.read_text().split()
+  assert int(group) != os.getpgrp()
+  assert told == 'saved.'
 
 
 def test_the_words_of_a_run_are_its_config(tmp_path):
