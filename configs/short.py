@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
   config = base.get_config()
   config.update(
     {
-      'num_train_steps': 1500,
+      'num_train_steps': 1000,
       'batch_size': 16,
       'block_size': 64,
       'eval_iters': 0,  # The whole split: exact, and quicker than 200 batches.
