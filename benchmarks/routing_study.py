@@ -91,7 +91,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Those that are trained on more than the first seed.
-TELLING = ('topk', 'softmax', 'sigmoid', 'dense')
+TELLING = ('topk', 'softmax', 'sigmoid', 'hash', 'dense')
 SEEDS = (0, 1, 2)
 
 

@@ -129,6 +129,7 @@ def test_exit_codes_are_those_of_the_contract():
   assert main_lib.EXIT_CODES == {
     'done': 0,
     'diverged': 3,
+    'collapsed': 3,
     'unsaved': 4,
     'interrupted': 75,
   }

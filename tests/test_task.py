@@ -42,6 +42,29 @@ def _evaluate(task, trained, batch):
   return float(total.sum / total.weight), metrics_lib.compute(aux.metrics)
 
 
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_gradients_are_the_same_compiled_or_not(tiny, rng, precision):
+  """XLA once lost the order of a weight's gradient, in such a program alone."""
+  changes = {'model.num_layers': 1, 'moe.first_dense_layers': 1}
+  changes |= {'model.bias': 'false', 'model.tie_embeddings': 'true'}
+  config = experiment.decide(tiny({**changes, 'precision': precision}))
+  task = experiment.build_task(config, VOCAB)
+  batch = _batch(rng, rows=2)
+  params, _ = task.init(jax.random.key(0), batch)
+  params = jax.tree.map(lambda x: 3 * x, params)
+
+  def loss(params):
+    total, _ = task.loss(params, {}, batch, jax.random.key(1), train=False)
+    return total.sum / total.weight
+
+  compiled, expected = jax.jit(jax.grad(loss))(params), jax.grad(loss)(params)
+  for one, other in zip(
+    jax.tree.leaves(compiled), jax.tree.leaves(expected), strict=True
+  ):
+    scale = np.abs(other).max()
+    np.testing.assert_allclose(one, other, rtol=0, atol=0.02 * scale)
+
+
 def test_cross_entropy_is_the_definition(rng):
   logits = rng.normal(size=(2, 3, VOCAB)).astype(np.float32) * 5
   targets = rng.integers(0, VOCAB, (2, 3)).astype(np.int32)
