@@ -115,7 +115,7 @@ def averaged(tmp_path_factory, corpus):
     'optimizer.muon_beta': 0.9,
     'optimizer.learning_rate': 0.03,
     'optimizer.ema_decay': 0.9,
-    'sample.num_tokens': 60,
+    'sample.num_tokens': 400,
     'sample.temperature': 1.0,
   }
   overrides = [(key, str(value)) for key, value in values.items()]
@@ -140,7 +140,7 @@ def by_hand(averaged, corpus):
     loss = evaluator(params, run.model_state, batches)['cross_entropy']
     trained = params, run.model_state
     generator = Generator(run.task.logits, trained, config.block_size)
-    drawn = np.concatenate(list(generator([prompt], 60, Sampling(1.0), 0)))
+    drawn = np.concatenate(list(generator([prompt], 400, Sampling(1.0), 0)))
     found[weights] = loss, run.tokenizer.decode(drawn)
   assert found['params'][0] != pytest.approx(found['average'][0], rel=1e-4)
   assert found['params'][1] != found['average'][1]
@@ -179,7 +179,7 @@ def test_the_commands_use_what_the_config_says(
   pieces = generate_lib.generate(
     directory,
     [corpus.read_text()[:1]],
-    num_tokens=60,
+    num_tokens=400,
     temperature=1.0,
     step='latest',
   )
