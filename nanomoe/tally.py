@@ -32,8 +32,8 @@ def first_choices(
   """
   first = expert[:, :, 0]
   before = jnp.concatenate([jnp.zeros_like(first[:1]), first[:-1]])
-  pairs = [jax.nn.one_hot(e, num_experts) for e in (before, first)]
-  return numerics.dot('lni,lnj->lij', *pairs, 'float32')
+  before, first = (jax.nn.one_hot(e, num_experts) for e in (before, first))
+  return numerics.dot('lni,lnj->lij', before, first, 'float32')
 
 
 def of_tokens(
