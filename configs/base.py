@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
   config.model.num_kv_heads = 0  # As many as num_heads.
   config.model.qk_norm = False
   config.model.bias = True
+  config.model.zero_outputs = False  # Of blocks, at the start.
   config.model.tie_embeddings = False
   config.model.logit_softcap = 0.0  # 0: none.
 

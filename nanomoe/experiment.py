@@ -215,6 +215,8 @@ def build_task(
   )
   norm = NORMS[model.norm]
   position = POSITIONS[model.position](config.block_size)
+  zeros = {'out_init': jax.nn.initializers.zeros}
+  out_init: dict[str, Any] = zeros if model.zero_outputs else {}
   attention = functools.partial(
     Attention,
     num_heads=model.num_heads,
@@ -225,6 +227,7 @@ def build_task(
     dropout_rate=model.dropout_rate,
     precision=config.precision,
     name='attention',
+    **out_init,
   )
 
   def experts(num_experts: int, d_ff: int):
@@ -234,6 +237,7 @@ def build_task(
       d_ff=d_ff,
       activation=moe.activation,
       use_bias=model.bias,
+      **out_init,
     )
 
   def dense(d_ff: int, name: str):

@@ -75,6 +75,9 @@ FIELDS: dict[str, Field] = {
   ),
   'model.qk_norm': Field(bool, 'normalizes queries and keys, each head'),
   'model.bias': Field(bool, 'of linear layers and experts'),
+  'model.zero_outputs': Field(
+    bool, "starts blocks' last weights at 0: each is then the identity"
+  ),
   'model.tie_embeddings': Field(
     bool, "makes logits by the tokens' embeddings, without a bias"
   ),

@@ -141,6 +141,7 @@ OTHER = {
   'model.num_kv_heads': 1,
   'model.qk_norm': True,
   'model.bias': False,
+  'model.zero_outputs': True,
   'model.tie_embeddings': True,
   'model.logit_softcap': 0.5,
   'moe.num_experts': 3,

@@ -137,3 +137,21 @@ def test_what_is_padded_does_not_move_other_logits(model, rng):
   before = model(tokens, mask)
   after = model(tokens, mask.at[2].set(False))
   np.testing.assert_allclose(after[:2], before[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize('first_dense_layers', [0, 2])
+def test_blocks_whose_outputs_start_at_zero_are_the_identity(
+  tiny, first_dense_layers
+):
+  """Without positions, logits are then a function of the token alone."""
+  changes = {'model.position': 'rope', 'moe.num_shared': 1}
+  changes |= {'moe.first_dense_layers': first_dense_layers}
+  tokens = jnp.array([[3, 5, 3, 3, 5]])
+  spread = {}
+  for zero in (False, True):
+    config = experiment.decide(tiny({**changes, 'model.zero_outputs': zero}))
+    task = experiment.build_task(config, 11)
+    trained = task.init(jax.random.key(0), {'inputs': tokens})
+    logits, _ = jax.jit(task.logits)(trained, tokens)
+    spread[zero] = np.ptp(logits[0, [0, 2, 3]], axis=0).max()
+  assert spread[True] < 1e-6 < 0.01 < spread[False]
