@@ -33,6 +33,7 @@ from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.heads import HEADS, softcap
 from nanomoe.model import Block, Transformer
 from nanomoe.moe import FeedForward, MoE, Sum
+from nanomoe.ngrams import Ngrams
 from nanomoe.norms import NORMS, identity
 from nanomoe.positions import POSITIONS
 from nanomoe.routers import ROUTERS
@@ -279,6 +280,9 @@ def build_task(
     d_model=model.d_model,
     dropout_rate=model.dropout_rate,
     remat=model.remat,
+    ngrams=functools.partial(
+      Ngrams, vocab_size, model.d_model, model.max_ngram, model.ngram_rows
+    ),
     position=position,
     blocks=blocks,
     norm=norm,
@@ -385,7 +389,10 @@ def _build_group(
 
 
 def count_params(params: Any, config: Config) -> dict[str, int]:
-  """All parameters, and those that one token meets: top_k experts a layer."""
+  """All parameters, and those that one token meets.
+
+  Of a layer's experts top_k, and of each table of n-grams a row.
+  """
   sizes = {
     jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -395,7 +402,7 @@ def count_params(params: Any, config: Config) -> dict[str, int]:
     n for name, n in sizes.items() if '.moe.w_' in name or '.moe.b_' in name
   )
   idle = experts * (config.moe.num_experts - config.moe.top_k)
-  return {
-    'num_params': total,
-    'num_active_params': total - idle // config.moe.num_experts,
-  }
+  idle //= config.moe.num_experts
+  tables = [n for name, n in sizes.items() if name.startswith('ngrams.')]
+  idle += sum(tables) - len(tables) * config.model.d_model
+  return {'num_params': total, 'num_active_params': total - idle}

@@ -1,6 +1,7 @@
 """The transformer around the experts."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from flax import linen as nn
 import jax
@@ -13,6 +14,28 @@ from nanomoe.moe import MoEAux
 from nanomoe.positions import Position
 from nanomoe.remat import remat
 from nanomoe.routing import Given
+
+
+class Past(NamedTuple):
+  """What later tokens need of earlier ones.
+
+  Attributes:
+    tokens: by position, those before `layers.length` and others.
+    layers: of the blocks, [L, ...].
+  """
+
+  tokens: Int[Array, 'batch positions']
+  layers: Cache
+
+  @property
+  def length(self) -> Int[Array, ' batch']:
+    """Positions that hold a token, by sequence."""
+    return self.layers.length[0]
+
+  def cut(self, length: Int[Array, ' batch']) -> 'Past':
+    """No more of it than that."""
+    every_layer = jnp.broadcast_to(length, self.layers.length.shape)
+    return self._replace(layers=self.layers._replace(length=every_layer))
 
 
 class Block(nn.Module):
@@ -57,6 +80,7 @@ class Transformer(nn.Module):
     dropout_rate: on the sum of embeddings.
     remat: keeps only what enters a block, and computes the rest again for the
       gradient: a third more work, a fraction of the activations' memory.
+    ngrams: makes a module (x, all tokens, position of the first) -> x.
     position: of a token, added to its embedding or not.
     blocks: each makes, of a name, a layer: a module (x, given, cache, train)
       -> (x, what it reports, or None, cache).
@@ -69,6 +93,7 @@ class Transformer(nn.Module):
   d_model: int
   dropout_rate: float
   remat: bool
+  ngrams: Callable[..., nn.Module]
   position: Position
   blocks: Sequence[Callable[..., nn.Module]]
   norm: Callable[..., nn.Module]
@@ -80,19 +105,19 @@ class Transformer(nn.Module):
     self,
     tokens: Int[Array, 'batch time'],
     mask: Bool[Array, 'batch time'],
-    cache: Cache | None = None,
+    past: Past | None = None,
     bias: Float[Array, 'layers experts'] | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time vocab'], MoEAux | None, Cache]:
-    """Returns logits, and the layers' reports and caches, stacked: [L, ...].
+  ) -> tuple[Float[Array, 'batch time vocab'], MoEAux | None, Past]:
+    """Returns logits, the layers' reports, stacked: [L, ...], and the past.
 
     Reports are of the layers that make one, None if none does.
 
     Args:
-      tokens: from position 0 on; with a cache, from its length on.
+      tokens: from position 0 on; with a past, from its length on.
       mask: False for padding, which counts in no load and no loss.
-      cache: of the positions before, as returned: [L, ...].
+      past: the positions before, as returned.
       bias: of the layers' routers, for those that have one.
       train: with dropout.
     """
@@ -101,8 +126,11 @@ class Transformer(nn.Module):
       nn.initializers.normal(0.02),
       (self.vocab_size, self.d_model),
     )
-    start = None if cache is None else cache.length[0]
-    x = self.position.embed(self.param, embedding[tokens], start)
+    start = None if past is None else past.length
+    seen = tokens if past is None else _write(past, tokens)
+    first = jnp.zeros(len(tokens), jnp.int32) if start is None else start
+    x = self.ngrams(name='ngrams')(embedding[tokens], seen, first)
+    x = self.position.embed(self.param, x, start)
     x = Dropout(self.dropout_rate)(x, train=train)
 
     def run(block, x, given, own):
@@ -112,7 +140,7 @@ class Transformer(nn.Module):
       run = remat(run)
     reports, caches = [], []
     for i, block in enumerate(self.blocks):
-      own = cache and jax.tree.map(lambda c, i=i: c[i], cache)
+      own = past and jax.tree.map(lambda c, i=i: c[i], past.layers)
       # Of the layers that report: others ignore it.
       its = None if bias is None else bias[min(len(reports), len(bias) - 1)]
       given = Given(tokens, mask, its)
@@ -121,7 +149,15 @@ class Transformer(nn.Module):
       caches.append(grown)
     x = self.norm(name='final_norm')(x)
     logits = self.cap(self.head(embedding)(x))
-    return logits, _stack(reports) if reports else None, _stack(caches)
+    reported = _stack(reports) if reports else None
+    return logits, reported, Past(seen, _stack(caches))
+
+
+def _write(
+  past: Past, tokens: Int[Array, 'batch time']
+) -> Int[Array, 'batch positions']:
+  write = jax.vmap(jax.lax.dynamic_update_slice)
+  return write(past.tokens, tokens, past.length[:, None])
 
 
 def _stack(trees):

@@ -70,6 +70,12 @@ FIELDS: dict[str, Field] = {
   'model.position': Field(
     str, 'how attention tells places apart', choices=('learned', 'rope')
   ),
+  'model.max_ngram': Field(
+    int, 'the most tokens that have an embedding together; 1: none do', 1
+  ),
+  'model.ngram_rows': Field(
+    int, 'of embeddings of n-grams, for each n; more share rows', 1, 2**24
+  ),
   'model.num_kv_heads': Field(
     int, 'of keys and values; a divisor of num_heads; 0: num_heads', 0
   ),

@@ -34,6 +34,7 @@ def test_parameters_of_the_choices_by_hand():
       'position': 'rope',
       'num_kv_heads': 2,
       'qk_norm': True,
+      'max_ngram': 3,
       'bias': False,
       'tie_embeddings': True,
     }
@@ -43,10 +44,12 @@ def test_parameters_of_the_choices_by_hand():
   block = 128 * (128 + 2 * 64) + 128 * 128 + 2 * 128 + 2 * 32
   dense = 2 * 128 * 1024
   router, expert = 128 * 4, 2 * 128 * 512
+  # 66 ** 2 bigrams, hashed trigrams; a token reads one of each.
+  tables = (66**2 + 8192) * 128
   rest = 65 * 128 + 128 + 4 * block + 2 * dense + 2 * router  # Layers 2 and 4.
   assert _counts(config) == {
-    'num_params': rest + 2 * 4 * expert,
-    'num_active_params': rest + 2 * 2 * expert,
+    'num_params': rest + tables + 2 * 4 * expert,
+    'num_active_params': rest + 2 * 128 + 2 * 2 * expert,
   }
 
 
