@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
   config.model.remat = False  # True: less memory, a third more work.
   config.model.norm = 'LayerNorm'
   config.model.position = 'learned'
-  config.model.max_ngram = 1  # Tokens with one embedding; 1: each its own only.
+  config.model.conv_width = 1  # Inputs that a layer's are mixed of; 1: none.
+  config.model.max_ngram = 1  # Tokens with an embedding together; 1: none.
   config.model.ngram_rows = 8192  # Of a table of n-grams, at most.
   config.model.num_kv_heads = 0  # As many as num_heads.
   config.model.qk_norm = False

@@ -26,6 +26,7 @@ from nanomoe import experts as experts_lib
 from nanomoe.attention import Attention
 from nanomoe.callbacks import AuxWeight, RoutingAlarm, TextSample, pictures
 from nanomoe.config import Config
+from nanomoe.convolution import ShortConvolution
 from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.text import VOCABULARY
@@ -267,6 +268,7 @@ def build_task(
     functools.partial(
       Block,
       norm=norm,
+      convolution=functools.partial(ShortConvolution, model.conv_width),
       attention=attention,
       feed_forward=(
         sparse if i in with_experts else dense(moe.dense_d_ff, 'feed_forward')

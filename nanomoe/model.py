@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nanomoe.attention import Cache
+from nanomoe.convolution import Seen
 from nanomoe.dropout import Dropout
 from nanomoe.moe import MoEAux
 from nanomoe.positions import Position
@@ -16,33 +17,52 @@ from nanomoe.remat import remat
 from nanomoe.routing import Given
 
 
+class Layer(NamedTuple):
+  """What a block keeps of earlier tokens; in `Past`, all blocks: [L, ...].
+
+  Attributes:
+    attention: of its attention.
+    inputs: of the convolutions before attention and before the feed-forward
+      layer, by position; None where there is none.
+  """
+
+  attention: Cache
+  inputs: tuple[Seen, Seen]
+
+
 class Past(NamedTuple):
   """What later tokens need of earlier ones.
 
   Attributes:
-    tokens: by position, those before `layers.length` and others.
-    layers: of the blocks, [L, ...].
+    tokens: by position; what stands at `length` and after is never seen.
+    layers: of all blocks, [L, ...].
   """
 
   tokens: Int[Array, 'batch positions']
-  layers: Cache
+  layers: Layer
 
   @property
   def length(self) -> Int[Array, ' batch']:
     """Positions that hold a token, by sequence."""
-    return self.layers.length[0]
+    return self.layers.attention.length[0]
 
   def cut(self, length: Int[Array, ' batch']) -> 'Past':
     """No more of it than that."""
-    every_layer = jnp.broadcast_to(length, self.layers.length.shape)
-    return self._replace(layers=self.layers._replace(length=every_layer))
+    attention = self.layers.attention
+    every_layer = jnp.broadcast_to(length, attention.length.shape)
+    attention = attention._replace(length=every_layer)
+    return self._replace(layers=self.layers._replace(attention=attention))
 
 
 class Block(nn.Module):
   """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
+  Each with a convolution behind its norm.
+
   Attributes:
     norm: makes, of a name, a module x -> x.
+    convolution: makes, of a name, a module (x, inputs before, position of the
+      first) -> (x, inputs).
     attention: makes a module (x, cache, train) -> (y, cache).
     feed_forward: makes a module (x, given, train) -> (y, what it reports,
       or None).
@@ -50,6 +70,7 @@ class Block(nn.Module):
   """
 
   norm: Callable[..., nn.Module]
+  convolution: Callable[..., nn.Module]
   attention: Callable[[], nn.Module]
   feed_forward: Callable[[], nn.Module]
   dropout_rate: float
@@ -59,16 +80,23 @@ class Block(nn.Module):
     self,
     x: Float[Array, 'batch time d_model'],
     given: Given,
-    cache: Cache | None = None,
+    past: Layer | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time d_model'], MoEAux | None, Cache]:
+  ) -> tuple[Float[Array, 'batch time d_model'], MoEAux | None, Layer]:
+    cache, (first, second) = past or (None, (None, None))
+    start = jnp.zeros(len(x), jnp.int32) if cache is None else cache.length
     normed = self.norm(name='attention_norm')(x)
-    y, grown = self.attention()(normed, cache, train=train)
+    convolve = self.convolution(name='attention_convolution')
+    normed, first = convolve(normed, first, start)
+    y, cache = self.attention()(normed, cache, train=train)
     x = x + Dropout(self.dropout_rate)(y, train=train)
     normed = self.norm(name='feed_forward_norm')(x)
+    convolve = self.convolution(name='feed_forward_convolution')
+    normed, second = convolve(normed, second, start)
     y, aux = self.feed_forward()(normed, given, train=train)
-    return x + Dropout(self.dropout_rate)(y, train=train), aux, grown
+    x = x + Dropout(self.dropout_rate)(y, train=train)
+    return x, aux, Layer(cache, (first, second))
 
 
 class Transformer(nn.Module):
@@ -82,8 +110,8 @@ class Transformer(nn.Module):
       gradient: a third more work, a fraction of the activations' memory.
     ngrams: makes a module (x, all tokens, position of the first) -> x.
     position: of a token, added to its embedding or not.
-    blocks: each makes, of a name, a layer: a module (x, given, cache, train)
-      -> (x, what it reports, or None, cache).
+    blocks: each makes, of a name, a layer: a module (x, given, past, train)
+      -> (x, what it reports, or None, past).
     norm: makes, of a name, a module x -> x.
     head: makes, of the tokens' embeddings [V, d_model], x -> logits.
     cap: logits -> logits.
@@ -138,7 +166,7 @@ class Transformer(nn.Module):
 
     if self.remat and train:
       run = remat(run)
-    reports, caches = [], []
+    reports, layers = [], []
     for i, block in enumerate(self.blocks):
       own = past and jax.tree.map(lambda c, i=i: c[i], past.layers)
       # Of the layers that report: others ignore it.
@@ -146,11 +174,11 @@ class Transformer(nn.Module):
       given = Given(tokens, mask, its)
       x, aux, grown = run(block(name=f'block_{i}'), x, given, own)
       reports += [] if aux is None else [aux]
-      caches.append(grown)
+      layers.append(grown)
     x = self.norm(name='final_norm')(x)
     logits = self.cap(self.head(embedding)(x))
     reported = _stack(reports) if reports else None
-    return logits, reported, Past(seen, _stack(caches))
+    return logits, reported, Past(seen, _stack(layers))
 
 
 def _write(

@@ -70,6 +70,9 @@ FIELDS: dict[str, Field] = {
   'model.position': Field(
     str, 'how attention tells places apart', choices=('learned', 'rope')
   ),
+  'model.conv_width': Field(
+    int, 'last inputs that a short convolution before each layer sees', 1
+  ),
   'model.max_ngram': Field(
     int, 'the most tokens that have an embedding together; 1: none do', 1
   ),

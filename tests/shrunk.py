@@ -24,6 +24,7 @@ TINY = {
 MODERN = {
   'model.norm': 'RMSNorm',
   'model.position': 'rope',
+  'model.conv_width': 3,
   'model.max_ngram': 3,
   'model.ngram_rows': 300,  # Fewer than 3-grams.
   'model.num_kv_heads': 1,

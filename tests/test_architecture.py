@@ -138,6 +138,7 @@ OTHER = {
   'model.dropout_rate': 0.5,
   'model.norm': 'RMSNorm',
   'model.position': 'rope',
+  'model.conv_width': 2,
   'model.max_ngram': 2,
   'model.ngram_rows': 50,
   'model.num_kv_heads': 1,
