@@ -1,6 +1,6 @@
 """The composition root: where model, trainer and config meet."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import functools
 import logging
 import pathlib
@@ -24,7 +24,7 @@ from nanomoe import (
 )
 from nanomoe import experts as experts_lib
 from nanomoe.attention import Attention
-from nanomoe.callbacks import AuxWeight, ExpertLoads, TextSample
+from nanomoe.callbacks import AuxWeight, ExpertLoads, Records, TextSample
 from nanomoe.config import Config
 from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
@@ -39,6 +39,7 @@ from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import callbacks, checkpoint, leaves, saved, spec
 from trainers.errors import UserError
+from trainers.step import Spikes
 from trainers.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -46,10 +47,21 @@ log = logging.getLogger(__name__)
 CALLBACKS = {name: getattr(callbacks, name) for name in callbacks.__all__}
 
 
-def build(config: Config, directory: pathlib.Path) -> Trainer:
+def build(
+  config: Config,
+  directory: pathlib.Path,
+  allow_changed: Collection[str] = (),
+) -> Trainer:
   """The trainer that `config` describes; `.fit()` runs it.
 
-  Writes config.json, with what is decided here, and vocabulary.json.
+  Writes config.json, with what is decided here, and vocabulary.json: those of
+  a run that goes on once its checkpoint is found to fit.
+
+  Args:
+    config: whole.
+    directory: of the run.
+    allow_changed: of workdir.ALLOWABLE, what need not be as the checkpoint has
+      it.
 
   Raises:
     UserError: what is wrong with the config, the data or the directory.
@@ -57,7 +69,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
   if lines := schema.problems(config.to_dict()):
     raise UserError(lines)
   config = decide(config)
-  corpus, tokenizer, dataset = text_lib.read(config, directory)
+  corpus, tokenizer, dataset = text_lib.read(config, directory, allow_changed)
   task = build_task(config, tokenizer.vocab_size, tokenizer.token_bytes())
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps
@@ -69,9 +81,20 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     'corpus_sha256': corpus.fingerprint,
     'num_characters': len(corpus.text),
     'vocab_size': tokenizer.vocab_size,
-    **count_params(params, config),
+    **provenance.count_params(params, config),
     **provenance.facts(),
   }
+  recorded = {
+    'type': config.data.tokenizer.type,
+    'corpus': corpus.name,
+    'corpus_sha256': corpus.fingerprint,
+  }
+  records = Records(
+    {
+      directory / 'config.json': config.to_dict(),
+      directory / VOCABULARY: {**tokenizer.state_dict(), **recorded},
+    }
+  )
   trainer = Trainer(
     task,
     dataset,
@@ -83,9 +106,18 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     log_interval=config.log_interval,
     ema_decay=config.optimizer.ema_decay,
     eval_weights=config.eval_weights,
-    callbacks=build_callbacks(
-      config, directory, task, tokenizer, corpus.text[:1], facts
-    ),
+    spikes=spikes_of(config),
+    # Other tokens are other data.
+    allow_changed=[
+      *allow_changed,
+      *(['data'] * ('tokenizer' in allow_changed)),
+    ],
+    callbacks=[
+      records,
+      *build_callbacks(
+        config, directory, task, tokenizer, corpus.text[:1], facts
+      ),
+    ],
     checkpointer=checkpoint.Checkpointer(
       directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
     ),
@@ -97,15 +129,8 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     board=board.of(config),
     memory_hint=functools.partial(memory.hint, config),
   )
-  workdir.write_json(directory / 'config.json', config.to_dict())
-  recorded = {
-    'type': config.data.tokenizer.type,
-    'corpus': corpus.name,
-    'corpus_sha256': corpus.fingerprint,
-  }
-  workdir.write_json(
-    directory / VOCABULARY, {**tokenizer.state_dict(), **recorded}
-  )
+  if workdir.read_config(directory) is None:
+    records.write()
   log.info(
     'corpus: %s, %s characters, %s for %d tokens, sha256 %s',
     corpus.name,
@@ -163,6 +188,11 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
     meta['step'],
     meta['identity'],
   )
+
+
+def spikes_of(config: Config) -> Spikes | None:
+  factor, window = config.optimizer.spike_factor, config.optimizer.spike_window
+  return Spikes(factor, window) if factor else None
 
 
 def decide(config: Config) -> Config:
@@ -364,20 +394,3 @@ def _build_group(
       )
     built.append(plugin)
   return built
-
-
-def count_params(params: Any, config: Config) -> dict[str, int]:
-  """All parameters, and those that one token meets: top_k experts a layer."""
-  sizes = {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  total = sum(sizes.values())
-  experts = sum(
-    n for name, n in sizes.items() if '.moe.w_' in name or '.moe.b_' in name
-  )
-  idle = experts * (config.moe.num_experts - config.moe.top_k)
-  return {
-    'num_params': total,
-    'num_active_params': total - idle // config.moe.num_experts,
-  }

@@ -2,6 +2,7 @@
 
 from nanomoe.callbacks.aux_weight import AuxWeight
 from nanomoe.callbacks.expert_loads import ExpertLoads
+from nanomoe.callbacks.records import Records
 from nanomoe.callbacks.text_sample import TextSample
 
-__all__ = ['AuxWeight', 'ExpertLoads', 'TextSample']
+__all__ = ['AuxWeight', 'ExpertLoads', 'Records', 'TextSample']
