@@ -538,12 +538,12 @@ def test_a_disk_that_stays_full(tmp_path, warnings, happened, full_disk):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-  injected='the disk is full from step 5 on (the main job)',
+  injected='the disk is full once step 4 is saved (the main job)',
   promised='exit 4, told in lines; step 4 is intact; then bitwise the same end',
 )
 def test_the_main_job_on_a_full_disk(start, tmp_path, finished, happened):
   workdir = tmp_path / 'run'
-  first = start(workdir, fault='step 5 20')
+  first = start(workdir, fault='manifest 1 60')
   assert first.end() == 4, first.output[-3000:]
   assert 'Traceback' not in first.output
   told = [x for x in first.output.splitlines() if 'could not be saved' in x]
