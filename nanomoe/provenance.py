@@ -1,4 +1,4 @@
-"""What made a run: versions, devices, command, revision."""
+"""What a run is of: versions, devices, command, revision; how large it is."""
 
 from importlib import metadata
 import pathlib
@@ -8,6 +8,8 @@ import sys
 from typing import Any
 
 import jax
+
+from nanomoe.config import Config
 
 _PACKAGES = (
   'jax',
@@ -19,6 +21,23 @@ _PACKAGES = (
   'numpy',
   'nanomoe',
 )
+
+
+def count_params(params: Any, config: Config) -> dict[str, int]:
+  """All parameters, and those that one token meets: top_k experts a layer."""
+  sizes = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  total = sum(sizes.values())
+  experts = sum(
+    n for name, n in sizes.items() if '.moe.w_' in name or '.moe.b_' in name
+  )
+  idle = experts * (config.moe.num_experts - config.moe.top_k)
+  return {
+    'num_params': total,
+    'num_active_params': total - idle // config.moe.num_experts,
+  }
 
 
 def facts() -> dict[str, Any]:

@@ -52,7 +52,13 @@ def log_to_terminal(
   # Libraries: what they warn of, not what they do.
   for name in ('absl', 'jax'):
     logging.getLogger(name).setLevel(logging.WARNING)
+  logging.getLogger('absl').addFilter(_is_not_of_orbax)
   return console
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  """A save that fails is told by us, in a line; there, by three tracebacks."""
+  return 'orbax' not in record.pathname
 
 
 def _console(stream: TextIO | None) -> Console | None:
