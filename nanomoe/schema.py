@@ -269,6 +269,12 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
       f'optimizer.spike_{factor=} would refuse ordinary updates: it must be 0 '
       'or > 1'
     )
+  # Refused losses never move the median.
+  if factor and values.get('callbacks.non_finite.patience') == 0:
+    yield (
+      f'optimizer.spike_{factor=} may refuse every update, for ever: '
+      'callbacks.non_finite.patience must be > 0'
+    )
   average = values.get('eval_weights') == 'average'
   if average and values.get('optimizer.ema_decay') == 0:
     yield "eval_weights='average' needs an optimizer.ema_decay above 0"

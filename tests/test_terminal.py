@@ -102,16 +102,17 @@ def loggers():
   """As they were before the test."""
   names = [*terminal.LOGGERS, 'absl', 'jax']
   before = {
-    name: (logger.handlers, logger.level, logger.propagate)
+    name: (logger.handlers, logger.filters, logger.level, logger.propagate)
     for name in names
     if (logger := logging.getLogger(name))
   }
   raises = logging.raiseExceptions
   yield
   logging.raiseExceptions = raises
-  for name, (handlers, level, propagate) in before.items():
+  for name, (handlers, filters, level, propagate) in before.items():
     logger = logging.getLogger(name)
     logger.handlers, logger.propagate = handlers, propagate
+    logger.filters = filters
     logger.setLevel(level)
 
 
@@ -134,6 +135,14 @@ def test_colours_are_few_and_can_be_none(tty, loggers, monkeypatch, no_color):
   assert re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(others)) == (
     'best  ★\ncareful\nno'
   )
+
+
+def test_what_orbax_logs_of_a_failed_save_is_not_shown(loggers, caplog):
+  terminal.log_to_terminal()
+  for place in ('orbax/checkpoint/x.py', 'elsewhere/y.py'):
+    record = logging.LogRecord('absl', logging.ERROR, place, 1, place, (), None)
+    logging.getLogger('absl').handle(record)
+  assert [r.pathname for r in caplog.records] == ['elsewhere/y.py']
 
 
 def test_a_terminal_that_cannot_draw_gets_lines(tty, loggers, monkeypatch):

@@ -569,11 +569,10 @@ checkpointer = Checkpointer(disk / 'checkpoints', 1)
 checkpointer.save(1, {'x': jnp.asarray(values)}, {}, None)
 checkpointer.wait()
 filler = disk / 'filler'
-with filler.open('wb') as f:
+with filler.open('wb', buffering=0) as f:
   try:
     while True:
       f.write(bytes(4096))
-      f.flush()
   except OSError as error:
     print(error.errno)
 try:

@@ -293,6 +293,27 @@ def test_a_rollback_past_damage(tmp_path, happened):
   happened('from step 14 back to 4')
 
 
+@pytest.mark.fault(
+  injected='a rollback while all checkpoints are damaged',
+  promised='it stops as diverged (exit 3), and each is named',
+)
+def test_a_rollback_past_all_damage(tmp_path, caplog, happened):
+  def damage(loop):
+    loop.checkpointer.wait()
+    for step in steps_of(tmp_path):
+      path = tmp_path / 'checkpoints' / str(step)
+      (path / 'meta' / 'metadata').write_text('{')
+
+  trainer = make(tmp_path, BAD, At(damage, 9), max_rollbacks=1, keep_latest=3)
+  assert trainer.fit() == 'diverged'
+  assert 'no good checkpoint is left' in trainer.stop_reason
+  for step in (4, 8):
+    assert f'checkpoint {step} is damaged' in caplog.text
+  # They stay where they are: nothing begins anew.
+  assert steps_of(tmp_path) == [4, 8]
+  happened(f'diverged: {trainer.stop_reason}')
+
+
 # Spikes.
 
 
