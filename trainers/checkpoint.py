@@ -3,6 +3,7 @@
 A trainer has a Checkpointer: save, wait, restore, close.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -147,13 +148,15 @@ class Checkpointer:
     """After a save that failed: what was there is there, and no more."""
     self.newest = None
     self._policy.kept = self._kept
-    # They take room, where there may be none.
-    for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
-      shutil.rmtree(path, ignore_errors=True)
+    # It waits for the arrays only if its own record could be written.
+    with contextlib.suppress(Exception):
+      self._manager._checkpointer.wait_until_finished()
     try:
       self._put_back()
-      # Orbax counts what never landed, and no more what it meant to delete.
-      self._manager.reload()
+      # The one that failed counts what never landed, forgot what it meant to
+      # delete, left a directory where there is no room, and would tell of one
+      # failure after another.
+      self._manager = self._open()
     except OSError as error:
       log.error('%s: %s', self._directory, error)
 
