@@ -75,6 +75,8 @@ def get_config() -> ConfigDict:
   config.optimizer.schedule = ConfigDict({'type': 'constant'})
   config.optimizer.clip_norm = 0.0  # Of the whole gradient; 0: never.
   config.optimizer.decay_mask = 'all'  # matrices: no biases, no norms.
+  config.optimizer.spike_factor = 0.0  # Of the median loss: more is refused.
+  config.optimizer.spike_window = 64  # Updates that the median is of.
   config.optimizer.ema_decay = 0.0  # Of the weights' average; 0: none.
 
   config.checkpoint = ConfigDict()
@@ -85,7 +87,7 @@ def get_config() -> ConfigDict:
     {'type': 'EarlyStopping', 'patience': 0}
   )
   config.callbacks.non_finite = ConfigDict(
-    {'type': 'StopOnNonFinite', 'patience': 10}
+    {'type': 'StopOnNonFinite', 'patience': 10, 'max_rollbacks': 0}
   )
   config.callbacks.profile = ConfigDict(
     {'type': 'Profile', 'num_steps': 0}  # Traced after the start; 0: none.

@@ -24,7 +24,7 @@ CHARTS = {
   'learning_rate': Chart('optimizer/learning_rate', 'Of the next update.'),
   'gradient_norm': Chart('optimizer/gradient_norm', 'Before it is clipped.'),
   'skipped_updates': Chart(
-    'optimizer/skipped_updates', 'Refused: they were not finite.'
+    'optimizer/skipped_updates', 'Refused: not finite, or a spike.'
   ),
   'steps_per_sec': Chart('speed/steps_per_sec', 'Of training alone.'),
   'tokens_per_sec': Chart('speed/tokens_per_sec', 'Of training alone.'),

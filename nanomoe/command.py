@@ -56,6 +56,7 @@ def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
   two commands, and a notebook imports several.
   """
   _exec_with_huge_pages()
+  sys.unraisablehook = _tell_unraisable
   _keep_compiled_programs()
   # Until a trainer listens, there is nothing to save.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -105,6 +106,12 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
       raise
 
   return guarded
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+  """But for the arrays that a failed save leaves behind: it is told itself."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def _exec_with_huge_pages() -> None:

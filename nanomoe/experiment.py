@@ -1,6 +1,6 @@
 """The composition root: where model, trainer and config meet."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 import functools
 import logging
 import pathlib
@@ -22,25 +22,23 @@ from nanomoe import (
   schema,
   workdir,
 )
-from nanomoe import experts as experts_lib
-from nanomoe.attention import Attention
-from nanomoe.callbacks import AuxWeight, RoutingAlarm, TextSample, pictures
+from nanomoe.assembly import build_task, layers_with_experts
+from nanomoe.callbacks import (
+  AuxWeight,
+  Records,
+  RoutingAlarm,
+  TextSample,
+  pictures,
+)
 from nanomoe.config import Config
-from nanomoe.convolution import ShortConvolution
 from nanomoe.data import text as text_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.text import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.heads import HEADS, softcap
-from nanomoe.model import Block, Transformer
-from nanomoe.moe import FeedForward, MoE, Sum
-from nanomoe.ngrams import Ngrams
-from nanomoe.norms import NORMS, identity
-from nanomoe.positions import POSITIONS
-from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import callbacks, checkpoint, leaves, saved, spec
 from trainers.errors import UserError
+from trainers.step import Spikes
 from trainers.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -53,10 +51,21 @@ CALLBACKS = {
 MAX_WATCHED = 128
 
 
-def build(config: Config, directory: pathlib.Path) -> Trainer:
+def build(
+  config: Config,
+  directory: pathlib.Path,
+  allow_changed: Collection[str] = (),
+) -> Trainer:
   """The trainer that `config` describes; `.fit()` runs it.
 
-  Writes config.json, with what is decided here, and vocabulary.json.
+  Writes config.json, with what is decided here, and vocabulary.json: those of
+  a run that goes on once its checkpoint is found to fit.
+
+  Args:
+    config: whole.
+    directory: of the run.
+    allow_changed: of workdir.ALLOWABLE, what need not be as the checkpoint has
+      it.
 
   Raises:
     UserError: what is wrong with the config, the data or the directory.
@@ -64,7 +73,7 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
   if lines := schema.problems(config.to_dict()):
     raise UserError(lines)
   config = decide(config)
-  corpus, tokenizer, dataset = text_lib.read(config, directory)
+  corpus, tokenizer, dataset = text_lib.read(config, directory, allow_changed)
   token_bytes = tokenizer.token_bytes()
   watched = text_lib.frequent(dataset, token_bytes, MAX_WATCHED)
   task = build_task(config, tokenizer.vocab_size, token_bytes, watched)
@@ -78,9 +87,20 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     'corpus_sha256': corpus.fingerprint,
     'num_characters': len(corpus.text),
     'vocab_size': tokenizer.vocab_size,
-    **count_params(params, config),
+    **provenance.count_params(params, config),
     **provenance.facts(),
   }
+  recorded = {
+    'type': config.data.tokenizer.type,
+    'corpus': corpus.name,
+    'corpus_sha256': corpus.fingerprint,
+  }
+  records = Records(
+    {
+      directory / 'config.json': config.to_dict(),
+      directory / VOCABULARY: {**tokenizer.state_dict(), **recorded},
+    }
+  )
   trainer = Trainer(
     task,
     dataset,
@@ -92,9 +112,18 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     log_interval=config.log_interval,
     ema_decay=config.optimizer.ema_decay,
     eval_weights=config.eval_weights,
-    callbacks=build_callbacks(
-      config, directory, task, tokenizer, corpus.text[:1], facts
-    ),
+    spikes=spikes_of(config),
+    # Other tokens are other data.
+    allow_changed=[
+      *allow_changed,
+      *(['data'] * ('tokenizer' in allow_changed)),
+    ],
+    callbacks=[
+      records,
+      *build_callbacks(
+        config, directory, task, tokenizer, corpus.text[:1], facts
+      ),
+    ],
     checkpointer=checkpoint.Checkpointer(
       directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
     ),
@@ -106,15 +135,8 @@ def build(config: Config, directory: pathlib.Path) -> Trainer:
     board=board.of(config),
     memory_hint=functools.partial(memory.hint, config),
   )
-  workdir.write_json(directory / 'config.json', config.to_dict())
-  recorded = {
-    'type': config.data.tokenizer.type,
-    'corpus': corpus.name,
-    'corpus_sha256': corpus.fingerprint,
-  }
-  workdir.write_json(
-    directory / VOCABULARY, {**tokenizer.state_dict(), **recorded}
-  )
+  if workdir.read_config(directory) is None:
+    records.write()
   log.info(
     'corpus: %s, %s characters, %s for %d tokens, sha256 %s',
     corpus.name,
@@ -174,6 +196,11 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   )
 
 
+def spikes_of(config: Config) -> Spikes | None:
+  factor, window = config.optimizer.spike_factor, config.optimizer.spike_window
+  return Spikes(factor, window) if factor else None
+
+
 def decide(config: Config) -> Config:
   """A copy without 'auto': what a resumed run must find decided."""
   config = config.copy_and_resolve_references()
@@ -196,122 +223,6 @@ def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
   except UserError as error:
     lines = [f'init_from={source}: its weights do not fit this model']
     raise UserError(lines + error.problems) from error
-
-
-def build_task(
-  config: Config,
-  vocab_size: int,
-  token_bytes: Sequence[bytes] | None = None,
-  watched: Sequence[int] = (),
-) -> LanguageModel:
-  model, moe = config.model, config.moe
-  router = functools.partial(
-    spec.build,
-    'moe.router',
-    moe.router.to_dict(),
-    ROUTERS,
-    num_experts=moe.num_experts,
-    top_k=moe.top_k,
-    balance=moe.balance,
-    vocab_size=vocab_size,
-  )
-  norm = NORMS[model.norm]
-  position = POSITIONS[model.position](config.block_size)
-  zeros = {'out_init': jax.nn.initializers.zeros}
-  out_init: dict[str, Any] = zeros if model.zero_outputs else {}
-  attention = functools.partial(
-    Attention,
-    num_heads=model.num_heads,
-    num_kv_heads=model.num_kv_heads or model.num_heads,
-    norm=norm if model.qk_norm else identity,
-    position=position,
-    use_bias=model.bias,
-    dropout_rate=model.dropout_rate,
-    precision=config.precision,
-    name='attention',
-    **out_init,
-  )
-
-  def experts(num_experts: int, d_ff: int):
-    return functools.partial(
-      experts_lib.make,
-      num_experts=num_experts,
-      d_ff=d_ff,
-      activation=moe.activation,
-      use_bias=model.bias,
-      **out_init,
-    )
-
-  def dense(d_ff: int, name: str):
-    return functools.partial(
-      FeedForward,
-      experts=experts(1, d_ff),
-      precision=config.precision,
-      name=name,
-    )
-
-  sparse = functools.partial(
-    MoE,
-    router=functools.partial(router, name='router'),
-    experts=experts(moe.num_experts, moe.d_ff),
-    dispatch=dispatchers.build(moe.dispatch, moe.to_dict()),
-    precision=config.precision,
-    name='moe',
-  )
-  if moe.num_shared:
-    shared = dense(moe.num_shared * moe.d_ff, 'shared')
-    sparse = functools.partial(
-      Sum, chosen=sparse, shared=shared, name='feed_forward'
-    )
-  with_experts = layers_with_experts(config)
-  blocks = [
-    functools.partial(
-      Block,
-      norm=norm,
-      convolution=functools.partial(ShortConvolution, model.conv_width),
-      attention=attention,
-      feed_forward=(
-        sparse if i in with_experts else dense(moe.dense_d_ff, 'feed_forward')
-      ),
-      dropout_rate=model.dropout_rate,
-    )
-    for i in range(model.num_layers)
-  ]
-  transformer = Transformer(
-    vocab_size=vocab_size,
-    d_model=model.d_model,
-    dropout_rate=model.dropout_rate,
-    remat=model.remat,
-    ngrams=functools.partial(
-      Ngrams, vocab_size, model.d_model, model.max_ngram, model.ngram_rows
-    ),
-    position=position,
-    blocks=blocks,
-    norm=norm,
-    head=functools.partial(
-      HEADS[model.tie_embeddings],
-      use_bias=model.bias,
-      precision=config.precision,
-    ),
-    cap=functools.partial(softcap, cap=model.logit_softcap),
-  )
-  return LanguageModel(
-    transformer,
-    moe.aux_weight,
-    moe.balance,
-    token_bytes,
-    z_weight=moe.z_weight,
-    entropy_weight=moe.entropy_weight,
-    bias_rate=getattr(router(), 'bias_rate', 0.0),
-    watched=watched,
-  )
-
-
-def layers_with_experts(config: Config) -> list[int]:
-  """After the first dense ones, each whose number, from 1, `every` divides."""
-  first, every = config.moe.first_dense_layers, config.moe.every
-  layers = range(first, config.model.num_layers)
-  return [i for i in layers if (i + 1) % every == 0]
 
 
 def build_callbacks(
@@ -388,23 +299,3 @@ def _build_group(
       )
     built.append(plugin)
   return built
-
-
-def count_params(params: Any, config: Config) -> dict[str, int]:
-  """All parameters, and those that one token meets.
-
-  Of a layer's experts top_k, and of each table of n-grams a row.
-  """
-  sizes = {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  total = sum(sizes.values())
-  experts = sum(
-    n for name, n in sizes.items() if '.moe.w_' in name or '.moe.b_' in name
-  )
-  idle = experts * (config.moe.num_experts - config.moe.top_k)
-  idle //= config.moe.num_experts
-  tables = [n for name, n in sizes.items() if name.startswith('ngrams.')]
-  idle += sum(tables) - len(tables) * config.model.d_model
-  return {'num_params': total, 'num_active_params': total - idle}

@@ -50,6 +50,14 @@ _INIT_FROM = flags.DEFINE_string(
   flag_values=_FLAGS,
 )
 
+_ALLOW_CHANGED = flags.DEFINE_list(
+  'allow_changed',
+  [],
+  f'Of {",".join(workdir_lib.ALLOWABLE)}: what a run goes on with although it '
+  'is not what it was trained with.',
+  flag_values=_FLAGS,
+)
+
 EXIT_CODES = {
   'done': 0,
   'diverged': 3,
@@ -63,6 +71,12 @@ def _parse(argv: list[str]) -> list[config_lib.Override]:
   """The overrides. Absl does not know the config's keys: it gets the rest."""
   argv, overrides = config_lib.split_arguments(argv)
   command.parse_flags(argv, _FLAGS, str(__doc__), lambda: _keys_help(argv))
+  for name in _ALLOW_CHANGED.value:
+    if name not in workdir_lib.ALLOWABLE:
+      raise UserError(
+        f'--allow_changed={name}: it must be of '
+        f'{", ".join(workdir_lib.ALLOWABLE)}'
+      )
   if _INIT_FROM.value:
     overrides.append(('init_from', _INIT_FROM.value))
   return overrides
@@ -101,12 +115,14 @@ def main(overrides: list[config_lib.Override]) -> int:
   console = terminal.log_to_terminal(quiet=_QUIET.value)
   workdir_lib.log_to(workdir)
   if old:
-    config = workdir_lib.continued(old, config, [key for key, _ in overrides])
+    config = workdir_lib.continued(
+      old, config, [key for key, _ in overrides], _ALLOW_CHANGED.value
+    )
 
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
 
   try:
-    trainer = experiment.build(config, workdir)
+    trainer = experiment.build(config, workdir, _ALLOW_CHANGED.value)
   except UserError:
     workdir_lib.discard(workdir)
     raise

@@ -135,6 +135,14 @@ FIELDS: dict[str, Field] = {
   'optimizer.decay_mask': Field(
     str, 'what weight decay applies to', choices=('all', 'matrices')
   ),
+  'optimizer.spike_factor': Field(
+    float,
+    'updates whose loss is above so many medians are refused; 0: none',
+    0,
+  ),
+  'optimizer.spike_window': Field(
+    int, 'accepted updates whose losses have that median', 2
+  ),
   'optimizer.ema_decay': Field(
     float, "of the parameters' average; 0: none is kept", 0, 1
   ),
@@ -179,7 +187,10 @@ ARGUMENTS = {
     'evaluations without a new best, at which it stops; 0: never'
   ),
   'callbacks.non_finite.patience': (
-    'updates in a row that were not finite, at which it stops; 0: never'
+    'refused updates in a row, at which it stops or goes back; 0: never'
+  ),
+  'callbacks.non_finite.max_rollbacks': (
+    'how often it goes back to the last good checkpoint, and on with other data'
   ),
   'callbacks.profile.num_steps': 'steps that are traced; 0: none',
   'callbacks.routing_alarm.action': (
@@ -267,6 +278,18 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     num_kv_heads = values['model.num_kv_heads'] or num_heads
     if num_heads % num_kv_heads:
       yield f'model.{num_kv_heads=} does not divide model.{num_heads=}'
+  factor = values.get('optimizer.spike_factor', 0)
+  if 0 < factor <= 1:
+    yield (
+      f'optimizer.spike_{factor=} would refuse ordinary updates: it must be 0 '
+      'or > 1'
+    )
+  # Refused losses never move the median.
+  if factor and values.get('callbacks.non_finite.patience') == 0:
+    yield (
+      f'optimizer.spike_{factor=} may refuse every update, for ever: '
+      'callbacks.non_finite.patience must be > 0'
+    )
   average = values.get('eval_weights') == 'average'
   if average and values.get('optimizer.ema_decay') == 0:
     yield "eval_weights='average' needs an optimizer.ema_decay above 0"

@@ -52,7 +52,19 @@ def log_to_terminal(
   # Libraries: what they warn of, not what they do.
   for name in ('absl', 'jax'):
     logging.getLogger(name).setLevel(logging.WARNING)
+  # A save that fails is told by us, in a line; by Orbax, by tracebacks.
+  logging.getLogger('absl').addFilter(_is_not_of_orbax)
+  logging.getLogger('asyncio').addFilter(_is_of_a_program)
   return console
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  return 'orbax' not in record.pathname
+
+
+def _is_of_a_program(record: logging.LogRecord) -> bool:
+  """No error that Orbax, having told of another one, never asked for."""
+  return 'exception was never retrieved' not in record.getMessage()
 
 
 def _console(stream: TextIO | None) -> Console | None:

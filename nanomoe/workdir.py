@@ -33,6 +33,7 @@ _MAY_CHANGE = (
   'optimizer.decay_mask',
   'optimizer.beta',
   'optimizer.clip_norm',
+  'optimizer.spike_factor',
   'model.remat',
   'moe.aux_weight',
   'moe.z_weight',
@@ -45,8 +46,17 @@ _MAY_CHANGE = (
   'data.fallback',
 )
 
-# Of these, what changes how it ends: never by a file, which may be meant for
-# another run, or lack what the command line had.
+# What --allow_changed may name, and the keys that it allows: another run, if
+# somebody wants to go on with it all the same. The text's own key is above.
+ALLOWABLE = {
+  'data': ('data.dataset.',),
+  'seed': ('seed',),
+  'batch_size': ('batch_size',),
+  'tokenizer': ('data.tokenizer.',),
+}
+
+# Of what may change, this changes how it ends: never by a file, which may be
+# meant for another run, or lack what the command line had.
 _BY_NAME_ALONE = (
   'num_train_steps',
   'eval_weights',
@@ -103,7 +113,10 @@ def config_of(workdir: pathlib.Path) -> Config:
 
 
 def continued(
-  old: ConfigDict, new: ConfigDict, asked: Collection[str]
+  old: ConfigDict,
+  new: ConfigDict,
+  asked: Collection[str],
+  allow_changed: Collection[str] = (),
 ) -> ConfigDict:
   """`new`, with what `old` had decided; the changes are logged.
 
@@ -112,6 +125,7 @@ def continued(
     new: the one to go on with.
     asked: the keys that were given by name; what else differs came with a
       file.
+    allow_changed: of `ALLOWABLE`.
 
   Raises:
     UserError: naming every key that may not change within a run, or not
@@ -135,8 +149,12 @@ def continued(
       f'{key} was {before.get(key)!r} in this run, and is {after.get(key)!r} '
       'now: '
     )
-    if not key.startswith(_MAY_CHANGE):
-      lines.append(tell + 'choose another --workdir')
+    names = [n for n, keys in ALLOWABLE.items() if key.startswith(keys)]
+    if set(names) & set(allow_changed):
+      pass
+    elif not key.startswith(_MAY_CHANGE):
+      hint = f', or --allow_changed={names[0]}' if names else ''
+      lines.append(f'{tell}choose another --workdir{hint}')
     elif (
       key.startswith(_BY_NAME_ALONE)
       and key not in asked
@@ -178,6 +196,39 @@ def problems(workdir: pathlib.Path) -> list[str]:
   return []
 
 
+class _LockedLog(logging.FileHandler):
+  """<workdir>/log.txt, and the only one: held, with the directory, while open.
+
+  A lock is of the process: nothing is left of it where that was killed.
+
+  Raises:
+    BlockingIOError: another process has it.
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    super().__init__(workdir / 'log.txt', encoding='utf-8')
+    # Whoever deletes the log does not unlock the directory; where directories
+    # cannot be locked (NFS), the log can.
+    self._directory: int | None = os.open(workdir, os.O_RDONLY)
+    errors = []
+    for descriptor in (self.stream.fileno(), self._directory):  # pyright: ignore
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        self.close()
+        raise
+      except OSError as error:
+        errors.append(error)
+    if len(errors) == 2:
+      log.warning('%s cannot be locked: %s', workdir, errors[0])
+
+  def close(self) -> None:
+    super().close()
+    if self._directory is not None:
+      os.close(self._directory)
+    self._directory = None
+
+
 def log_to(workdir: pathlib.Path) -> None:
   """Makes the directory, logs to its log.txt too, and keeps others out.
 
@@ -186,20 +237,16 @@ def log_to(workdir: pathlib.Path) -> None:
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(workdir / 'log.txt', encoding='utf-8')
+    handler = _LockedLog(workdir)
     with tempfile.TemporaryFile(dir=workdir):
       pass  # It can be written to: the log could be, by itself.
+  except BlockingIOError as error:
+    raise UserError(
+      f'--workdir={workdir}: another process is training there'
+    ) from error
   except OSError as error:
     raise UserError(
       f'--workdir={workdir} cannot be written: {error.strerror}'
-    ) from error
-  try:
-    # Held by the open log, so by no process that has ended.
-    fcntl.flock(handler.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)  # pyright: ignore
-  except OSError as error:
-    handler.close()
-    raise UserError(
-      f'--workdir={workdir}: another process is training there'
     ) from error
   handler.setFormatter(
     logging.Formatter('%(asctime)s %(levelname)s %(message)s')

@@ -179,7 +179,7 @@ BESIDE = {
 }
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
 # them knows a capacity, what plug-ins and callbacks do, what remat saves, which
-# weights are evaluated.
+# weights are evaluated, what a spike is.
 ELSEWHERE = {
   'init_from',
   'eval_weights',
@@ -194,6 +194,9 @@ ELSEWHERE = {
   'callbacks.early_stopping.patience',
   'callbacks.non_finite.type',
   'callbacks.non_finite.patience',
+  'callbacks.non_finite.max_rollbacks',
+  'optimizer.spike_factor',
+  'optimizer.spike_window',
   'callbacks.profile.type',
   'callbacks.profile.num_steps',
   'callbacks.routing_alarm.type',

@@ -800,3 +800,20 @@ def test_what_json_has_no_number_for_is_null(tmp_path):
     'b': 'ü',
   }
   assert [p.name for p in tmp_path.iterdir()] == ['x.json']
+
+
+@pytest.mark.parametrize(
+  ('factor', 'patience', 'told'),
+  [
+    (0.5, 10, 'would refuse ordinary updates'),
+    (3.0, 0, 'may refuse every update, for ever'),
+    (3.0, 10, None),
+    (0.0, 0, None),
+  ],
+)
+def test_a_guard_against_spikes_is_one(factor, patience, told):
+  config = base.get_config()
+  config.optimizer.spike_factor = factor
+  config.callbacks.non_finite.patience = patience
+  lines = schema.problems(config.to_dict())
+  assert [told in line for line in lines] == [True] * (told is not None)

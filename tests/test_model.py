@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from nanomoe import experiment
+from nanomoe import experiment, provenance
 from tests.shrunk import MODERN
 
 
@@ -14,7 +14,7 @@ def _counts(config, vocab_size=65):
   task = experiment.build_task(experiment.decide(config), vocab_size)
   batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
-  return experiment.count_params(params, config)
+  return provenance.count_params(params, config)
 
 
 def test_the_documented_model_has_2409025_parameters():

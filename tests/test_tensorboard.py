@@ -175,6 +175,9 @@ class Texts(types.SimpleNamespace):
   def flush(self):
     pass
 
+  def poll(self):
+    pass
+
 
 @pytest.mark.parametrize(
   ('every_steps', 'end', 'expected'),

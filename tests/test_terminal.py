@@ -100,18 +100,19 @@ def test_piped_output_has_no_escapes(finished):
 @pytest.fixture
 def loggers():
   """As they were before the test."""
-  names = [*terminal.LOGGERS, 'absl', 'jax']
+  names = [*terminal.LOGGERS, 'absl', 'asyncio', 'jax']
   before = {
-    name: (logger.handlers, logger.level, logger.propagate)
+    name: (logger.handlers, logger.filters, logger.level, logger.propagate)
     for name in names
     if (logger := logging.getLogger(name))
   }
   raises = logging.raiseExceptions
   yield
   logging.raiseExceptions = raises
-  for name, (handlers, level, propagate) in before.items():
+  for name, (handlers, filters, level, propagate) in before.items():
     logger = logging.getLogger(name)
     logger.handlers, logger.propagate = handlers, propagate
+    logger.filters = filters
     logger.setLevel(level)
 
 
@@ -134,6 +135,19 @@ def test_colours_are_few_and_can_be_none(tty, loggers, monkeypatch, no_color):
   assert re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(others)) == (
     'best  ★\ncareful\nno'
   )
+
+
+def test_what_orbax_logs_of_a_failed_save_is_not_shown(loggers, caplog):
+  terminal.log_to_terminal()
+  for name, place, told in (
+    ('absl', 'orbax/checkpoint/x.py', 'a traceback'),
+    ('absl', 'elsewhere/y.py', 'mine'),
+    ('asyncio', 'asyncio/events.py', 'Task exception was never retrieved'),
+    ('asyncio', 'asyncio/events.py', 'also mine'),
+  ):
+    record = logging.LogRecord(name, logging.ERROR, place, 1, told, (), None)
+    logging.getLogger(name).handle(record)
+  assert [r.message for r in caplog.records] == ['mine', 'also mine']
 
 
 def test_a_terminal_that_cannot_draw_gets_lines(tty, loggers, monkeypatch):

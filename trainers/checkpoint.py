@@ -79,12 +79,13 @@ class Checkpointer:
     tree: Any,
     meta: dict[str, Any],
     best: int | None,
-    good: bool = True,
+    standing: str = 'good',
   ) -> None:
     """Copies, and writes in the background. Replaces a checkpoint of `step`.
 
-    `best` is the step that must be kept, whatever its age; so is the newest
-    `good` one, which `restore` may be asked for.
+    Whatever their age, the step that is `best` is kept, and the newest whose
+    `standing` is good: to which a run may go back. Others are 'paused', which a
+    signal caused, or 'refused', as their last update was.
 
     Raises:
       SaveError: the one before did not reach the disk, or this cannot start.
@@ -96,7 +97,7 @@ class Checkpointer:
         'step': step,
         'leaves': leaves.kinds(arrays),
         'content': leaves.fingerprints(arrays),
-        'good': good,
+        'standing': standing,
         **meta,
       }
       meta = json.loads(json.dumps(meta))  # As it will be read.
@@ -110,7 +111,7 @@ class Checkpointer:
       there = {step, *self._manager.all_steps()}
       self._policy.kept = _Kept(
         best if best in there else self._kept.best,
-        step if good else self._kept.good,
+        step if standing == 'good' else self._kept.good,
       )
       self._manager.save(
         step,
@@ -147,13 +148,15 @@ class Checkpointer:
     """After a save that failed: what was there is there, and no more."""
     self.newest = None
     self._policy.kept = self._kept
-    # They take room, where there may be none.
-    for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
-      shutil.rmtree(path, ignore_errors=True)
+    # It waits for the arrays only if its own record could be written.
+    with contextlib.suppress(Exception):
+      self._manager._checkpointer.wait_until_finished()
     try:
       self._put_back()
-      # Orbax counts what never landed, and no more what it meant to delete.
-      self._manager.reload()
+      # The one that failed counts what never landed, forgot what it meant to
+      # delete, left a directory where there is no room, and would tell of one
+      # failure after another.
+      self._manager = self._open()
     except OSError as error:
       log.error('%s: %s', self._directory, error)
 
@@ -189,7 +192,12 @@ class Checkpointer:
           log.warning('%s; using %d', failures[newer], step)
         self._set_aside([s for s in steps if s > step], 'damaged')
         self.newest = step
-        self._kept = _Kept(None, self._newest_good(step, found.meta))
+        good = (
+          s
+          for s in reversed(steps)
+          if s <= step and self._standing(s) == 'good'
+        )
+        self._kept = _Kept(good=next(good, None))
         return found
     if mismatch:
       raise mismatch
@@ -219,21 +227,24 @@ class Checkpointer:
       jax.tree.unflatten(structure, [arrays[name] for name in wanted]), meta
     )
 
-  def _newest_good(self, step: int, meta: dict[str, Any]) -> int | None:
-    older = [s for s in saved.steps_in(self._directory) if s < step]
-    while not meta.get('good', True):
-      if not older:
-        return None
-      step = older.pop()
-      with contextlib.suppress(Exception):  # Whatever damage does to a decoder.
-        meta = saved.read_meta(self._directory, step)
-    return step
+  def _standing(self, step: int) -> str:
+    try:
+      return saved.read_meta(self._directory, step).get('standing', 'good')
+    except Exception:  # Whatever damage does to a decoder.
+      return 'damaged'
 
-  def undo(self) -> None:
-    """Sets aside what was saved after the newest good one: a way astray."""
-    good = self._kept.good
-    steps = saved.steps_in(self._directory)
-    self._set_aside([s for s in steps if good is None or s > good], 'undone')
+  def undo(self) -> bool:
+    """Whether there is a good one; sets aside what was saved after it.
+
+    Without one, those whose last update was refused are set aside.
+    """
+    steps, good = saved.steps_in(self._directory), self._kept.good
+    if good is None:
+      astray = [s for s in steps if self._standing(s) == 'refused']
+    else:
+      astray = [s for s in steps if s > good]
+    self._set_aside(astray, 'undone')
+    return good is not None
 
   def _set_aside(self, steps: list[int], why: str) -> None:
     for step in steps:

@@ -26,6 +26,6 @@ def check(
     if name in allowed:
       log.warning('%s: allowed to change', tell)
     else:
-      lines.append(tell)
+      lines.append(f'{tell}; to go on all the same, --allow_changed={name}')
   if lines:
     raise UserError(lines)

@@ -111,8 +111,8 @@ class Loop:
   def roll_back(self, reason: str) -> None:
     """Ends this step: the run goes back to the newest good checkpoint.
 
-    Good is one whose newest update was accepted. What is trained on next was
-    not seen before.
+    Good is one whose newest update was accepted, and that no signal caused.
+    What is trained on next was not seen before.
     """
     raise RollBack(reason)
 

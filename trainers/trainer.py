@@ -178,7 +178,7 @@ class Trainer(Loop):
     """
     if not self._may_save:
       raise RuntimeError('checkpoint() is for on_train_step_end alone')
-    self._save(next_hook=self._next_hook + 1)
+    self._save(self._next_hook + 1)
 
   # Start and end.
 
@@ -237,9 +237,11 @@ class Trainer(Loop):
     """To the newest good checkpoint; False: the run stops, there is none."""
     self._confirm()
     saved = None
-    if self.checkpointer:
-      self.checkpointer.undo()
-      saved = self.checkpointer.restore(self._shapes)
+    try:
+      if self.checkpointer and self.checkpointer.undo():
+        saved = self.checkpointer.restore(self._shapes)
+    except UserError as error:
+      log.error('%s', error)
     if not saved:
       self.stop(f'{reason}; no good checkpoint is left', 'diverged')
       return False
@@ -272,7 +274,7 @@ class Trainer(Loop):
       if self.checkpointer.newest == self.step:
         return
       try:
-        self._save(next_hook=self._next_hook)
+        self._save(self._next_hook, paused=self.status == 'interrupted')
         error = self._confirm()
       except SaveError as raised:
         log.error('a checkpoint could not be saved: %s', raised)
@@ -306,12 +308,16 @@ class Trainer(Loop):
 
   # Helpers.
 
-  def _save(self, next_hook: int) -> None:
+  def _save(self, next_hook: int, paused: bool = False) -> None:
     if not self.checkpointer:
       raise ValueError('this trainer was given no checkpointer')
     self._log()
     self._confirm()
     jax.block_until_ready(self.state)
+    # Where a signal falls decides nothing: no run goes back to it.
+    standing = 'paused' if paused else 'good'
+    if int(self.state.skipped_in_a_row):
+      standing = 'refused'
     with self.clock.phase('checkpoint'):
       meta = {
         'identity': self._identity,
@@ -333,7 +339,7 @@ class Trainer(Loop):
         tree,
         meta,
         best=self.best and self.best.step,
-        good=not int(self.state.skipped_in_a_row),
+        standing=standing,
       )
 
   def _confirm(self) -> SaveError | None:

@@ -3,6 +3,7 @@
 from nanomoe.callbacks.aux_weight import AuxWeight
 from nanomoe.callbacks.choices import CoActivation, Specialization
 from nanomoe.callbacks.expert_loads import ExpertLoads, LoadHistory
+from nanomoe.callbacks.records import Records
 from nanomoe.callbacks.routing_alarm import RoutingAlarm
 from nanomoe.callbacks.text_sample import TextSample
 from nanomoe.data.tokenizer import Tokenizer
@@ -14,6 +15,7 @@ __all__ = [
   'CoActivation',
   'ExpertLoads',
   'LoadHistory',
+  'Records',
   'RoutingAlarm',
   'Specialization',
   'TextSample',

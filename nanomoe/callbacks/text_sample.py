@@ -2,7 +2,6 @@
 
 import logging
 import pathlib
-from typing import Any
 
 import numpy as np
 
@@ -60,7 +59,7 @@ class TextSample(Callback):
     if not self.num_tokens or not running or not (due or last):
       return
     with loop.clock.phase('sample'):
-      text = self._text((loop.eval_params, loop.state.model_state))
+      text = self._text(loop)
     # Indented, Markdown takes it for code, and leaves its lines alone.
     code = ''.join(f'    {line}\n' for line in text.split('\n'))
     loop.writer.write_texts(loop.step, {'sample': code})
@@ -69,10 +68,13 @@ class TextSample(Callback):
       write_atomically(self.path, text)
       log.info('sample (%d tokens):\n%s', self.num_tokens, text)
 
-  def _text(self, trained: Any) -> str:
-    self._generate.trained = trained
-    drawn = list(
-      self._generate([self.prompt], self.num_tokens, self.sampling, self.seed)
-    )
+  def _text(self, loop) -> str:
+    self._generate.trained = loop.eval_params, loop.state.model_state
+    drawn = []
+    for token in self._generate(
+      [self.prompt], self.num_tokens, self.sampling, self.seed
+    ):
+      drawn.append(token)
+      loop.poll()
     self._generate.trained = None  # They are donated at the next step.
     return self.tokenizer.decode(np.concatenate(drawn))

@@ -84,7 +84,8 @@ def find_again(path: str, name: str, sha256: str) -> Corpus:
   if corpus.fingerprint != sha256:
     raise UserError(
       f'the text has changed: this run is on {name} (sha256 {sha256[:16]}), '
-      f'and {corpus.name} is now {corpus.fingerprint[:16]}'
+      f'and {corpus.name} is now {corpus.fingerprint[:16]}; to go on all the '
+      'same, --allow_changed=data'
     )
   return corpus
 

@@ -1,6 +1,6 @@
 """The text of a run: found, tokenized, split, cut into batches."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import pathlib
 from typing import Any
 
@@ -24,30 +24,33 @@ COUNTED_BATCHES = 16  # Enough to know the most frequent tokens.
 
 
 def read(
-  config: Config, directory: pathlib.Path
+  config: Config,
+  directory: pathlib.Path,
+  allow_changed: Collection[str] = (),
 ) -> tuple[Corpus, Tokenizer, Dataset]:
   """The text, its tokenizer, and the batches that are cut from it.
 
   A run that is in `directory` gets the text and the tokenizer that it began
-  with, or an error; one that starts from another run, that one's tokenizer.
+  with, or an error, but for what is allowed to change; one that starts from
+  another run, that one's tokenizer.
   """
   path = directory / VOCABULARY
   spec_of_tokenizer = config.data.tokenizer.to_dict()
-  if path.exists():
+  goes_on = path.exists()
+  if goes_on and 'data' not in allow_changed:
     recorded = tokenizers.read(path)
     corpus = corpus_lib.find_again(
       config.data.path, recorded['corpus'], recorded['corpus_sha256']
     )
-    tokenizer = tokenizers.load(spec_of_tokenizer, path)
   else:
     corpus = corpus_lib.find(config.data.path, config.data.fallback)
-    if config.init_from:
-      tokenizer = _tokenizer_of(
-        pathlib.Path(config.init_from), spec_of_tokenizer
-      )
-    else:
-      tokenizer = tokenizers.build(spec_of_tokenizer)
-      tokenizer.fit(split(corpus.text))
+  if goes_on and 'tokenizer' not in allow_changed:
+    tokenizer = tokenizers.load(spec_of_tokenizer, path)
+  elif config.init_from and not goes_on:
+    tokenizer = _tokenizer_of(pathlib.Path(config.init_from), spec_of_tokenizer)
+  else:
+    tokenizer = tokenizers.build(spec_of_tokenizer)
+    tokenizer.fit(split(corpus.text))
   try:
     tokens = {
       name: tokenizer.encode(text) for name, text in split(corpus.text).items()

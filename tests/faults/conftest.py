@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from tests.shrunk import ROOT, TINY
+from trainers import saved
+from trainers.callbacks import Callback
 
 MAIN = [sys.executable, '-m', 'nanomoe.main']
 
@@ -71,7 +74,7 @@ def start(corpus, tmp_path):
   """start(workdir, *words, changes={}, fault='', new=True) -> Started.
 
   `new`: with the tiny config and `changes`; else with the workdir's own config.
-  `fault`: a name in `tests/faults/inject.py`, and its arguments.
+  `fault`: as the first arguments of `tests/faults/inject.py`.
   """
   started = []
 
@@ -89,13 +92,28 @@ def start(corpus, tmp_path):
       *words,
     ]
     output = tmp_path / f'output{len(started)}.txt'
-    started.append(Started(words, output, {**os.environ, **(env or {})}))
+    # With it, a process need not start itself again, having imported JAX.
+    once = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'} if fault else {}
+    environ = {**os.environ, **once, **(env or {})}
+    started.append(Started(words, output, environ))
     return started[-1]
 
   yield begin
   for one in started:
     one.process.kill()
     one.process.wait()
+
+
+class At(Callback):
+  """Calls action(loop) at the end of some steps."""
+
+  def __init__(self, action, *steps):
+    self.action = action
+    self.steps = steps
+
+  def on_train_step_end(self, loop):
+    if loop.step in self.steps:
+      self.action(loop)
 
 
 def metrics_of(workdir: pathlib.Path) -> list[dict]:
@@ -115,3 +133,21 @@ def steps_of(workdir: pathlib.Path) -> list[int]:
   """The checkpoints that are there."""
   names = [p.name for p in (workdir / 'checkpoints').iterdir()]
   return sorted(int(name) for name in names if name.isdecimal())
+
+
+def same_end(workdir, expected) -> None:
+  """The last state bitwise, each metric, and the text."""
+  found, wanted = (
+    saved.read(directory / 'checkpoints', '12')[0]
+    for directory in (workdir, expected)
+  )
+  assert found.keys() == wanted.keys()
+  for name, leaf in wanted.items():
+    np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    assert found[name].dtype == leaf.dtype
+  assert metrics_of(workdir) == metrics_of(expected)
+  sample = (workdir / 'sample.txt').read_text()
+  assert sample == (expected / 'sample.txt').read_text()
+  result = result_of(workdir)
+  for key in ('status', 'step', 'val_loss', 'best_step', 'skipped_updates'):
+    assert result[key] == result_of(expected)[key], key

@@ -1,5 +1,6 @@
 """What is on the disk comes back as it was, or is told; and nothing is lost."""
 
+import errno
 import json
 import logging
 import math
@@ -7,6 +8,8 @@ import pathlib
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -15,24 +18,13 @@ import numpy as np
 import pytest
 from regression import Rows, bits, host, make_trainer
 
-from faults.conftest import metrics_of, result_of, steps_of
+from faults.conftest import At, metrics_of, result_of, same_end, steps_of
+from tests.shrunk import ROOT
 from trainers import callbacks, leaves, saved
 from trainers.callbacks import Callback
 from trainers.checkpoint import Checkpointer
 from trainers.errors import UserError
 from trainers.metrics import Score
-
-
-class At(Callback):
-  """Calls action(loop) at the end of some steps."""
-
-  def __init__(self, action, *steps):
-    self.action = action
-    self.steps = steps
-
-  def on_train_step_end(self, loop):
-    if loop.step in self.steps:
-      self.action(loop)
 
 
 def make(workdir, *extra, every=4, **changes):
@@ -494,6 +486,7 @@ def test_a_disk_that_is_full_for_a_while(
   assert all('a checkpoint could not be saved: step' in x for x in lines)
   assert {4, 6} == {int(x.split('step ')[1].split(':')[0]) for x in lines}
   assert steps_of(tmp_path) == [10, 12][-keep_latest:]
+  assert len(list((tmp_path / 'checkpoints').iterdir())) == keep_latest
   again = make_trainer(tmp_path, dataset=Wide(), num_train_steps=12)
   assert again.fit() == 'done'
   assert bits(host(again.state)) == bits(host(trainer.state))
@@ -542,3 +535,81 @@ def test_a_disk_that_stays_full(tmp_path, warnings, happened, full_disk):
   assert steps_of(tmp_path) == [4]
   assert saved.read(tmp_path / 'checkpoints', '4')[1]['step'] == 4
   happened(f'unsaved: {trainer.stop_reason[:50]}...; step 4 is intact')
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+  injected='the disk is full once step 4 is saved (the main job)',
+  promised='exit 4, told in lines; step 4 is intact; then bitwise the same end',
+)
+def test_the_main_job_on_a_full_disk(start, tmp_path, finished, happened):
+  workdir = tmp_path / 'run'
+  # Of a checkpoint, one file is above 38 kB whatever the timing; no log is.
+  first = start(workdir, fault='manifest 1 38')
+  assert first.end() == 4, first.output[-3000:]
+  assert 'Traceback' not in first.output
+  told = [x for x in first.output.splitlines() if 'could not be saved' in x]
+  assert len(told) >= 3  # Of 8, of 12, and of 12 again.
+  assert 'unsaved at step 12/12: step 12: ' in first.output
+  assert steps_of(workdir) == [4]
+  assert result_of(workdir)['status'] == 'unsaved'
+  second = start(workdir, new=False)
+  assert second.end() == 0, second.output[-3000:]
+  same_end(workdir, finished[0])
+  happened(f'exit 4 after {len(told)} lines; resumed from 4, equal')
+
+
+FULL = """
+import pathlib, sys
+sys.path.insert(0, 'tests')
+import jax.numpy as jnp, numpy as np
+from trainers.checkpoint import Checkpointer, SaveError
+disk = pathlib.Path(sys.argv[1])
+values = np.frombuffer(np.random.default_rng(0).bytes(800_000), np.int32)
+checkpointer = Checkpointer(disk / 'checkpoints', 1)
+checkpointer.save(1, {'x': jnp.asarray(values)}, {}, None)
+checkpointer.wait()
+filler = disk / 'filler'
+with filler.open('wb', buffering=0) as f:
+  try:
+    while True:
+      f.write(bytes(4096))
+  except OSError as error:
+    print(error.errno)
+try:
+  checkpointer.save(2, {'x': jnp.asarray(values)}, {}, None)
+  checkpointer.wait()
+except SaveError as error:
+  print('SaveError', error)
+print(sorted(p.name for p in (disk / 'checkpoints').iterdir()))
+filler.unlink()
+checkpointer.save(3, {'x': jnp.asarray(values)}, {}, None)
+checkpointer.wait()
+print(sorted(p.name for p in (disk / 'checkpoints').iterdir()))
+checkpointer.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+  injected='a file system of 3 MB, full (ENOSPC)',
+  promised='the old checkpoint is intact, nothing else is left; then it saves',
+)
+def test_a_file_system_that_is_full(tmp_path, happened):
+  mount = 'mount -t tmpfs -o size=3m none "$1" && exec "$2" -c "$3" "$1"'
+  words = ['unshare', '-rm', 'sh', '-c', mount, 'sh', tmp_path]
+  done = subprocess.run(
+    [*words, sys.executable, FULL],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  if 'unshare' in done.stderr or 'mount:' in done.stderr:
+    pytest.skip('no file system can be made here')
+  assert done.returncode == 0, done.stderr[-3000:]
+  full, error, left, then = done.stdout.splitlines()
+  assert int(full) == errno.ENOSPC
+  assert 'No space left' in error
+  assert (left, then) == ("['1']", "['3']")
+  happened(f'{error[:70]}...; 1 is left; then 3 is saved')

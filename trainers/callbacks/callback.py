@@ -21,7 +21,10 @@ class Callback:
     """Parameters exist, or are restored; no step has run."""
 
   def on_train_step_end(self, loop: Trainer) -> None:
-    """Once per step, exactly, also across a kill and a resume."""
+    """Once per step, exactly, also across a kill and a resume.
+
+    Steps that a rollback undid are done again.
+    """
 
   def on_log(self, loop: Trainer, metrics: dict[str, Any]) -> None:
     """Means since the last log. What is added here is written too.
