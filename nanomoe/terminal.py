@@ -53,6 +53,8 @@ def log_to_terminal(
   for name in ('absl', 'jax'):
     logging.getLogger(name).setLevel(logging.WARNING)
   logging.getLogger('absl').addFilter(_is_not_of_orbax)
+  # The same, told by asyncio of each array.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   return console
 
 

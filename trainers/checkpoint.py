@@ -276,7 +276,12 @@ class Checkpointer:
       return steps
 
   def close(self) -> None:
-    self._manager.close()
+    """That a save failed is an error no more: it has been told, or is here."""
+    try:
+      self._manager.close()
+    except Exception as error:  # Orbax raises what its storage raises.
+      if self._saving is not None:
+        log.error('step %d could not be saved: %s', self._saving, error)
 
 
 class _Kept(NamedTuple):
