@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from clu.metric_writers import MetricWriter
 from clu.periodic_actions import PeriodicAction
+from flax import linen as nn
 import jax
 import numpy as np
 
@@ -15,6 +16,7 @@ from nanomoe import (
   board,
   causality,
   dispatchers,
+  imports,
   memory,
   numerics,
   optimizers,
@@ -38,6 +40,7 @@ from nanomoe.positions import POSITIONS
 from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import callbacks, checkpoint, leaves, saved, spec
+from trainers.callbacks.callback import Callbacks
 from trainers.errors import UserError
 from trainers.step import Spikes
 from trainers.trainer import Trainer
@@ -115,7 +118,7 @@ def build(
     callbacks=[
       records,
       *build_callbacks(
-        config, directory, task, tokenizer, corpus.text[:1], facts
+        config, directory, task, tokenizer, str(corpus.text[:1]), facts
       ),
     ],
     checkpointer=checkpoint.Checkpointer(
@@ -129,6 +132,7 @@ def build(
     board=board.of(config),
     memory_hint=functools.partial(memory.hint, config),
   )
+  imports.remember(imports.paths(config.to_dict()))
   if workdir.read_config(directory) is None:
     records.write()
   log.info(
@@ -235,6 +239,11 @@ def build_task(
     balance=moe.balance,
     vocab_size=vocab_size,
   )
+  if not isinstance(router(), nn.Module):
+    raise UserError(
+      f'moe.router.type={moe.router.type!r} made a {type(router()).__name__}; '
+      'it must be a Linen module'
+    )
   norm = NORMS[model.norm]
   position = POSITIONS[model.position](config.block_size)
   attention = functools.partial(
@@ -335,9 +344,16 @@ def build_callbacks(
 ) -> list[callbacks.Callback]:
   """In the order in which they are called."""
   tokens_per_step = config.batch_size * config.block_size
-  plugins = _build_group(
-    config, 'callbacks', CALLBACKS, (callbacks.Callback, PeriodicAction)
+  plugins = spec.build_group(
+    'callbacks',
+    config.callbacks.to_dict(),
+    CALLBACKS,
+    (callbacks.Callback, PeriodicAction),
   )
+  try:
+    plugins = Callbacks(plugins)
+  except ValueError as error:
+    raise UserError(f'callbacks: {error}') from error
   sample = TextSample(
     task.logits,
     directory / 'sample.txt',
@@ -371,26 +387,6 @@ def build_callbacks(
 def build_writers(
   config: Config, directory: pathlib.Path
 ) -> list[MetricWriter]:
-  return _build_group(config, 'writers', {}, (MetricWriter,), workdir=directory)
-
-
-def _build_group(
-  config: Config,
-  group: str,
-  table: dict[str, Any],
-  kinds: tuple[type, ...],
-  **context: Any,
-) -> list[Any]:
-  """In the order of their names, as ConfigDict has them."""
-  built = []
-  for name in config[group]:
-    own = config[group][name].to_dict()
-    plugin = spec.build(f'{group}.{name}', own, table, **context)
-    if not isinstance(plugin, kinds):
-      wanted = ' or '.join(kind.__name__ for kind in kinds)
-      raise UserError(
-        f'{group}.{name}.type={own["type"]!r} made a '
-        f'{type(plugin).__name__}; it must be a {wanted}'
-      )
-    built.append(plugin)
-  return built
+  return spec.build_group(
+    'writers', config.writers.to_dict(), {}, (MetricWriter,), workdir=directory
+  )
