@@ -70,6 +70,7 @@ def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
     if isinstance(stream, io.TextIOWrapper):  # None, if it is closed.
       # What its encoding lacks is escaped: a line with a ★ is not lost.
       stream.reconfigure(errors='backslashreplace')
+  sys.unraisablehook = _tell_unraisable
   _keep_compiled_programs()
   # Until a trainer listens, there is nothing to save.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -124,6 +125,12 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
       raise
 
   return guarded
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+  """But for the arrays that a failed save leaves behind: it is told itself."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def _discard_stdout() -> None:

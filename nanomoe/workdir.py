@@ -173,7 +173,9 @@ def continued(
 
 def discard(workdir: pathlib.Path) -> None:
   """Removes a directory, made for a mistake, that has nothing but its log."""
-  if [path.name for path in workdir.iterdir()] == ['log.txt']:
+  made = {path.name for path in workdir.iterdir()}
+  begun = any((workdir / 'checkpoints').glob('*'))
+  if made <= {'log.txt', 'checkpoints'} and not begun:
     shutil.rmtree(workdir, ignore_errors=True)
 
 
@@ -223,7 +225,7 @@ class _LockedLog(logging.FileHandler):
     # cannot be locked (NFS), the log can.
     self._directory: int | None = os.open(workdir, os.O_RDONLY)
     errors = []
-    for descriptor in (self.stream.fileno(), self._directory):
+    for descriptor in (self.stream.fileno(), self._directory):  # pyright: ignore
       try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:

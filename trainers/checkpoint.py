@@ -45,6 +45,13 @@ class Checkpointer:
     self._kept = self._policy.kept  # As the last save that landed left it.
     self._saving: int | None = None
     self.newest: int | None = None  # Saved, or restored, by this object.
+    if wild := set(str(directory)) & set('*?['):
+      # Orbax looks for its files by patterns: what it had saved in such a place
+      # could not be read.
+      raise UserError(
+        f'{directory}: no checkpoint can be kept in a path with '
+        f'{" or ".join(sorted(wild))}'
+      )
     try:
       directory.mkdir(parents=True, exist_ok=True)
       self._put_back()

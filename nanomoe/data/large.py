@@ -201,8 +201,8 @@ def pieces(text: str | LargeText) -> Iterator[str]:
 
 
 def _last_word(text: str) -> int:
-  """Where the last white space after something else begins; 0: nowhere."""
-  for at in range(len(text) - 1, 0, -1):
+  """Where the last white space after something else begins; 0: not near."""
+  for at in range(len(text) - 1, max(len(text) - 1000, 0), -1):
     if text[at] in ' \n\r\t' and not text[at - 1].isspace():
       return at
   return 0
