@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 import functools
 
+from flax import linen as nn
+
 from nanomoe import dispatchers
 from nanomoe import experts as experts_lib
 from nanomoe.attention import Attention
@@ -15,6 +17,7 @@ from nanomoe.positions import POSITIONS
 from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import spec
+from trainers.errors import UserError
 
 
 def build_task(
@@ -34,6 +37,11 @@ def build_task(
     balance=moe.balance,
     vocab_size=vocab_size,
   )
+  if not isinstance(router(), nn.Module):
+    raise UserError(
+      f'moe.router.type={moe.router.type!r} made a {type(router()).__name__}; '
+      'it must be a Linen module'
+    )
   norm = NORMS[model.norm]
   position = POSITIONS[model.position](config.block_size)
   attention = functools.partial(
