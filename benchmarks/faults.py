@@ -7,7 +7,6 @@ anew, between its two markers. With --table_only, from the file as it is.
 
 import pathlib
 import re
-import time
 from typing import Any
 
 from absl import app, flags
@@ -59,14 +58,13 @@ class Collector:
       case['outcome'] = report.outcome
 
 
-def run(only: str) -> tuple[dict[str, dict[str, Any]], float]:
-  """The cases, by the name of their test, and the seconds of all."""
+def run(only: str) -> dict[str, dict[str, Any]]:
+  """The cases, by the name of their test."""
   collector = Collector()
-  start = time.perf_counter()
   words = ['-o', 'addopts=', '-q', '-p', 'no:xdist', '-p', 'no:cacheprovider']
   words += ['-k', only] if only else []
   pytest.main([*words, str(ROOT / 'tests' / 'faults')], plugins=[collector])
-  return collector.cases, time.perf_counter() - start
+  return collector.cases
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -118,9 +116,9 @@ def _cell(text: str) -> str:
 def main(_: list[str]) -> None:
   figures = results.read('faults') or {'cases': {}}
   if not _TABLE_ONLY.value:
-    cases, seconds = run(_ONLY.value)
+    cases = run(_ONLY.value)
     old = figures['cases'] if _ONLY.value else {}
-    results.write('faults', {'seconds': seconds, 'cases': {**old, **cases}})
+    results.write('faults', {'cases': {**old, **cases}})
     figures = results.read('faults') or figures
   text = DOCS.read_text()
   before, _, rest = text.partition(MARKERS[0])
