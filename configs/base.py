@@ -39,9 +39,13 @@ def get_config() -> ConfigDict:
   config.model.remat = False  # True: less memory, a third more work.
   config.model.norm = 'LayerNorm'
   config.model.position = 'learned'
+  config.model.conv_width = 1  # Inputs that a layer's are mixed of; 1: none.
+  config.model.max_ngram = 1  # Tokens with an embedding together; 1: none.
+  config.model.ngram_rows = 8192  # Of a table of n-grams, at most.
   config.model.num_kv_heads = 0  # As many as num_heads.
   config.model.qk_norm = False
   config.model.bias = True
+  config.model.zero_outputs = False  # Of blocks, at the start.
   config.model.tie_embeddings = False
   config.model.logit_softcap = 0.0  # 0: none.
 

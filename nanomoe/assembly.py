@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+from typing import Any
 
 from flax import linen as nn
 
@@ -9,9 +10,11 @@ from nanomoe import dispatchers
 from nanomoe import experts as experts_lib
 from nanomoe.attention import Attention
 from nanomoe.config import Config
+from nanomoe.convolution import ShortConvolution
 from nanomoe.heads import HEADS, softcap
 from nanomoe.model import Block, Transformer
 from nanomoe.moe import FeedForward, MoE, Sum
+from nanomoe.ngrams import Ngrams
 from nanomoe.norms import NORMS, identity
 from nanomoe.positions import POSITIONS
 from nanomoe.routers import ROUTERS
@@ -44,6 +47,8 @@ def build_task(
     )
   norm = NORMS[model.norm]
   position = POSITIONS[model.position](config.block_size)
+  zeros = {'out_init': nn.initializers.zeros}
+  out_init: dict[str, Any] = zeros if model.zero_outputs else {}
   attention = functools.partial(
     Attention,
     num_heads=model.num_heads,
@@ -54,6 +59,7 @@ def build_task(
     dropout_rate=model.dropout_rate,
     precision=config.precision,
     name='attention',
+    **out_init,
   )
 
   def experts(num_experts: int, d_ff: int):
@@ -63,6 +69,7 @@ def build_task(
       d_ff=d_ff,
       activation=moe.activation,
       use_bias=model.bias,
+      **out_init,
     )
 
   def dense(d_ff: int, name: str):
@@ -91,6 +98,7 @@ def build_task(
     functools.partial(
       Block,
       norm=norm,
+      convolution=functools.partial(ShortConvolution, model.conv_width),
       attention=attention,
       feed_forward=(
         sparse if i in with_experts else dense(moe.dense_d_ff, 'feed_forward')
@@ -104,6 +112,9 @@ def build_task(
     d_model=model.d_model,
     dropout_rate=model.dropout_rate,
     remat=model.remat,
+    ngrams=functools.partial(
+      Ngrams, vocab_size, model.d_model, model.max_ngram, model.ngram_rows
+    ),
     position=position,
     blocks=blocks,
     norm=norm,

@@ -15,6 +15,7 @@ from nanomoe.numerics import dot
 from nanomoe.positions import Position
 
 PARTS = 4  # Of a window's rows, in attention.
+XAVIER = nn.initializers.xavier_uniform()
 
 
 class Cache(NamedTuple):
@@ -46,6 +47,7 @@ class Attention(nn.Module):
     use_bias: of the linear layers.
     dropout_rate: of the attention weights.
     precision: of matrix products.
+    out_init: of the last layer's weights.
   """
 
   num_heads: int
@@ -55,6 +57,7 @@ class Attention(nn.Module):
   use_bias: bool
   dropout_rate: float
   precision: str
+  out_init: nn.initializers.Initializer = XAVIER
 
   @nn.compact
   def __call__(
@@ -88,19 +91,19 @@ class Attention(nn.Module):
       weights = _weights(q, self._shared(k), start[:, None], self.precision)
       y = _read(weights, self._shared(v), self.precision)
     y = y.transpose(0, 2, 1, 3).reshape(x.shape)
-    return self._linear(d_model, 'out')(y), Cache(k, v, start + time)
+    out = self._linear(d_model, 'out', self.out_init)
+    return out(y), Cache(k, v, start + time)
 
   def _qkv(self, x):
     """Queries, keys and values: [batch, heads or kv_heads, time, d_head]."""
     d_head = x.shape[-1] // self.num_heads
     heads = self.num_heads + 2 * self.num_kv_heads
-    qkv = self._linear(heads * d_head, 'qkv')(x)
+    qkv = self._linear(heads * d_head, 'qkv', XAVIER)(x)
     qkv = qkv.reshape(*x.shape[:-1], heads, d_head).transpose(0, 2, 1, 3)
     first = self.num_heads, self.num_heads + self.num_kv_heads
     return jnp.split(qkv, first, axis=1)
 
-  def _linear(self, features: int, name: str) -> Linear:
-    init = nn.initializers.xavier_uniform()
+  def _linear(self, features: int, name: str, init) -> Linear:
     return Linear(features, init, self.use_bias, self.precision, name=name)
 
   def _shared(self, x):

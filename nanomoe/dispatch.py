@@ -155,16 +155,19 @@ class Plan(NamedTuple):
 
 
 def block_size(num_assignments: int, num_experts: int) -> int:
-  """Rows of a block: an eighth of an even load, to a power of 2 in 8..512.
+  """Rows of a block, a power of 2 in 8..512: a quarter of an even load to 256.
 
-  Padding is then an eighth of the work at most, for loads of 64 rows or more,
-  and products are as large as that allows. A row each where assignments are so
-  few that no two need share an expert: what is read of the experts then counts.
+  Of large loads an eighth. Padding is a block for each expert at most: a fourth
+  or an eighth of the work. But every block reads its expert's weights, and its
+  backward pass writes them: with half as many rows that takes as long as the
+  padding of a block. A row each where assignments are so few that no two need
+  share an expert: what is read of the experts then counts.
   """
   if num_assignments <= num_experts:
     return 1
-  eighth = max(num_assignments // (8 * num_experts), 8)
-  return min(1 << (eighth.bit_length() - 1), 512)
+  load = num_assignments // num_experts
+  size = max(load // 8, min(load // 4, 256), 8)
+  return min(1 << (size.bit_length() - 1), 512)
 
 
 def make_plan(

@@ -17,6 +17,9 @@ from nanomoe.numerics import dot
 # x, or the hidden layer, of an expert by one of its weights.
 PRODUCT = 'gni,gio->gno'
 
+# He et al. 2015, for each expert on its own.
+HE = nn.initializers.he_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+
 # (rows, weights, bias or None) -> rows, whatever the rows are.
 Product = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
@@ -131,13 +134,12 @@ def make(
   d_ff: int,
   activation: str,
   use_bias: bool,
+  out_init: nn.initializers.Initializer = HE,
 ) -> Experts:
   """Experts of new parameters of a module, whose `param` is given."""
-  # He et al. 2015, for each expert on its own.
-  init = nn.initializers.he_normal(in_axis=-2, out_axis=-1, batch_axis=0)
   zeros = nn.initializers.zeros_init()
 
-  def weights(name, *shape):
+  def weights(name, *shape, init=HE):
     return param(name, init, (num_experts, *shape))
 
   def bias(name, size):
@@ -148,7 +150,7 @@ def make(
     w_in=weights('w_in', d_model, d_ff),
     b_in=bias('b_in', d_ff),
     w_gate=weights('w_gate', d_model, d_ff) if gated else None,
-    w_out=weights('w_out', d_ff, d_model),
+    w_out=weights('w_out', d_ff, d_model, init=out_init),
     b_out=bias('b_out', d_model),
     activation=activation,
   )

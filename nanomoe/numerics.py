@@ -52,34 +52,33 @@ def dot(
       what the gradient's products multiply, so that XLA need not write the
       result's gradient in both formats.
   """
-  if precision == 'float32':
-    y = jnp.einsum(subscripts, x, w, precision=_EXACT)
-    return y if bias is None else y + bias[..., None, :]
-  return _dot_bfloat16(subscripts, x, w, bias)
+  return _dot(subscripts, x, w, precision, bias)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot_bfloat16(subscripts, x, w, bias):
-  y = _einsum_bfloat16(subscripts, x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _dot(subscripts, x, w, precision, bias):
+  y = _einsum(subscripts, x, w, precision)
   return y if bias is None else y + bias[..., None, :]
 
 
-def _einsum_bfloat16(subscripts, x, w):
-  x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+def _einsum(subscripts, x, w, precision):
+  if precision == 'float32':
+    return jnp.einsum(subscripts, x, w, precision=_EXACT)
+  x, w = rounded(x, precision), rounded(w, precision)
   return jnp.einsum(subscripts, x, w, preferred_element_type=jnp.float32)
 
 
-def _forward(subscripts, x, w, bias):
+def _forward(subscripts, x, w, precision, bias):
   # Rounded once: the backward pass needs no other copy.
-  x16, w16 = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-  y = _dot_bfloat16(subscripts, x16, w16, bias)
+  x16, w16 = rounded(x, precision), rounded(w, precision)
+  y = _dot(subscripts, x16, w16, precision, bias)
   likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
   return y, (x16, w16, *likes, bias)
 
 
-def _backward(subscripts, residuals, g):
+def _backward(subscripts, precision, residuals, g):
   x, w, x_like, w_like, bias = residuals
-  dx, dw, db = gradients(subscripts, x, w, g, 'bfloat16')
+  dx, dw, db = gradients(subscripts, x, w, g, precision)
   return (
     dx.astype(x_like.dtype),
     dw.astype(w_like.dtype),
@@ -98,28 +97,26 @@ def gradients(
   """Of sum(g * dot(subscripts, x, w, precision, bias)): of x, w and bias."""
   operands, out = subscripts.split('->')
   x_index, w_index = operands.split(',')
-  if precision == 'float32':
-    einsum = functools.partial(jnp.einsum, precision=_EXACT)
-    dx = einsum(f'{out},{w_index}->{x_index}', g, w)
-    return dx, einsum(f'{x_index},{out}->{w_index}', x, g), jnp.sum(g, axis=-2)
-  x = x.astype(jnp.bfloat16)
+  einsum = functools.partial(_einsum, precision=precision)
+  x = rounded(x, precision)
   # Of a transposed operand, XLA's CPU products are float32 ones.
-  g = _row_major(g.astype(jnp.bfloat16))
-  dx = _einsum_bfloat16(f'{out},{w_index}->{x_index}', g, w)
+  g = _row_major(rounded(g, precision))
+  dx = einsum(f'{out},{w_index}->{x_index}', g, w)
   # XLA's fast product on CPUs wants the left operand summed over its last
-  # axis. Here both come summed over their rows, so one is transposed, for
-  # real: without a layout XLA folds the transposition back. It is the one that
-  # gives dw its order: where dw was transposed afterwards, XLA lost the order.
-  shared = {*x_index} & {*out}
-  first = next(i for i in w_index if i not in shared)
-  left, right = (x_index, x), (out, g)
-  if first in out:
-    left, right = right, left
+  # axis. Here both come summed over their rows, so the smaller is transposed,
+  # for real: without a layout XLA folds the transposition back.
+  left, right = sorted(((x_index, x), (out, g)), key=lambda o: o[1].size)
   order = sorted(left[0], key=lambda i: (i not in w_index, w_index.find(i)))
   rows = _row_major(left[1].transpose([left[0].index(i) for i in order]))
-  dw = _einsum_bfloat16(
-    f'{"".join(order)},{right[0]}->{w_index}', rows, right[1]
+  dw_index = [i for i in order if i in w_index]
+  dw_index += [i for i in right[0] if i in w_index and i not in order]
+  dw = einsum(
+    f'{"".join(order)},{right[0]}->{"".join(dw_index)}', rows, right[1]
   )
+  dw = _row_major(dw).transpose([dw_index.index(i) for i in w_index])
+  # The last layout is for the caller: without it a program may return an array
+  # in the order of the transposed one, which JAX takes for row-major.
+  dw = _row_major(dw)
   return dx, dw, jnp.sum(g, axis=-2, dtype=jnp.float32)
 
 
@@ -130,7 +127,7 @@ def _row_major(x: jax.Array) -> jax.Array:
   return layout.with_layout_constraint(x, layout.Layout(major_to_minor=order))
 
 
-_dot_bfloat16.defvjp(_forward, _backward)
+_dot.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

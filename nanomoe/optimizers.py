@@ -16,11 +16,10 @@ from trainers.errors import UserError
 
 
 def _is_matrix(path: Any, leaf: Any) -> bool:
-  """Whether it multiplies: no bias, norm's scale or embedding does."""
+  """Whether it multiplies: no bias, scale, filter or embedding does."""
   name = jax.tree_util.keystr(path[-1:], simple=True)
-  return (
-    leaf.ndim >= 2 and not name.startswith('b_') and 'embedding' not in name
-  )
+  is_other = name.startswith('b_') or 'embedding' in name or name == 'filter'
+  return leaf.ndim >= 2 and not is_other
 
 
 def _matrices(params: Any) -> Any:

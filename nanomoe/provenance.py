@@ -24,7 +24,10 @@ _PACKAGES = (
 
 
 def count_params(params: Any, config: Config) -> dict[str, int]:
-  """All parameters, and those that one token meets: top_k experts a layer."""
+  """All parameters, and those that one token meets.
+
+  Of a layer's experts top_k, and of each table of n-grams a row.
+  """
   sizes = {
     jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -34,10 +37,10 @@ def count_params(params: Any, config: Config) -> dict[str, int]:
     n for name, n in sizes.items() if '.moe.w_' in name or '.moe.b_' in name
   )
   idle = experts * (config.moe.num_experts - config.moe.top_k)
-  return {
-    'num_params': total,
-    'num_active_params': total - idle // config.moe.num_experts,
-  }
+  idle //= config.moe.num_experts
+  tables = [n for name, n in sizes.items() if name.startswith('ngrams.')]
+  idle += sum(tables) - len(tables) * config.model.d_model
+  return {'num_params': total, 'num_active_params': total - idle}
 
 
 def facts() -> dict[str, Any]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe.attention import Cache
+from nanomoe.model import Past
 
-Logits = Callable[..., tuple[jax.Array, Cache]]
+Logits = Callable[..., tuple[jax.Array, Past]]
 
 
 class Sampling(NamedTuple):
@@ -67,7 +67,7 @@ class Generator:
   adds tokens to it, as many as it is told.
 
   Args:
-    logits: (trained, tokens, cache) -> (logits, cache), as
+    logits: (trained, tokens, past) -> (logits, past), as
       LanguageModel.logits; where a position sees the future, its later rows
       must not matter.
     trained: params and model_state of the model.
@@ -79,28 +79,26 @@ class Generator:
     self, logits: Logits, trained: Any, block_size: int, *, cached: bool = True
   ):
     def read(trained, window, length, key, index, sampling):
-      every, cache = logits(trained, window)
+      every, past = logits(trained, window)
       last = jnp.take_along_axis(every, length[:, None, None] - 1, axis=1)
-      every_layer = jnp.broadcast_to(length, cache.length.shape)
-      cache = cache._replace(length=every_layer)
       key = jax.random.fold_in(key, index)
-      return draw(last[:, 0], key, sampling), cache
+      return draw(last[:, 0], key, sampling), past.cut(length)
 
-    def add(trained, token, cache, key, index, num_tokens, sampling):
+    def add(trained, token, past, key, index, num_tokens, sampling):
       def body(i, carry):
-        tokens, token, cache = carry
-        last, cache = logits(trained, token[:, None], cache)
+        tokens, token, past = carry
+        last, past = logits(trained, token[:, None], past)
         token = draw(last[:, 0], jax.random.fold_in(key, index + i), sampling)
-        return tokens.at[i].set(token), token, cache
+        return tokens.at[i].set(token), token, past
 
       tokens = jnp.zeros((MAX_TOKENS, *token.shape), token.dtype)
-      return jax.lax.fori_loop(0, num_tokens, body, (tokens, token, cache))
+      return jax.lax.fori_loop(0, num_tokens, body, (tokens, token, past))
 
     self.trained = jax.device_put(trained)
     self.block_size = block_size
     self.cached = cached
     self._read = jax.jit(read)
-    self._add = jax.jit(add, donate_argnames='cache')
+    self._add = jax.jit(add, donate_argnames='past')
 
   def __call__(
     self,
@@ -123,10 +121,10 @@ class Generator:
     for row, prompt in zip(window, prompts, strict=True):
       row[: min(len(prompt), size)] = prompt[-size:]
     key = jax.random.key(seed)
-    cache, token, done, at_once = None, None, 0, 1
+    past, token, done, at_once = None, None, 0, 1
     while done < num_tokens:
-      if cache is None:
-        token, cache = self._read(
+      if past is None:
+        token, past = self._read(
           self.trained, window, length, key, done, sampling
         )
         drawn = np.asarray(token)[None]
@@ -135,8 +133,8 @@ class Generator:
         # The token that makes a window start again is drawn from the old one.
         room = size - int(length.max()) + 1
         count = min(at_once, room, num_tokens - done)
-        tokens, token, cache = self._add(
-          self.trained, token, cache, key, done, count, sampling
+        tokens, token, past = self._add(
+          self.trained, token, past, key, done, count, sampling
         )
         drawn = np.asarray(tokens)[:count]
         seconds = time.perf_counter() - start
@@ -145,7 +143,7 @@ class Generator:
       done += len(drawn)
       yield from drawn
       if self._append(window, length, drawn) or not self.cached:
-        cache = None
+        past = None
 
   def _append(self, window, length, drawn) -> bool:
     """Puts tokens behind their windows; whether one started again."""

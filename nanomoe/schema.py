@@ -70,11 +70,23 @@ FIELDS: dict[str, Field] = {
   'model.position': Field(
     str, 'how attention tells places apart', choices=('learned', 'rope')
   ),
+  'model.conv_width': Field(
+    int, 'last inputs that a short convolution before each layer sees', 1
+  ),
+  'model.max_ngram': Field(
+    int, 'the most tokens that have an embedding together; 1: none do', 1
+  ),
+  'model.ngram_rows': Field(
+    int, 'of embeddings of n-grams, for each n; more share rows', 1, 2**24
+  ),
   'model.num_kv_heads': Field(
     int, 'of keys and values; a divisor of num_heads; 0: num_heads', 0
   ),
   'model.qk_norm': Field(bool, 'normalizes queries and keys, each head'),
   'model.bias': Field(bool, 'of linear layers and experts'),
+  'model.zero_outputs': Field(
+    bool, "starts blocks' last weights at 0: each is then the identity"
+  ),
   'model.tie_embeddings': Field(
     bool, "makes logits by the tokens' embeddings, without a bias"
   ),
@@ -177,9 +189,7 @@ ARGUMENTS = {
   'callbacks.non_finite.patience': (
     'refused updates in a row, at which it stops or goes back; 0: never'
   ),
-  'callbacks.non_finite.max_rollbacks': (
-    'how often it goes back to the last good checkpoint, and on with other data'
-  ),
+  'callbacks.non_finite.max_rollbacks': 'of going back; then, it stops',
   'callbacks.profile.num_steps': 'steps that are traced; 0: none',
   'callbacks.routing_alarm.action': (
     "on dead or crowded experts: 'warn'; 'raise' the balance loss's weight; "

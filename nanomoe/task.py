@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from nanomoe import tally
-from nanomoe.attention import Cache
 from nanomoe.balance import BALANCE
+from nanomoe.model import Past
 from nanomoe.moe import MoEAux
 from trainers.metrics import (
   Entropy,
@@ -36,8 +36,8 @@ class LanguageModel:
   float32[layers, experts], if routers have one: it selects experts.
 
   Args:
-    model: a module (tokens, mask, cache, bias, train) -> (logits, MoEAux,
-      cache); None for MoEAux if there are no experts: their metrics are then
+    model: a module (tokens, mask, past, bias, train) -> (logits, MoEAux,
+      past); None for MoEAux if there are no experts: their metrics are then
       missing.
     aux_weight: of the balance loss, at the start.
     balance: how it is joined over layers: a name in routers.BALANCE.
@@ -90,22 +90,22 @@ class LanguageModel:
     self,
     trained: tuple[Any, Any],
     tokens: Int[Array, 'batch time'],
-    cache: Cache | None = None,
-  ) -> tuple[Float[Array, 'batch time vocab'], Cache]:
+    past: Past | None = None,
+  ) -> tuple[Float[Array, 'batch time vocab'], Past]:
     """As evaluation sees them; and what later tokens need of these.
 
     Args:
       trained: params and model_state.
       tokens: as of the model.
-      cache: as of the model.
+      past: as of the model.
     """
     params, state = trained
     mask = jnp.ones(tokens.shape, bool)
     output: Any = self.model.apply(
-      {'params': params}, tokens, mask, cache, state.get('bias'), train=False
+      {'params': params}, tokens, mask, past, state.get('bias'), train=False
     )
-    logits, _, grown = output
-    return logits, grown
+    logits, _, past = output
+    return logits, past
 
   def loss(
     self,

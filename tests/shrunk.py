@@ -24,6 +24,9 @@ TINY = {
 MODERN = {
   'model.norm': 'RMSNorm',
   'model.position': 'rope',
+  'model.conv_width': 3,
+  'model.max_ngram': 3,
+  'model.ngram_rows': 300,  # Fewer than 3-grams.
   'model.num_kv_heads': 1,
   'model.qk_norm': True,
   'model.bias': False,

@@ -138,9 +138,13 @@ OTHER = {
   'model.dropout_rate': 0.5,
   'model.norm': 'RMSNorm',
   'model.position': 'rope',
+  'model.conv_width': 2,
+  'model.max_ngram': 2,
+  'model.ngram_rows': 50,
   'model.num_kv_heads': 1,
   'model.qk_norm': True,
   'model.bias': False,
+  'model.zero_outputs': True,
   'model.tie_embeddings': True,
   'model.logit_softcap': 0.5,
   'moe.num_experts': 3,
@@ -169,7 +173,10 @@ OTHER = {
   'sample.temperature': 0.1,
 }
 # Keys that matter only beside others.
-BESIDE = {'moe.dense_d_ff': {'moe.every': 2}}
+BESIDE = {
+  'moe.dense_d_ff': {'moe.every': 2},
+  'model.ngram_rows': {'model.max_ngram': 2},
+}
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
 # them knows a capacity, what plug-ins and callbacks do, what remat saves, which
 # weights are evaluated, what a spike is.

@@ -170,7 +170,7 @@ def test_bfloat16_is_close(name, rng):
 @pytest.mark.parametrize('num_experts', [4, 8, 64])
 @pytest.mark.parametrize('name', SPARSE)
 def test_computes_the_chosen_experts_only(name, num_experts, rng):
-  """Products are those of K experts per token and, at most, 15 % of padding.
+  """Products are those of K experts per token; a fourth for padding at most.
 
   The gradient may compute the hidden layer again: 7 products where 6 are
   needed.
@@ -187,10 +187,10 @@ def test_computes_the_chosen_experts_only(name, num_experts, rng):
 
   product = 2 * n * top_k * d_model * d_ff
   forward = products.count(loss, x, routing.weight, experts)
-  assert 2 * product <= forward < 1.15 * 2 * product
+  assert 2 * product <= forward < 1.27 * 2 * product
   grad = jax.grad(loss, argnums=(0, 1, 2))
   counted = products.count(grad, x, routing.weight, experts)
-  assert 6 * product <= counted < 1.15 * 7 * product
+  assert 6 * product <= counted < 1.27 * 7 * product
 
 
 @pytest.mark.parametrize('num_tokens', [1, 2, 7, 64, 1000])

@@ -34,6 +34,7 @@ def test_parameters_of_the_choices_by_hand():
       'position': 'rope',
       'num_kv_heads': 2,
       'qk_norm': True,
+      'max_ngram': 3,
       'bias': False,
       'tie_embeddings': True,
     }
@@ -43,10 +44,12 @@ def test_parameters_of_the_choices_by_hand():
   block = 128 * (128 + 2 * 64) + 128 * 128 + 2 * 128 + 2 * 32
   dense = 2 * 128 * 1024
   router, expert = 128 * 4, 2 * 128 * 512
+  # 66 ** 2 bigrams, hashed trigrams; a token reads one of each.
+  tables = (66**2 + 8192) * 128
   rest = 65 * 128 + 128 + 4 * block + 2 * dense + 2 * router  # Layers 2 and 4.
   assert _counts(config) == {
-    'num_params': rest + 2 * 4 * expert,
-    'num_active_params': rest + 2 * 2 * expert,
+    'num_params': rest + tables + 2 * 4 * expert,
+    'num_active_params': rest + 2 * 128 + 2 * 2 * expert,
   }
 
 
@@ -137,3 +140,21 @@ def test_what_is_padded_does_not_move_other_logits(model, rng):
   before = model(tokens, mask)
   after = model(tokens, mask.at[2].set(False))
   np.testing.assert_allclose(after[:2], before[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize('first_dense_layers', [0, 2])
+def test_blocks_whose_outputs_start_at_zero_are_the_identity(
+  tiny, first_dense_layers
+):
+  """Without positions, logits are then a function of the token alone."""
+  changes = {'model.position': 'rope', 'moe.num_shared': 1}
+  changes |= {'moe.first_dense_layers': first_dense_layers}
+  tokens = jnp.array([[3, 5, 3, 3, 5]])
+  spread = {}
+  for zero in (False, True):
+    config = experiment.decide(tiny({**changes, 'model.zero_outputs': zero}))
+    task = experiment.build_task(config, 11)
+    trained = task.init(jax.random.key(0), {'inputs': tokens})
+    logits, _ = jax.jit(task.logits)(trained, tokens)
+    spread[zero] = np.ptp(logits[0, [0, 2, 3]], axis=0).max()
+  assert spread[True] < 1e-6 < 0.01 < spread[False]

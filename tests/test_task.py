@@ -44,7 +44,7 @@ def _evaluate(task, trained, batch):
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_gradients_are_the_same_compiled_or_not(tiny, rng, precision):
-  """XLA once lost the order of a weight's gradient, in such a program alone."""
+  """And in the order that the next program takes them to be in."""
   changes = {'model.num_layers': 1, 'moe.first_dense_layers': 1}
   changes |= {'model.bias': 'false', 'model.tie_embeddings': 'true'}
   config = experiment.decide(tiny({**changes, 'precision': precision}))
@@ -61,8 +61,9 @@ def test_gradients_are_the_same_compiled_or_not(tiny, rng, precision):
   for one, other in zip(
     jax.tree.leaves(compiled), jax.tree.leaves(expected), strict=True
   ):
-    scale = np.abs(other).max()
-    np.testing.assert_allclose(one, other, rtol=0, atol=0.02 * scale)
+    # Compared on the device: NumPy would see what order an array is really in.
+    error = jnp.max(jnp.abs(one - other)) / jnp.max(jnp.abs(other))
+    assert error < 0.001
 
 
 def test_cross_entropy_is_the_definition(rng):

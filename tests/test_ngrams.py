@@ -1,0 +1,52 @@
+"""Embeddings of n-grams against a loop over tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanomoe.ngrams import Ngrams, row
+
+VOCAB, WIDTH = 5, 3
+
+
+@pytest.mark.parametrize('max_ngram', [1, 2, 3])
+@pytest.mark.parametrize('start', [0, 4])
+def test_a_loop_over_tokens(rng, max_ngram, start):
+  tokens = rng.integers(0, VOCAB, (2, 9))
+  x = rng.normal(size=(2, 5, WIDTH)).astype(np.float32)
+  module = Ngrams(VOCAB, WIDTH, max_ngram, num_rows=1000)
+  starts = jnp.full(2, start)
+  y, variables = module.init_with_output(
+    jax.random.key(0), jnp.asarray(x), jnp.asarray(tokens), starts
+  )
+  tables = variables.get('params', {})
+  # One row for each n-gram, with what is before a window as one more token.
+  assert {k: v.shape for k, v in tables.items()} == {
+    f'ngram_{n}_embedding': (6**n, WIDTH) for n in range(2, max_ngram + 1)
+  }
+  for b in range(2):
+    for t in range(5):
+      expected, p = x[b, t].copy(), start + t
+      for n in range(2, max_ngram + 1):
+        gram = [tokens[b, p - j] if p >= j else VOCAB for j in range(n)]
+        index = sum(g * 6 ** (n - 1 - j) for j, g in enumerate(gram))
+        expected += tables[f'ngram_{n}_embedding'][index]
+      np.testing.assert_allclose(y[b, t], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('num_codes', [67**3, 30_000**2, 2**32])
+def test_ngrams_without_a_row_of_their_own_share_all_rows_evenly(num_codes):
+  """As independent draws would: the largest load is that of a Poisson."""
+  num_rows, per_row = 1000, 50
+  code = np.linspace(0, num_codes - 1, num_rows * per_row).astype(np.uint32)
+  load = np.bincount(row(jnp.asarray(code), num_codes, num_rows))
+  assert len(load) == num_rows
+  # Six standard deviations.
+  assert load.max() < per_row + 6 * per_row**0.5
+  assert load.min() > per_row - 6 * per_row**0.5
+
+
+def test_what_differs_in_the_oldest_token_alone_is_told_apart():
+  code = jnp.arange(67, dtype=jnp.uint32) * 67**2
+  assert len(np.unique(row(code, 67**3, 8192))) > 60
