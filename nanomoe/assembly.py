@@ -20,6 +20,7 @@ from nanomoe.positions import POSITIONS
 from nanomoe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import spec
+from trainers.errors import UserError
 
 
 def build_task(
@@ -39,6 +40,11 @@ def build_task(
     balance=moe.balance,
     vocab_size=vocab_size,
   )
+  if not isinstance(router(), nn.Module):
+    raise UserError(
+      f'moe.router.type={moe.router.type!r} made a {type(router()).__name__}; '
+      'it must be a Linen module'
+    )
   norm = NORMS[model.norm]
   position = POSITIONS[model.position](config.block_size)
   zeros = {'out_init': nn.initializers.zeros_init()}

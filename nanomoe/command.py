@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 import contextlib
+import errno
 import hashlib
+import io
 import logging
 import os
 import pathlib
@@ -21,6 +23,14 @@ from trainers.errors import UserError, is_out_of_memory
 log = logging.getLogger(__name__)
 
 USER_ERROR = 2
+# Full, too large, read-only, broken: no bug of ours.
+_DISK = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EIO,
+)
 INTERRUPTED = 75
 
 
@@ -56,6 +66,10 @@ def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
   two commands, and a notebook imports several.
   """
   _exec_with_huge_pages()
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # None, if it is closed.
+      # What its encoding lacks is escaped: a line with a ★ is not lost.
+      stream.reconfigure(errors='backslashreplace')
   sys.unraisablehook = _tell_unraisable
   _keep_compiled_programs()
   # Until a trainer listens, there is nothing to save.
@@ -96,12 +110,17 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
       print('interrupted', file=sys.stderr)
       sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `| head`, for example, has seen enough.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      _discard_stdout()
       sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
       log.debug('a bug', exc_info=True)
       if is_out_of_memory(error):
         print(f'error: out of memory: {error}', file=sys.stderr)
+        sys.exit(USER_ERROR)
+      if isinstance(error, OSError) and error.errno in _DISK:
+        where = error.filename or 'what was to be written'
+        print(f'error: {where}: {error.strerror}', file=sys.stderr)
+        _discard_stdout()  # If it is what could not be written.
         sys.exit(USER_ERROR)
       raise
 
@@ -112,6 +131,11 @@ def _tell_unraisable(unraisable: Any) -> None:
   """But for the arrays that a failed save leaves behind: it is told itself."""
   if str(unraisable.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(unraisable)
+
+
+def _discard_stdout() -> None:
+  """What is left of it would be an error again when the process ends."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exec_with_huge_pages() -> None:

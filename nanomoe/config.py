@@ -12,9 +12,10 @@ import pathlib
 import re
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from nanomoe import schema
+from trainers import spec as spec_lib
 from trainers.errors import UserError
 
 # A ConfigDict, whose attributes have no static types.
@@ -71,14 +72,36 @@ def load_file(path: str) -> ConfigDict:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except (SyntaxError, ImportError, OSError, ValueError) as error:
-    raise UserError(f'--config={path}: {error}') from error
-  if not hasattr(module, 'get_config'):
-    raise UserError(f'--config={path}: it has no function get_config()')
-  config = module.get_config()
-  if not isinstance(config, ConfigDict):
-    raise UserError(f'--config={path}: get_config() must return a ConfigDict')
-  return config
+    if not hasattr(module, 'get_config'):
+      raise UserError(f'--config={path}: it has no function get_config()')
+    config = module.get_config()
+    if not isinstance(config, ConfigDict):
+      raise UserError(f'--config={path}: get_config() must return a ConfigDict')
+    return ConfigDict(_plain(config))
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:  # Whatever somebody's file does.
+    where = spec_lib.raised(error, str(file))
+    raise UserError(f'--config={path}: {where}') from error
+
+
+def _plain(value: Any) -> Any:
+  """Values in place of references, and as JSON will give them back.
+
+  None for one that is required and not there: it is no value of any key, so an
+  override gives one, or it is told.
+  """
+  if isinstance(value, config_dict.FieldReference):
+    try:
+      value = value.get()
+    except config_dict.RequiredValueError:
+      return None
+  if isinstance(value, ConfigDict):
+    items = value.iteritems(preserve_field_references=True)
+    return {k: _plain(v) for k, v in items}
+  if isinstance(value, (list, tuple)):
+    return [_plain(v) for v in value]
+  return value
 
 
 def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
@@ -98,7 +121,9 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
       value = _parse(key, text)
     except (ValueError, OverflowError):
       field = schema.FIELDS[key]
-      lines.append(f'config.{key}={text!r}: it must be {field.allowed}')
+      lines.append(
+        f'config.{key}={schema.shown(text)}: it must be {field.allowed}'
+      )
       continue
     *sections, name = key.split('.')
     section = values

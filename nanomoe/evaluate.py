@@ -5,6 +5,8 @@ split of its text, or over the whole of any other text (--data=FILE), each
 target once. Speed is without compiling.
 """
 
+from collections.abc import Collection
+import itertools
 import pathlib
 import sys
 import time
@@ -12,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from nanomoe import command, terminal
+from nanomoe import command, imports, terminal
 from nanomoe import workdir as workdir_lib
 from nanomoe.data import corpus
 from trainers.errors import UserError
@@ -41,10 +43,15 @@ _STEP = flags.DEFINE_string(
   'Of the checkpoint: a number, best, or latest.',
   flag_values=_FLAGS,
 )
+_ALLOW_IMPORTS = imports.define_flag(_FLAGS)
 
 
 def evaluate(
-  workdir: pathlib.Path, split: str, step: str, data: str | None = None
+  workdir: pathlib.Path,
+  split: str,
+  step: str,
+  data: str | None = None,
+  allow_imports: Collection[str] = (),
 ) -> dict[str, Any]:
   """JSON values: the task's metrics over one pass, and what was evaluated.
 
@@ -53,15 +60,19 @@ def evaluate(
     split: of the run's own text, if `data` is None.
     step: a number, best or latest.
     data: the path of another text: all of it is evaluated on.
+    allow_imports: code that the run may name: see nanomoe.imports.
 
   Raises:
     UserError: there is no such run, no such checkpoint, or no such text; or
       the text has characters that the run's tokenizer does not know.
   """
   config = workdir_lib.config_of(workdir)
+  imports.check(
+    imports.paths(config.to_dict(), imports.OF_A_MODEL), allow_imports
+  )
 
   if data is not None:
-    text = corpus.read(data, '--data').text
+    other = corpus.read(data, '--data')
 
   import jax  # noqa: PLC0415 (it takes seconds)
 
@@ -81,24 +92,32 @@ def evaluate(
   else:
     split = f'--data={data}'
     try:
-      tokens = run.tokenizer.encode(text)
+      tokens = text_lib.tokenize(
+        {split: other.text}, run.tokenizer, other.fingerprint
+      )
     except UserError as error:
       raise UserError(f'{split}: {error}') from error
     dataset = Windows(
-      {split: tokens},
+      tokens,
       seed=config.seed,
       batch_size=config.batch_size,
       block_size=config.block_size,
       eval_iters=0,
     )
     of = {'data': data}
-  batches = list(dataset.eval_batches(split, slice(0, config.batch_size)))
-  num_tokens = int(sum(batch['weights'].sum() for batch in batches))
+  num_tokens = 0
+
+  def batches():
+    nonlocal num_tokens
+    for batch in dataset.eval_batches(split, slice(0, config.batch_size)):
+      num_tokens += int(batch['weights'].sum())
+      yield batch
+
   evaluator = Evaluator(run.task)
   params, model_state = jax.device_put((run.params, run.model_state))
-  evaluator(params, model_state, batches[:1])  # Compiles.
-  start = time.perf_counter()
-  metrics = evaluator(params, model_state, batches)
+  evaluator(params, model_state, itertools.islice(batches(), 1))  # Compiles.
+  num_tokens, start = 0, time.perf_counter()
+  metrics = evaluator(params, model_state, batches())
   return {
     'workdir': str(workdir),
     'step': run.step,
@@ -123,6 +142,7 @@ def main(_: None) -> int:
     _SPLIT.value or 'val',
     _STEP.value,
     _DATA.value,
+    _ALLOW_IMPORTS.value,
   )
   print(to_json(result, indent=2))
   return 0

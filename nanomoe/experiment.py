@@ -15,6 +15,7 @@ from nanomoe import (
   board,
   causality,
   dispatchers,
+  imports,
   memory,
   numerics,
   optimizers,
@@ -37,6 +38,7 @@ from nanomoe.data.text import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.task import LanguageModel
 from trainers import callbacks, checkpoint, leaves, saved, spec
+from trainers.callbacks.callback import Callbacks
 from trainers.errors import UserError
 from trainers.step import Spikes
 from trainers.trainer import Trainer
@@ -121,7 +123,7 @@ def build(
     callbacks=[
       records,
       *build_callbacks(
-        config, directory, task, tokenizer, corpus.text[:1], facts
+        config, directory, task, tokenizer, str(corpus.text[:1]), facts
       ),
     ],
     checkpointer=checkpoint.Checkpointer(
@@ -135,6 +137,7 @@ def build(
     board=board.of(config),
     memory_hint=functools.partial(memory.hint, config),
   )
+  imports.remember(imports.paths(config.to_dict()))
   if workdir.read_config(directory) is None:
     records.write()
   log.info(
@@ -235,14 +238,18 @@ def build_callbacks(
 ) -> list[callbacks.Callback]:
   """In the order in which they are called."""
   tokens_per_step = config.batch_size * config.block_size
-  plugins = _build_group(
-    config,
+  plugins = spec.build_group(
     'callbacks',
+    config.callbacks.to_dict(),
     CALLBACKS,
     (callbacks.Callback, PeriodicAction),
     num_experts=config.moe.num_experts,
     top_k=config.moe.top_k,
   )
+  try:
+    plugins = Callbacks(plugins)
+  except ValueError as error:
+    raise UserError(f'callbacks: {error}') from error
   sample = TextSample(
     task.logits,
     directory / 'sample.txt',
@@ -276,26 +283,6 @@ def build_callbacks(
 def build_writers(
   config: Config, directory: pathlib.Path
 ) -> list[MetricWriter]:
-  return _build_group(config, 'writers', {}, (MetricWriter,), workdir=directory)
-
-
-def _build_group(
-  config: Config,
-  group: str,
-  table: dict[str, Any],
-  kinds: tuple[type, ...],
-  **context: Any,
-) -> list[Any]:
-  """In the order of their names, as ConfigDict has them."""
-  built = []
-  for name in config[group]:
-    own = config[group][name].to_dict()
-    plugin = spec.build(f'{group}.{name}', own, table, **context)
-    if not isinstance(plugin, kinds):
-      wanted = ' or '.join(kind.__name__ for kind in kinds)
-      raise UserError(
-        f'{group}.{name}.type={own["type"]!r} made a '
-        f'{type(plugin).__name__}; it must be a {wanted}'
-      )
-    built.append(plugin)
-  return built
+  return spec.build_group(
+    'writers', config.writers.to_dict(), {}, (MetricWriter,), workdir=directory
+  )

@@ -4,13 +4,13 @@ Prints the prompt and what the model makes of it, alone on standard output, as
 it is made.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 import pathlib
 import sys
 
 from absl import flags
 
-from nanomoe import command, terminal
+from nanomoe import command, imports, terminal
 from nanomoe import workdir as workdir_lib
 from trainers.errors import UserError
 
@@ -59,6 +59,7 @@ _STEP = flags.DEFINE_string(
   'Of the checkpoint: a number, best, or latest.',
   flag_values=_FLAGS,
 )
+_ALLOW_IMPORTS = imports.define_flag(_FLAGS)
 
 
 def generate(
@@ -71,19 +72,31 @@ def generate(
   top_p: float = 1.0,
   seed: int = 0,
   step: str = 'best',
+  allow_imports: Collection[str] = (),
 ) -> Iterator[list[str]]:
   """Yields, `num_tokens` times, the next piece of each prompt's continuation.
 
   A piece is '' while a character is incomplete: a token may be a part of one.
 
   Raises:
-    UserError: there is no such run or checkpoint, a prompt is empty, a
-      character of it is unknown, or the model is not causal. All of it before
-      the first piece.
+    UserError: there is no such run or checkpoint, it names code that is not
+      in `allow_imports` (see nanomoe.imports), a prompt is empty, a character
+      of it is unknown, or the model is not causal. All of it before the first
+      piece.
   """
   config = workdir_lib.config_of(workdir)
+  imports.check(
+    imports.paths(config.to_dict(), imports.OF_A_MODEL), allow_imports
+  )
   if not all(prompts):
     raise UserError('--prompt is empty: it must have a character at least')
+  for prompt in prompts:
+    try:
+      prompt.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f'--prompt={prompt!r}: it is not UTF-8 from character {error.start} on'
+      ) from error
 
   from nanomoe import causality, experiment  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
@@ -151,6 +164,7 @@ def main(_: None) -> int:
     top_p=_TOP_P.value,
     seed=_SEED.value,
     step=_STEP.value,
+    allow_imports=_ALLOW_IMPORTS.value,
   )
   # One text can be shown while it is made; of several, each in its turn.
   texts = [[prompt] for prompt in prompts]

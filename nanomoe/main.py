@@ -11,7 +11,7 @@ import shlex
 
 from absl import flags
 
-from nanomoe import command, schema, terminal
+from nanomoe import command, imports, schema, terminal
 from nanomoe import config as config_lib
 from nanomoe import workdir as workdir_lib
 from nanomoe.data import corpus
@@ -49,6 +49,7 @@ _INIT_FROM = flags.DEFINE_string(
   'as --config.init_from.',
   flag_values=_FLAGS,
 )
+_ALLOW_IMPORTS = imports.define_flag(_FLAGS)
 
 _ALLOW_CHANGED = flags.DEFINE_list(
   'allow_changed',
@@ -95,8 +96,14 @@ def _keys_help(argv: list[str]) -> str:
   )
 
 
-def main(overrides: list[config_lib.Override]) -> int:
-  """Trains; returns the exit code."""
+def wanted(
+  overrides: list[config_lib.Override],
+) -> tuple[config_lib.Config, config_lib.Config | None]:
+  """The checked config that the flags ask for, and that of the run, if any.
+
+  Raises:
+    UserError: all that is wrong. Nothing has been made.
+  """
   workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
   old = workdir_lib.read_config(workdir) if workdir else None
   if _CONFIG.value:
@@ -110,6 +117,18 @@ def main(overrides: list[config_lib.Override]) -> int:
       else '--config=FILE is needed, such as --config=configs/base.py'
     )
   config = _checked(config, overrides, workdir, is_new=old is None)
+  if not _CONFIG.value:
+    given = {value for key, value in overrides if key.endswith('.type')}
+    named = imports.paths(config.to_dict())
+    imports.check(named - given, _ALLOW_IMPORTS.value)
+  return config, old
+
+
+def main(overrides: list[config_lib.Override]) -> int:
+  """Trains; returns the exit code."""
+  config, old = wanted(overrides)
+  workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+  is_made = workdir is None or not workdir.exists()
   workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
   watch = str(workdir.parent)
   console = terminal.log_to_terminal(quiet=_QUIET.value)
@@ -124,7 +143,8 @@ def main(overrides: list[config_lib.Override]) -> int:
   try:
     trainer = experiment.build(config, workdir, _ALLOW_CHANGED.value)
   except UserError:
-    workdir_lib.discard(workdir)
+    if is_made:
+      workdir_lib.discard(workdir)
     raise
   log.info('workdir: %s', workdir)
   log.info('watch it: %s', shlex.join(['tensorboard', '--logdir', watch]))
@@ -133,22 +153,24 @@ def main(overrides: list[config_lib.Override]) -> int:
 
     trainer.callbacks.append(LiveProgress(console))
   status = trainer.fit()
-  _report(trainer, workdir)
+  _report(trainer, workdir, imports.paths(config.to_dict()))
   return EXIT_CODES[status]
 
 
 def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
   """The config with its overrides; all that is wrong is told together."""
   lines = []
-  path = dict(overrides).get('data.path', config.get('data', {}).get('path'))
-  if path:
+  given = {**dict(schema.flatten(config.to_dict())), **dict(overrides)}
+  if path := given.get('data.path'):
     lines += corpus.path_problems(str(path))
   if workdir:
     lines += workdir_lib.problems(workdir)
-  source = dict(overrides).get('init_from', config.get('init_from'))
+  source = given.get('init_from')
   # A run that is there has its weights already.
   if (
-    is_new and source and workdir_lib.read_config(pathlib.Path(source)) is None
+    is_new
+    and source
+    and workdir_lib.read_config(pathlib.Path(str(source))) is None
   ):
     lines.append(f'init_from={source!r}: no run is there (no config.json)')
   try:
@@ -160,7 +182,7 @@ def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
   return config
 
 
-def _report(trainer, workdir: pathlib.Path) -> None:
+def _report(trainer, workdir: pathlib.Path, named: set[str]) -> None:
   """One line: what became of the run, and what to type next."""
   status, step = trainer.status, f'{trainer.step}/{trainer.num_train_steps}'
   best = trainer.best
@@ -177,6 +199,8 @@ def _report(trainer, workdir: pathlib.Path) -> None:
     )
   elif status == 'interrupted':
     words = ['python', '-m', 'nanomoe.main', f'--workdir={workdir}']
+    if named:  # It may go on where nothing of it is known.
+      words.append(f'--allow_imports={",".join(sorted(named))}')
     log.info(
       'interrupted by %s; step %s is saved',
       trainer.stop_reason,

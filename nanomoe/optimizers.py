@@ -1,7 +1,7 @@
 """Optax chains, from config."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +159,11 @@ def build(
     learning_rate=config.learning_rate,
     num_train_steps=num_train_steps,
   )
+  if not callable(schedule):
+    raise UserError(
+      f'optimizer.schedule.type={config.schedule.type!r} must return an '
+      f'optax.Schedule, not {schedule!r}'
+    )
   own = {
     key: value
     for key, value in config.to_dict().items()
@@ -186,4 +191,4 @@ def build(
     if config.clip_norm
     else optax.identity()
   )
-  return optax.chain(clip, optimizer), schedule
+  return optax.chain(clip, optimizer), cast(optax.Schedule, schedule)

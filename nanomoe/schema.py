@@ -189,9 +189,7 @@ ARGUMENTS = {
   'callbacks.non_finite.patience': (
     'refused updates in a row, at which it stops or goes back; 0: never'
   ),
-  'callbacks.non_finite.max_rollbacks': (
-    'how often it goes back to the last good checkpoint, and on with other data'
-  ),
+  'callbacks.non_finite.max_rollbacks': 'times to go back before it stops',
   'callbacks.profile.num_steps': 'steps that are traced; 0: none',
   'callbacks.routing_alarm.action': (
     "on dead or crowded experts: 'warn'; 'raise' the balance loss's weight; "
@@ -207,6 +205,23 @@ ARGUMENTS = {
   'callbacks.routing_alarm.factor': 'of the weight, each time it is raised',
   'callbacks.routing_alarm.min_weight': 'what it is raised to, at least',
   'callbacks.routing_alarm.max_weight': 'what it is not raised above',
+}
+# What NanoMoE hands to a spec is said once, elsewhere: with two values, half of
+# a run would have the one, and half the other.
+HANDED = {
+  'moe.router': {
+    'num_experts': 'moe.num_experts',
+    'top_k': 'moe.top_k',
+    'balance': 'moe.balance',
+    'vocab_size': 'data.tokenizer',
+  },
+  'data.dataset': {
+    'splits': 'data.path',
+    'seed': 'seed',
+    'batch_size': 'batch_size',
+    'block_size': 'block_size',
+    'eval_iters': 'eval_iters',
+  },
 }
 # Any number of specs, by any name.
 SPEC_GROUPS = {
@@ -250,11 +265,23 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(flat.get(f'{spec}.type'), str)
   ]
   lines += _unknown_to_optimizer(flat)
+  lines += [
+    f'config.{spec}.{key} is no argument of its own: {other} says it'
+    for spec, keys in HANDED.items()
+    for key, other in keys.items()
+    if f'{spec}.{key}' in flat
+  ]
   sound = dict(flat)
   for key, field in FIELDS.items():
     if key in flat and (reason := _violation(field, flat[key])):
-      lines.append(f'{key}={flat[key]!r}: {reason}')
+      lines.append(f'{key}={shown(flat[key])}: {reason}')
       del sound[key]
+  lines += [
+    f'{key}={shown(value)}: it must be a finite number, a text, true, false, '
+    'null, or a list of these'
+    for key, value in flat.items()
+    if spec_of(key) is not None and not _is_json(value)
+  ]
   return [*lines, *_contradictions(sound)]
 
 
@@ -306,6 +333,23 @@ def _unknown_to_optimizer(flat: Mapping[str, Any]) -> list[str]:
     for key in flat
     if spec_of(key) == 'optimizer' and key not in allowed
   ]
+
+
+def shown(value: Any) -> str:
+  """Its repr, cut where it is long."""
+  text = repr(value)
+  return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
+
+
+def _is_json(value: Any) -> bool:
+  """Whether config.json can hold it: JSON has no nan and no infinity."""
+  if isinstance(value, float):
+    return math.isfinite(value)
+  if isinstance(value, (list, tuple)):
+    return all(map(_is_json, value))
+  if isinstance(value, Mapping):  # In a list.
+    return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+  return value is None or isinstance(value, (bool, int, str))
 
 
 def known(key: str) -> bool:

@@ -172,17 +172,27 @@ def continued(
 
 
 def discard(workdir: pathlib.Path) -> None:
-  """Removes a directory that has nothing but the log of a mistake."""
-  if [path.name for path in workdir.iterdir()] == ['log.txt']:
+  """Removes a directory, made for a mistake, that has nothing but its log."""
+  made = {path.name for path in workdir.iterdir()}
+  begun = any((workdir / 'checkpoints').glob('*'))
+  if made <= {'log.txt', 'checkpoints'} and not begun:
     shutil.rmtree(workdir, ignore_errors=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  write_atomically(path, to_json(value, indent=2) + '\n')
+  """Raises UserError if it cannot be written: the disk is full, for example."""
+  try:
+    write_atomically(path, to_json(value, indent=2) + '\n')
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror}') from error
 
 
 def problems(workdir: pathlib.Path) -> list[str]:
   """What is in the way of making or writing `workdir`; makes nothing."""
+  try:
+    str(workdir.absolute()).encode()  # Or no checkpoint could be written there.
+  except UnicodeEncodeError:
+    return [f'--workdir={str(workdir)!r}: its name is not UTF-8']
   try:
     place = next(
       p for p in (workdir, *workdir.absolute().parents) if p.exists()
@@ -192,7 +202,9 @@ def problems(workdir: pathlib.Path) -> list[str]:
   if not place.is_dir():
     return [f'--workdir={workdir} cannot be made: {place} is no directory']
   if not os.access(place, os.W_OK | os.X_OK):
-    return [f'--workdir={workdir} cannot be written: permission denied']
+    return [
+      f'--workdir={workdir} cannot be written: permission denied, or read-only'
+    ]
   return []
 
 
@@ -206,7 +218,9 @@ class _LockedLog(logging.FileHandler):
   """
 
   def __init__(self, workdir: pathlib.Path):
-    super().__init__(workdir / 'log.txt', encoding='utf-8')
+    super().__init__(
+      workdir / 'log.txt', encoding='utf-8', errors='backslashreplace'
+    )
     # Whoever deletes the log does not unlock the directory; where directories
     # cannot be locked (NFS), the log can.
     self._directory: int | None = os.open(workdir, os.O_RDONLY)

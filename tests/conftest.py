@@ -14,6 +14,7 @@ jaxtyping.install_import_hook('nanomoe', 'beartype.beartype')
 # One cache for all processes of a session: equal programs compile once.
 _CACHE = tempfile.TemporaryDirectory(prefix='nanomoe-test-cache-')
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+os.environ['XDG_STATE_HOME'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import numpy as np  # noqa: E402

@@ -21,7 +21,7 @@ from benchmarks import (
 )
 from benchmarks.sweep import Run
 from nanomoe import config as config_lib
-from nanomoe import experiment, schema
+from nanomoe import experiment, provenance, schema
 from tests.shrunk import TINY
 
 # Stands for nanomoe.main: each start of it has the next exit code.
@@ -189,7 +189,7 @@ def parameters(config, **model):
   task = experiment.build_task(experiment.decide(config), 65)
   batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
-  return experiment.count_params(params, config)
+  return provenance.count_params(params, config)
 
 
 @pytest.mark.parametrize('name', routing_study.VARIANTS)

@@ -46,6 +46,13 @@ class Checkpointer:
     self._kept = self._policy.kept  # As the last save that landed left it.
     self._saving: int | None = None
     self.newest: int | None = None  # Saved, or restored, by this object.
+    if wild := set(str(directory)) & set('*?['):
+      # Orbax looks for its files by patterns: what it had saved in such a place
+      # could not be read.
+      raise UserError(
+        f'{directory}: no checkpoint can be kept in a path with '
+        f'{" or ".join(sorted(wild))}'
+      )
     try:
       directory.mkdir(parents=True, exist_ok=True)
       self._put_back()
@@ -150,7 +157,7 @@ class Checkpointer:
     self._policy.kept = self._kept
     # It waits for the arrays only if its own record could be written.
     with contextlib.suppress(Exception):
-      self._manager._checkpointer.wait_until_finished()
+      self._manager._checkpointer.wait_until_finished()  # pyright: ignore
     try:
       self._put_back()
       # The one that failed counts what never landed, forgot what it meant to
@@ -279,7 +286,12 @@ class Checkpointer:
       return steps
 
   def close(self) -> None:
-    self._manager.close()
+    """That a save failed is an error no more: it has been told, or is here."""
+    try:
+      self._manager.close()
+    except Exception as error:  # Orbax raises what its storage raises.
+      if self._saving is not None:
+        log.error('step %d could not be saved: %s', self._saving, error)
 
 
 class _Kept(NamedTuple):

@@ -8,11 +8,15 @@ from typing import Any
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces `path` by a file that holds `text`: never by a part of it."""
+  """Replaces `path` by a file that holds `text`: never by a part of it.
+
+  In UTF-8. What a path that is none decodes to, lone surrogates, is escaped as
+  JSON does it.
+  """
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
-    with open(temporary, 'w', encoding='utf-8', newline='') as f:
-      f.write(text)
+    with open(temporary, 'wb') as f:
+      f.write(text.encode(errors='backslashreplace'))
       f.flush()
       os.fsync(f.fileno())
     os.replace(temporary, path)

@@ -5,6 +5,10 @@ import difflib
 import importlib
 import inspect
 import math
+import os
+import traceback
+import types
+import typing
 from typing import Any
 
 from trainers.errors import UserError
@@ -14,6 +18,21 @@ def did_you_mean(word: str, words) -> str:
   """' Did you mean ...?', or '' when nothing is close."""
   close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
   return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def raised(error: BaseException, file: str = '') -> str:
+  """One line: what was raised and where, in `file` if it came through there."""
+  message: Any = error
+  while isinstance(message, BaseException) and message.args:
+    message = message.args[0]  # ml_collections nests them.
+  text = f'{type(error).__name__}: {" ".join(str(message).split())}'
+  frames = traceback.extract_tb(error.__traceback__)
+  frames = [frame for frame in frames if frame.filename == file] or frames
+  if isinstance(error, SyntaxError):
+    name, line = error.filename or '', error.lineno
+  else:
+    name, line = frames[-1].filename, frames[-1].lineno
+  return f'{text} ({os.path.basename(name)}, line {line})'
 
 
 def resolve(where: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -29,8 +48,10 @@ def resolve(where: str, name: str, table: Mapping[str, Any]) -> Any:
     module_name, _, attribute = name.rpartition('.')
     try:
       module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, ValueError, TypeError) as error:
+    except (ImportError, ValueError, TypeError) as error:
       raise UserError(f'{where}.type={name!r}: {error}') from error
+    except (Exception, SystemExit) as error:  # Whatever somebody's file does.
+      raise UserError(f'{where}.type={name!r}: {raised(error)}') from error
     found, place = getattr(module, attribute, None), f'module {module_name}'
     names = [f'{module_name}.{key}' for key in vars(module)]
   if callable(found):
@@ -79,15 +100,15 @@ def build(
       for key in arguments
       if key not in names
     ]
-  hints = _annotations(target)
+  hints = _hints(target)
   problems += [
-    f'{where}.{key}={value!r}: {shown} wants {hints[key]} there'
+    f'{where}.{key}={value!r}: {shown} wants {_name_of(hints[key])} there'
     for key, value in arguments.items()
     if key in hints and not _fits(value, hints[key])
   ]
   arguments = {
     **{k: v for k, v in context.items() if k in names},
-    **arguments,
+    **{k: _of_type(v, hints.get(k)) for k, v in arguments.items()},
   }
   problems += [
     f'{where}.{name} is missing: {shown} needs it'
@@ -104,6 +125,31 @@ def build(
     raise UserError(f'{where}: {error}') from error
 
 
+def build_group(
+  group: str,
+  specs: Mapping[str, Mapping[str, Any]],
+  table: Mapping[str, Any],
+  kinds: tuple[type, ...],
+  **context: Any,
+) -> list[Any]:
+  """What each of `specs` builds, in their order.
+
+  Raises:
+    UserError: as of `build`; or what is built is of none of the `kinds`.
+  """
+  built = []
+  for name, own in specs.items():
+    plugin = build(f'{group}.{name}', own, table, **context)
+    if not isinstance(plugin, kinds):
+      wanted = ' or '.join(kind.__name__ for kind in kinds)
+      raise UserError(
+        f'{group}.{name}.type={own["type"]!r} made a '
+        f'{type(plugin).__name__}; it must be a {wanted}'
+      )
+    built.append(plugin)
+  return built
+
+
 def _shown(name: str, signature: inspect.Signature) -> str:
   """'Name(argument, argument=default)'; Linen's own arguments left out."""
   parts = [
@@ -117,21 +163,59 @@ def _shown(name: str, signature: inspect.Signature) -> str:
 _SIMPLE = {'int': int, 'float': float, 'str': str, 'bool': bool, 'None': None}
 
 
-def _annotations(target: Callable[..., Any]) -> dict[str, str]:
-  """{parameter: 'int | None'}: those that are unions of simple types only."""
-  hints = {}
-  for name, parameter in inspect.signature(target).parameters.items():
-    hint = parameter.annotation
-    text = hint if isinstance(hint, str) else getattr(hint, '__name__', '')
-    if not isinstance(hint, (str, type)):
-      text = str(hint)  # A union.
-    if text and all(part.strip() in _SIMPLE for part in text.split('|')):
-      hints[name] = text
-  return hints
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+  """{parameter: its annotation}."""
+  try:
+    signature = inspect.signature(target, eval_str=True)
+  except Exception:  # A name that only a type checker knows.
+    signature = inspect.signature(target)
+  return {
+    name: _evaluated(parameter.annotation)
+    for name, parameter in signature.parameters.items()
+  }
 
 
-def _fits(value: Any, hint: str) -> bool:
-  kinds = [_SIMPLE[part.strip()] for part in hint.split('|')]
-  if float in kinds and type(value) in (int, float):
-    return math.isfinite(value)
-  return value in kinds if value is None else type(value) in kinds
+def _evaluated(hint: Any) -> Any:
+  """Of 'int | None' as text, the type; other texts as they are."""
+  parts = hint.split('|') if isinstance(hint, str) else ['']
+  kinds = [_SIMPLE.get(part.strip(), Any) for part in parts]
+  return hint if Any in kinds else typing.Union[tuple(kinds)]  # noqa: UP007
+
+
+def _name_of(hint: Any) -> str:
+  return getattr(hint, '__name__', '') if type(hint) is type else str(hint)
+
+
+def _arms(hint: Any) -> tuple[Any, ...]:
+  """The types of a union, or the only one."""
+  union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+  return typing.get_args(hint) if union else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  """Whether `value` is of that type, if it is simple, or made of such."""
+  return any(_fits_one(value, arm) for arm in _arms(hint))
+
+
+def _fits_one(value: Any, hint: Any) -> bool:
+  origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+  if origin is float:
+    return type(value) in (int, float) and math.isfinite(value)
+  if origin in (bool, int, str, types.NoneType):
+    return type(value) is origin
+  if origin is None:
+    return value is None
+  if origin not in (tuple, list):
+    return True
+  if not isinstance(value, (tuple, list)):
+    return False
+  if origin is tuple and parts and parts[-1] is not ...:
+    return len(value) == len(parts) and all(map(_fits, value, parts))
+  return not parts or all(_fits(x, parts[0]) for x in value)
+
+
+def _of_type(value: Any, hint: Any) -> Any:
+  """JSON has no tuples: what is annotated as one becomes one."""
+  hint = next((arm for arm in _arms(hint) if _fits_one(value, arm)), hint)
+  is_tuple = tuple in (hint, typing.get_origin(hint))
+  return tuple(value) if is_tuple and isinstance(value, list) else value

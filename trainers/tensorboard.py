@@ -98,9 +98,12 @@ class SummaryWriter(interface.MetricWriter):
         '', self._about(tag)
       )
       values = np.asarray(array, np.float64).ravel()
-      values = values[np.isfinite(values)]
+      values = np.clip(values[np.isfinite(values)], -1e300, 1e300)
       count = (num_buckets or {}).get(tag, 30)
-      sizes, edges = np.histogram(values, count)
+      try:
+        sizes, edges = np.histogram(values, count)
+      except ValueError:  # All but equal: no number is between two edges.
+        sizes, edges = np.histogram(values, 1)
       rows = np.stack([edges[:-1], edges[1:], sizes], axis=1)
       tensor = make_tensor_proto(rows.astype(np.float64))
       tensor.dtype = DT_DOUBLE

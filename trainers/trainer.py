@@ -294,7 +294,7 @@ class Trainer(Loop):
       for close in closers:
         try:
           close()
-        except Exception as raised:
+        except BaseException as raised:  # SystemExit too: the others go on.
           if error:
             log.error('while ending: %r', raised)
           error = error or self._fail(raised)

@@ -5,7 +5,6 @@ from typing import Any
 
 from nanomoe import workdir
 from trainers.callbacks import Callback
-from trainers.errors import UserError
 
 
 class Records(Callback):
@@ -23,9 +22,4 @@ class Records(Callback):
   def write(self) -> None:
     """Raises UserError if it cannot."""
     for path, value in self.values.items():
-      try:
-        workdir.write_json(path, value)
-      except OSError as error:
-        raise UserError(
-          f'{path} cannot be written: {error.strerror}'
-        ) from error
+      workdir.write_json(path, value)

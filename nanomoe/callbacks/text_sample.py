@@ -65,7 +65,10 @@ class TextSample(Callback):
     loop.writer.write_texts(loop.step, {'sample': code})
     loop.writer.flush()
     if last:
-      write_atomically(self.path, text)
+      try:
+        write_atomically(self.path, text)
+      except OSError as error:  # It is printed too.
+        log.warning('%s could not be written: %s', self.path, error)
       log.info('sample (%d tokens):\n%s', self.num_tokens, text)
 
   def _text(self, loop) -> str:

@@ -9,8 +9,14 @@ from jaxtyping import Int
 import numpy as np
 import tokenizers as library
 
+from nanomoe.data import large
+from nanomoe.data.large import LargeText
 from nanomoe.data.tokenizer import Tokenizer
 from trainers.errors import UserError
+
+# Far beyond any model's. The library aborts the process where it finds no
+# memory for them.
+MAX_VOCAB_SIZE = 2**22
 
 
 class BPE(Tokenizer):
@@ -23,13 +29,17 @@ class BPE(Tokenizer):
     file: a tokenizer.json to use instead of learning; it must be byte-level.
   """
 
+  fits_pieces = True
+
   def __init__(self, vocab_size: int = 1024, file: str = ''):
     if vocab_size < 256:
       raise ValueError(f'{vocab_size=} must be >= 256: one for each byte')
+    if vocab_size > MAX_VOCAB_SIZE:
+      raise ValueError(f'{vocab_size=} must be <= {MAX_VOCAB_SIZE}')
     self._wanted = vocab_size
     self._file = file
 
-  def fit(self, texts: Mapping[str, str]) -> None:
+  def fit(self, texts: Mapping[str, str | LargeText]) -> None:
     """Raises UserError if `file` is none, or does not give `texts` back."""
     if self._file:
       self._read(texts)
@@ -43,16 +53,18 @@ class BPE(Tokenizer):
       show_progress=False,
       initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator([texts['train']], trainer)
+    tokenizer.train_from_iterator(large.pieces(texts['train']), trainer)
     self._set(tokenizer)
 
-  def _read(self, texts: Mapping[str, str]) -> None:
+  def _read(self, texts: Mapping[str, str | LargeText]) -> None:
     where = f'data.tokenizer.file={self._file!r}'
     try:
       state = json.loads(pathlib.Path(self._file).read_text(encoding='utf-8'))
       self.load_state_dict({'tokenizer': state})
       lossless = all(
-        self.decode(self.encode(text)) == text for text in texts.values()
+        self.decode(self.encode(piece)) == piece
+        for text in texts.values()
+        for piece in large.pieces(text)
       )
       if not lossless:
         raise ValueError('it does not give the text back as it was')
@@ -93,6 +105,9 @@ class BPE(Tokenizer):
     self._tokenizer = tokenizer
     byte_of = _byte_of_character()
     vocabulary = tokenizer.get_vocab()
+    # An index far beyond them, and a table of all indices fills the memory.
+    if max(vocabulary.values(), default=0) > MAX_VOCAB_SIZE:
+      raise ValueError(f'it has a token beyond {MAX_VOCAB_SIZE}')
     strangers = sorted(set().union(*vocabulary) - set(byte_of))
     if strangers:
       raise ValueError(f'its tokens hold {strangers[0]!r}, which is no byte')

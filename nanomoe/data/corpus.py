@@ -13,6 +13,8 @@ import time
 from typing import NamedTuple
 import urllib.request
 
+from nanomoe.data import large
+from nanomoe.data.large import LargeText
 from trainers.errors import UserError
 from trainers.files import write_atomically
 
@@ -26,6 +28,7 @@ URL = (
 )
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 GIVE_UP_SECONDS = 10
+IN_MEMORY_BYTES = 1 << 25  # Of a larger text, only its tokens are mapped.
 PROGRESS_BYTES = 200_000  # Between two lines of progress.
 
 
@@ -33,7 +36,7 @@ class Corpus(NamedTuple):
   """A text, what it is called, and its SHA-256 in hexadecimal."""
 
   name: str
-  text: str
+  text: str | LargeText
   fingerprint: str
 
 
@@ -119,16 +122,14 @@ def read(path: str, key: str = 'data.path') -> Corpus:
   """
   if lines := path_problems(path, key):
     raise UserError(lines)
+  file, where = pathlib.Path(path), f'{key}={path!r}'
+  if file.stat().st_size > IN_MEMORY_BYTES:
+    return Corpus(file.name, *large.scan(file, where))
+  raw = large.read_whole(file, where)
   try:
-    raw = pathlib.Path(path).read_bytes()
-    return Corpus(pathlib.Path(path).name, raw.decode('utf-8'), _sha256(raw))
-  except OSError as error:
-    raise UserError(f'{key}={path!r}: {error.strerror}') from error
+    return Corpus(file.name, raw.decode(), _sha256(raw))
   except UnicodeDecodeError as error:
-    raise UserError(
-      f'{key}={path!r} is not UTF-8: byte {error.start} is '
-      f'0x{error.object[error.start]:02x}'
-    ) from error
+    raise large.not_utf8(where, error.start, error) from error
 
 
 def _sha256(raw: bytes) -> str:

@@ -1,21 +1,23 @@
 """The text of a run: found, tokenized, split, cut into batches."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import pathlib
 from typing import Any
 
+from jaxtyping import Int, Integer
 import numpy as np
 
 from nanomoe import workdir
 from nanomoe.config import Config
 from nanomoe.data import corpus as corpus_lib
-from nanomoe.data import tokenizers
+from nanomoe.data import large, tokenizers
 from nanomoe.data.corpus import Corpus
+from nanomoe.data.large import LargeText
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.data.windows import Windows
 from trainers import spec
 from trainers.errors import UserError
-from trainers.task import Dataset
+from trainers.task import Batch, Dataset
 
 DATASETS = {'Windows': Windows}
 VOCABULARY = 'vocabulary.json'
@@ -50,17 +52,80 @@ def read(
     tokenizer = _tokenizer_of(pathlib.Path(config.init_from), spec_of_tokenizer)
   else:
     tokenizer = tokenizers.build(spec_of_tokenizer)
-    tokenizer.fit(split(corpus.text))
+    text = corpus.text if tokenizer.fits_pieces else str(corpus.text)
+    tokenizer.fit(split(text))
   try:
-    tokens = {
-      name: tokenizer.encode(text) for name, text in split(corpus.text).items()
-    }
+    tokens = tokenize(split(corpus.text), tokenizer, corpus.fingerprint)
   except UserError as error:
     where = f'init_from={config.init_from}: ' if config.init_from else ''
     raise UserError(
       f'{where}{corpus.name} does not fit the vocabulary: {error}'
     ) from error
-  return corpus, tokenizer, build_dataset(config, tokens)
+  dataset = build_dataset(config, tokens)
+  return corpus, tokenizer, InVocabulary(dataset, tokenizer.vocab_size)
+
+
+def tokenize(
+  splits: Mapping[str, str | LargeText], tokenizer: Tokenizer, fingerprint: str
+) -> dict[str, Integer[np.ndarray, ' length']]:
+  """The tokens of each split: of a large text, memory-mapped.
+
+  Raises:
+    UserError: a part of a text has no token, or one beyond the vocabulary; or
+      there is no room for the tokens of a large one.
+  """
+
+  def encode(text: str) -> Int[np.ndarray, ' length']:
+    tokens = tokenizer.encode(text)
+    _check('data.tokenizer', tokens, tokenizer.vocab_size)
+    return tokens
+
+  large_ones = {k: v for k, v in splits.items() if isinstance(v, LargeText)}
+  small_ones = {k: v for k, v in splits.items() if isinstance(v, str)}
+  tokens = {name: encode(text) for name, text in small_ones.items()}
+  if large_ones:
+    place = corpus_lib.cache_directory()
+    vocab_size = tokenizer.vocab_size
+    tokens |= large.tokenize(large_ones, encode, vocab_size, fingerprint, place)
+  return tokens
+
+
+class InVocabulary:
+  """A `trainers.task.Dataset` of which no token is beyond the vocabulary.
+
+  XLA clamps such an index: the loss would be that of another text.
+
+  Raises, where a batch is asked for:
+    UserError: it has such a token.
+  """
+
+  def __init__(self, dataset: Dataset, vocab_size: int):
+    self._dataset = dataset
+    self._vocab_size = vocab_size
+    self.fingerprint = dataset.fingerprint
+
+  def train_batch(self, index: int, rows: slice) -> Batch:
+    return self._checked(self._dataset.train_batch(index, rows))
+
+  def eval_batches(self, split: str, rows: slice) -> Iterator[Batch]:
+    return map(self._checked, self._dataset.eval_batches(split, rows))
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._dataset, name)
+
+  def _checked(self, batch: Batch) -> Batch:
+    for name in ('inputs', 'targets'):
+      where = f'data.dataset, in {name} of a batch,'
+      _check(where, np.asarray(batch[name]), self._vocab_size)
+    return batch
+
+
+def _check(where: str, tokens: np.ndarray, vocab_size: int) -> None:
+  if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+    strange = tokens[(tokens < 0) | (tokens >= vocab_size)].flat[0]
+    raise UserError(
+      f'{where} made token {strange}; the vocabulary has 0 to {vocab_size - 1}'
+    )
 
 
 def split(whole: Any) -> dict[str, Any]:

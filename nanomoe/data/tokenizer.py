@@ -15,15 +15,24 @@ class Tokenizer:
 
   Attributes:
     vocab_size: known after either.
+    fits_pieces: whether `fit` takes a `LargeText`; else it gets, of a large
+      file too, a str.
   """
 
   vocab_size: int
+  fits_pieces = False
 
-  def fit(self, texts: Mapping[str, str]) -> None:
-    """Learns the vocabulary from the text of each split."""
+  def fit(self, texts: Mapping[str, Any]) -> None:
+    """Learns the vocabulary from the text of each split: a str.
+
+    With `fits_pieces`, a str or a `nanomoe.data.large.LargeText`: `pieces` are
+    of either.
+    """
 
   def encode(self, text: str) -> Int[np.ndarray, ' length']:
     """int32. decode(encode(text)) == text.
+
+    A large text comes in pieces, which are cut in front of white space.
 
     Raises:
       UserError: a part of the text has no token.

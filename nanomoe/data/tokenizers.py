@@ -3,12 +3,16 @@
 from collections.abc import Mapping, Sequence
 import json
 import pathlib
+import sys
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 import numpy as np
 
+from nanomoe import schema
+from nanomoe.data import large
 from nanomoe.data.bpe import BPE
+from nanomoe.data.large import LargeText
 from nanomoe.data.tokenizer import Tokenizer
 from trainers import spec
 from trainers.errors import UserError
@@ -17,11 +21,17 @@ from trainers.errors import UserError
 class Characters(Tokenizer):
   """One token for each distinct character, in the order of code points."""
 
+  fits_pieces = True
+
   def __init__(self):
     self.characters = ''
 
-  def fit(self, texts: Mapping[str, str]) -> None:
-    self._set(''.join(sorted(set().union(*texts.values()))))
+  def fit(self, texts: Mapping[str, str | LargeText]) -> None:
+    is_there = np.zeros(sys.maxunicode + 1, bool)
+    for text in texts.values():
+      for piece in large.pieces(text):
+        is_there[_code_points(piece)] = True
+    self._set(''.join(map(chr, np.flatnonzero(is_there))))
 
   @property
   def vocab_size(self) -> int:
@@ -29,16 +39,16 @@ class Characters(Tokenizer):
 
   def encode(self, text: str) -> Int[np.ndarray, ' length']:
     """Raises UserError naming a character without a token, and its position."""
-    codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
-    tokens = np.searchsorted(self._codes, codes)
-    unknown = np.flatnonzero(~np.isin(codes, self._codes))
+    codes = _code_points(text)
+    tokens = self._tokens[np.minimum(codes, len(self._tokens) - 1)]
+    unknown = np.flatnonzero(tokens < 0)
     if unknown.size:
       at = int(unknown[0])
       raise UserError(
         f'character {text[at]!r} at position {at} is not in the vocabulary: '
-        f'{self.characters!r}'
+        f'{schema.shown(self.characters)}'
       )
-    return tokens.astype(np.int32)
+    return tokens
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
     return ''.join(self.characters[int(t)] for t in tokens)
@@ -51,18 +61,27 @@ class Characters(Tokenizer):
 
   def load_state_dict(self, state: dict[str, Any]) -> None:
     characters = state['characters']
-    if characters != ''.join(sorted(set(characters))):
-      raise ValueError('its characters are not in order, or occur twice')
+    if not characters or characters != ''.join(sorted(set(characters))):
+      raise ValueError('its characters are none, not in order, or occur twice')
+    characters.encode()  # Raises ValueError: a lone surrogate is none.
     self._set(characters)
 
   def _set(self, characters: str) -> None:
     self.characters = characters
-    self._codes = np.array([ord(c) for c in characters], np.uint32)
+    codes = _code_points(characters)
+    # Of each code point; -1: it has none, nor have all that follow the last.
+    self._tokens = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
+    self._tokens[codes] = np.arange(len(codes))
+
+
+def _code_points(text: str) -> UInt32[np.ndarray, ' length']:
+  return np.frombuffer(text.encode('utf-32-le'), np.uint32)
 
 
 class Bytes(Tokenizer):
   """The 256 bytes of UTF-8: any text, and nothing to learn."""
 
+  fits_pieces = True
   vocab_size = 256
 
   def encode(self, text: str) -> Int[np.ndarray, ' length']:
@@ -98,6 +117,8 @@ def load(config: dict[str, Any], path: pathlib.Path) -> Tokenizer:
   tokenizer = build(config)
   try:
     tokenizer.load_state_dict(read(path))
+    if tokenizer.vocab_size < 1:
+      raise ValueError('it has no tokens')
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise UserError(f'{path} is damaged: {error!r}') from error
   return tokenizer

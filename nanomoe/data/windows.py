@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import hashlib
 import zlib
 
-from jaxtyping import Int
+from jaxtyping import Integer
 import numpy as np
 
 from trainers.errors import UserError
@@ -18,7 +18,7 @@ class Windows:
   `index` is a function of (seed, index): nothing else needs to be saved.
 
   Args:
-    splits: tokens, int32, by name: 'train' and 'val'.
+    splits: tokens by name: 'train' and 'val'. They may be memory-mapped.
     seed: of the windows.
     batch_size, block_size: rows and columns of a batch.
     eval_iters: batches of an evaluation; 0: each target of the split, once.
@@ -29,7 +29,7 @@ class Windows:
 
   def __init__(
     self,
-    splits: dict[str, Int[np.ndarray, ' length']],
+    splits: dict[str, Integer[np.ndarray, ' length']],
     *,
     seed: int,
     batch_size: int,
@@ -71,7 +71,8 @@ class Windows:
     starts = np.random.Generator(bits).integers(
       0, len(tokens) - self.block_size, size=self.batch_size
     )[rows]
-    windows = tokens[starts[:, None] + np.arange(self.block_size + 1)]
+    places = starts[:, None] + np.arange(self.block_size + 1)
+    windows = tokens[places].astype(np.int32)
     return {
       'inputs': windows[:, :-1],
       'targets': windows[:, 1:],
@@ -90,9 +91,11 @@ class Windows:
       def batch(values, count=stop - start):
         return np.pad(values, (0, size - count)).reshape(shape)[rows]
 
+      window = tokens[start : stop + 1].astype(np.int32)
+
       yield {
-        'inputs': batch(tokens[start:stop]),
-        'targets': batch(tokens[start + 1 : stop + 1]),
+        'inputs': batch(window[:-1]),
+        'targets': batch(window[1:]),
         'weights': batch(np.ones(stop - start, np.float32)),
       }
 
@@ -101,5 +104,7 @@ def _fingerprint(splits: dict[str, np.ndarray]) -> str:
   digest = hashlib.sha256()
   for name, tokens in splits.items():
     digest.update(f'{name}:{len(tokens)}:'.encode())
-    digest.update(tokens.astype(np.int32).tobytes())
+    for start in range(0, len(tokens), 1 << 20):  # They may be many.
+      part = tokens[start : start + (1 << 20)]
+      digest.update(part.astype(np.int32).tobytes())
   return digest.hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""python -m benchmarks.faults [--only=WORD]
+
+Runs tests/faults, the slow ones too, and writes what was injected, promised and
+seen to benchmarks/results/faults.json; then makes the table of docs/faults.md
+anew, between its two markers. With --table_only, from the file as it is.
+"""
+
+import pathlib
+import re
+from typing import Any
+
+from absl import app, flags
+import pytest
+
+from benchmarks import results
+
+_TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Runs nothing.')
+_ONLY = flags.DEFINE_string(
+  'only', '', "Files or tests, as pytest's -k; the others stay as they were."
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / 'docs' / 'faults.md'
+MARKERS = '<!-- faults -->', '<!-- /faults -->'
+
+# Files of tests/faults, and what they are about, in the order of the table.
+SECTIONS = {
+  'test_stopping': 'Stopping',
+  'test_checkpoints': 'Checkpoints',
+  'test_going_on': 'Going on',
+  'test_numbers': 'Numbers',
+  'test_callbacks': 'Callbacks',
+  'test_writers': 'Writers',
+  'test_input': 'Texts, prompts, directories, files of a run',
+  'test_config_misuse': 'Config',
+  'test_strangers': 'Runs of strangers',
+  'test_determinism': 'Determinism and leaks',
+}
+
+
+class Collector:
+  """A plug-in of pytest: what each test with a `fault` mark says of itself."""
+
+  def __init__(self):
+    self.cases: dict[str, dict[str, Any]] = {}
+
+  def pytest_runtest_logreport(self, report) -> None:
+    words = dict(report.user_properties)
+    if 'injected' not in words:
+      return
+    case = self.cases.setdefault(
+      report.nodeid, {'seconds': 0.0, 'outcome': 'passed'}
+    )
+    case['seconds'] = round(case['seconds'] + report.duration, 2)
+    case.update({k: words.get(k, '') for k in ('injected', 'promised')})
+    case['happened'] = words.get('happened', '')
+    if report.outcome != 'passed':
+      case['outcome'] = report.outcome
+
+
+def run(only: str) -> dict[str, dict[str, Any]]:
+  """The cases, by the name of their test."""
+  collector = Collector()
+  words = ['-o', 'addopts=', '-q', '-p', 'no:xdist', '-p', 'no:cacheprovider']
+  words += ['-k', only] if only else []
+  pytest.main([*words, str(ROOT / 'tests' / 'faults')], plugins=[collector])
+  return collector.cases
+
+
+def table(figures: dict[str, Any]) -> str:
+  """Markdown: a table for each section; equal rows are one."""
+  cases = figures['cases']
+  passed = sum(case['outcome'] == 'passed' for case in cases.values())
+  parts = [
+    f'{passed} of {len(cases)} cases hold, in '
+    f'{sum(case["seconds"] for case in cases.values()) / 60:.0f} minutes; '
+    f'{results.describe(figures["machine"])}'
+  ]
+  for file, title in SECTIONS.items():
+    own = [case for name, case in cases.items() if f'/{file}.py::' in name]
+    if not own:
+      continue
+    parts += [f'### {title}', '\n'.join([*_HEAD, *_rows(own)])]
+  return '\n\n'.join(parts)
+
+
+_HEAD = (
+  '| injected | promised | happened | s |',
+  '|---|---|---|---:|',
+)
+
+
+def _rows(cases: list[dict[str, Any]]) -> list[str]:
+  """Of cases that differ in nothing that is shown, one, with their number."""
+  groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+  for case in cases:
+    said = case['happened'] or 'as promised'
+    happened = said if case['outcome'] == 'passed' else case['outcome'].upper()
+    key = (case['injected'], case['promised'], happened)
+    groups.setdefault(key, []).append(case)
+  return [
+    f'| {" | ".join(map(_cell, key))}'
+    f'{f" ({len(same)} cases)" if len(same) > 1 else ""} | '
+    f'{sum(case["seconds"] for case in same):.1f} |'
+    for key, same in groups.items()
+  ]
+
+
+def _cell(text: str) -> str:
+  """Escaped; without what differs from one run of the tests to the next."""
+  text = re.sub(r'/\S*?pytest-of-[^/]+/pytest-\d+/[^/\s]+/?', '.../', text)
+  text = ' '.join(text.encode(errors='backslashreplace').decode().split())
+  return text.replace('|', '\\|').replace('<', '&lt;').replace('*', '\\*')
+
+
+def main(_: list[str]) -> None:
+  figures = results.read('faults') or {'cases': {}}
+  if not _TABLE_ONLY.value:
+    cases = run(_ONLY.value)
+    old = figures['cases'] if _ONLY.value else {}
+    results.write('faults', {'cases': {**old, **cases}})
+    figures = results.read('faults') or figures
+  text = DOCS.read_text()
+  before, _, rest = text.partition(MARKERS[0])
+  _, _, after = rest.partition(MARKERS[1])
+  DOCS.write_text(
+    f'{before}{MARKERS[0]}\n{table(figures)}\n{MARKERS[1]}{after}'
+  )
+
+
+if __name__ == '__main__':
+  app.run(main)
