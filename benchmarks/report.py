@@ -20,10 +20,12 @@ from benchmarks import (
   peers,
   precision_curves,
   profile,
+  recipe,
   results,
   routing_study,
   scaling,
   step_time,
+  time_to_loss,
 )
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
@@ -100,6 +102,8 @@ def runs() -> dict[str, dict]:
   found = {command: results.read(name) for name, command in RUNS.items()}
   study = results.read('config_runs') or {'runs': {}}
   found |= {run['config']: run for run in study['runs'].values()}
+  study = results.read('recipe') or {'runs': {}}
+  found[recipe.CONFIG] = study['runs'].get('recipe-0')
   return {command: data for command, data in found.items() if data}
 
 
@@ -210,6 +214,16 @@ def _study(module) -> str | None:
   return module.table(figures) if figures else None
 
 
+def _other_texts() -> str | None:
+  figures = results.read('recipe')
+  return recipe.other_texts(figures) if figures else None
+
+
+def _race() -> str | None:
+  figures = results.read('time_to_loss-nano-moe-jax')
+  return time_to_loss.table(figures) if figures else None
+
+
 # {document: {marker: what makes the table, or None before it is measured}}.
 TABLES = {
   'README.md': {
@@ -223,6 +237,11 @@ TABLES = {
   'docs/routing.md': {
     'routing_study': functools.partial(_study, routing_study),
     'collapse': functools.partial(_study, collapse),
+  },
+  'docs/recipe.md': {
+    'recipe': functools.partial(_study, recipe),
+    'other_texts': _other_texts,
+    'race': _race,
   },
   'benchmarks/NOTES.md': {
     'profile': functools.partial(_study, profile),

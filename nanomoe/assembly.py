@@ -47,7 +47,7 @@ def build_task(
     )
   norm = NORMS[model.norm]
   position = POSITIONS[model.position](config.block_size)
-  zeros = {'out_init': nn.initializers.zeros}
+  zeros = {'out_init': nn.initializers.zeros_init()}
   out_init: dict[str, Any] = zeros if model.zero_outputs else {}
   attention = functools.partial(
     Attention,

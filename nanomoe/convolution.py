@@ -62,7 +62,7 @@ def convolve(x: Rows, kernel: Float[Array, 'width d_model']) -> Rows:
   """With zeros for what is before the first."""
   width, time = len(kernel), x.shape[1]
   padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-  return sum(
-    kernel[j] * padded[:, width - 1 - j : width - 1 - j + time]
-    for j in range(width)
-  )
+  y = kernel[0] * x
+  for j in range(1, width):
+    y += kernel[j] * padded[:, width - 1 - j : width - 1 - j + time]
+  return y

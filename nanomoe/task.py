@@ -104,8 +104,8 @@ class LanguageModel:
     output: Any = self.model.apply(
       {'params': params}, tokens, mask, past, state.get('bias'), train=False
     )
-    logits, _, past = output
-    return logits, past
+    logits, _, grown = output
+    return logits, grown
 
   def loss(
     self,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import config_runs, report, results
+from benchmarks import config_runs, recipe, report, results
 from tests.shrunk import ROOT
 
 CONFIGS = sorted(
@@ -51,5 +51,6 @@ def test_every_config_is_run_by_a_script():
   commands = [
     *report.RUNS.values(),
     *(r.config for r in config_runs.RUNS.values()),
+    *(r.config for r in recipe.RUNS.values()),
   ]
   assert {f'configs/{name}' for name in CONFIGS} <= set(commands)

@@ -1,0 +1,69 @@
+"""python -m benchmarks.curves
+
+Draws docs/recipe.png, validation loss against time, of benchmarks/results:
+the recipe, the same without experts, base.py, and nano-moe-jax. Needs
+`pip install -e '.[plot]'`.
+"""
+
+from collections.abc import Mapping
+import importlib
+from typing import Any
+
+from benchmarks import results, time_to_loss
+from benchmarks.peers import ROOT
+
+Curve = list[tuple[float, float]]  # Minutes since the start, nats a character.
+
+
+def curves() -> dict[str, Curve]:
+  """Of what has been measured."""
+  recipe = (results.read('recipe') or {'runs': {}})['runs']
+  base = results.read('base')
+  race = results.read('time_to_loss-nano-moe-jax')
+  found = {
+    'shakespeare.py': recipe.get('recipe-0'),
+    'shakespeare.py, dense': recipe.get('experts-0'),
+    'base.py': base,
+  }
+  drawn = {name: of_run(run) for name, run in found.items() if run}
+  if base and race:
+    drawn['nano-moe-jax'] = of_peer(base, race['theirs'])
+  return drawn
+
+
+def of_run(run: Mapping[str, Any]) -> Curve:
+  """Its evaluations, as evenly spread over its time as over its steps."""
+  result = run['result']
+  minutes = sum(result['seconds_by_phase'].values()) / 60 / result['step']
+  return [(r['step'] * minutes, r['val/cross_entropy']) for r in run['rows']]
+
+
+def of_peer(base: Mapping[str, Any], costs: Mapping[str, Any]) -> Curve:
+  """base.py's losses, which are of the same recipe, at the peer's cost."""
+  step, batch = (costs[k]['median_sec'] for k in ('step', 'evaluation'))
+  evaluation = time_to_loss.PEER_BATCHES * batch
+  return [
+    ((r['step'] * step + (i + 2) * evaluation) / 60, r['val/cross_entropy'])
+    for i, r in enumerate(base['rows'])  # One more was at its first step.
+  ]
+
+
+def main() -> None:
+  pyplot = importlib.import_module('matplotlib.pyplot')
+  figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
+  for name, curve in curves().items():
+    minutes, losses = zip(*curve, strict=True)
+    axes.plot(minutes, losses, marker='.', label=name)
+  axes.axhline(time_to_loss.TARGET, color='gray', linewidth=0.8, linestyle=':')
+  axes.set(
+    xscale='log',
+    xlabel='minutes on 2 cores',
+    ylabel='validation cross-entropy, nats a character',
+    ylim=(1.4, 2.3),
+  )
+  axes.legend(frameon=False)
+  figure.savefig(ROOT / 'docs' / 'recipe.png', dpi=120)
+
+
+if __name__ == '__main__':
+  main()
