@@ -53,9 +53,14 @@ class Collector:
     )
     case['seconds'] = round(case['seconds'] + report.duration, 2)
     case.update({k: words.get(k, '') for k in ('injected', 'promised')})
-    case['happened'] = words.get('happened', '')
+    case['happened'] = lasting(words.get('happened', ''))
     if report.outcome != 'passed':
       case['outcome'] = report.outcome
+
+
+def lasting(text: str) -> str:
+  """Without what differs from one run of the tests to the next."""
+  return re.sub(r'/\S*?pytest-of-[^/]+/pytest-\d+/[^/\s]+/?', '.../', text)
 
 
 def run(only: str) -> dict[str, dict[str, Any]]:
@@ -107,8 +112,6 @@ def _rows(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-  """Escaped; without what differs from one run of the tests to the next."""
-  text = re.sub(r'/\S*?pytest-of-[^/]+/pytest-\d+/[^/\s]+/?', '.../', text)
   text = ' '.join(text.encode(errors='backslashreplace').decode().split())
   return text.replace('|', '\\|').replace('<', '&lt;').replace('*', '\\*')
 

@@ -1,5 +1,7 @@
 """Metrics merge as sums do, whatever the order; and the small modules."""
 
+import errno
+import os
 import time
 
 import jax
@@ -132,13 +134,18 @@ def test_an_inner_phase_pauses_the_outer_one():
 # Files.
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
   path = tmp_path / 'result.json'
   write_atomically(path, 'old\n')
   write_atomically(path, 'new ★\n')
   assert path.read_bytes() == 'new ★\n'.encode()
-  with pytest.raises(UnicodeEncodeError):
-    write_atomically(path, 'half' * 10_000 + '\ud800')
+
+  def full(_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch, pytest.raises(OSError, match='space'):
+    patch.setattr(os, 'fsync', full)
+    write_atomically(path, 'half' * 10_000)
   assert path.read_text(encoding='utf-8') == 'new ★\n'
   assert [p.name for p in tmp_path.iterdir()] == ['result.json']
 

@@ -25,6 +25,7 @@ from nanomoe.attention import Cache
 from nanomoe.callbacks import TextSample
 from nanomoe.callbacks.expert_loads import draw
 from nanomoe.data.tokenizers import Characters
+from nanomoe.model import Layer, Past
 from tests.shrunk import ROOT, TINY
 from trainers.clock import Clock
 
@@ -193,14 +194,14 @@ def test_samples_are_at_their_steps_and_compiled_once(
 ):
   traces = []
 
-  def logits(trained, tokens, cache=None):
+  def logits(trained, tokens, past=None):
     traces.append(tokens.shape)
     rows, time = tokens.shape
     nothing = jnp.zeros((1, rows, 1, 8, 1))
     length = jnp.zeros((1, rows), jnp.int32)
-    return trained[0] * jnp.zeros((rows, time, 3)), Cache(
-      nothing, nothing, length
-    )
+    layers = Layer(Cache(nothing, nothing, length), ())
+    seen = jnp.zeros((rows, 8), jnp.int32)
+    return trained[0] * jnp.zeros((rows, time, 3)), Past(seen, layers)
 
   tokenizer = Characters()
   tokenizer.fit({'train': 'a\nb'})

@@ -36,6 +36,7 @@ def test_the_same_command_twice(start, tmp_path, finished, happened):
   happened(f'{len(lines(workdir))} lines, equal')
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
   injected='prefetch depth 0, 1, 2 and 7',
   promised='changes nothing, bitwise',
