@@ -304,6 +304,7 @@ def test_auto_depends_on_the_backend_alone(backend, expected, monkeypatch):
   assert dispatchers.resolve_dispatch('dense') == 'dense'
 
 
+@pytest.mark.slow
 def test_the_capacity_of_a_model_is_the_configs(tiny, rng):
   """A row for each of 4 experts, of 64 tokens that chose two."""
   config = tiny(

@@ -30,6 +30,7 @@ def text(corpus, tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_weights_and_vocabulary_come_from_the_best_checkpoint(
   finished, command, run, text, tmp_path
 ):

@@ -51,6 +51,7 @@ def test_remat_changes_the_memory_alone(tiny):
   assert with_it[1] < 0.7 * without[1]
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_fit_as_a_process(run, command, tmp_path):
   """Hundreds of gigabytes of attention: a warning, then a line, exit code 2."""
   changes = {'model.d_model': 512, 'model.num_heads': 512, 'block_size': 400}

@@ -77,7 +77,10 @@ def test_every_choice_is_cached_as_it_is_defined(choices):
   assert len(np.unique(cached)) > 2
 
 
-@pytest.mark.parametrize('sampling', [GREEDY, Sampling(1.0, 5, 0.9)])
+@pytest.mark.parametrize(
+  'sampling',
+  [GREEDY, pytest.param(Sampling(1.0, 5, 0.9), marks=pytest.mark.slow)],
+)
 def test_cached_uncached_and_definition_agree(model, sampling):
   """Token for token, through three halvings, prompts of any length at once."""
   cached = _generate(model, PROMPTS, 16, sampling)

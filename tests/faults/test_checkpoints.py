@@ -375,6 +375,7 @@ def test_a_damaged_manifest(workdir, whole, warnings, happened, text):
   injected='keep_latest=1, the best early, a restart at every step',
   promised='the newest and the best are always there',
 )
+@pytest.mark.slow
 def test_newest_and_best_survive_restarts(tmp_path, happened):
   def evaluated(loop):
     loop.best = Score(2, -1.0)

@@ -261,6 +261,7 @@ def test_rollbacks_are_limited(tmp_path, happened):
   injected='NaN from the first batch on, max_rollbacks=2',
   promised='there is nothing to go back to: it stops as diverged, and says so',
 )
+@pytest.mark.slow
 def test_nothing_to_go_back_to(tmp_path, happened):
   poison = dict.fromkeys(range(99), NAN)
   trainer = make(tmp_path, poison, max_rollbacks=2, every=2)
