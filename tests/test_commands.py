@@ -42,6 +42,7 @@ def test_the_text_alone_is_on_standard_output(nanomoe, finished):
   assert process.stdout == f'abc{text}\n'
 
 
+@pytest.mark.slow
 def test_prompts_in_a_batch_and_options(finished):
   workdir, _ = finished
   greedy = dict(num_tokens=30, temperature=0.0)

@@ -64,6 +64,7 @@ def test_weights_and_vocabulary_come_from_the_best_checkpoint(
   assert 'starting from' not in process.stdout
 
 
+@pytest.mark.slow
 def test_the_same_text_has_the_same_loss(finished, tiny, tmp_path):
   source, _ = finished
   trainer = experiment.build(tiny({**STILL, 'init_from': source}), tmp_path)
@@ -105,6 +106,7 @@ def test_a_source_without_a_run_is_told(command, run, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_need_its_source(finished, tiny, tmp_path):
   source = shutil.copytree(finished[0], tmp_path / 'source')
   config = tiny({**STILL, 'init_from': source})

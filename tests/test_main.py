@@ -268,6 +268,7 @@ def test_interrupted_saves_and_exits_75(finished, command, tmp_path, number):
   assert _metrics(workdir)[-1] == _metrics(expected)[-1]
 
 
+@pytest.mark.slow
 def test_diverged_exits_3_and_keeps_the_last_good_state(run, command, tmp_path):
   workdir = tmp_path / 'diverged'
   process = run(

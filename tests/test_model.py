@@ -142,7 +142,9 @@ def test_what_is_padded_does_not_move_other_logits(model, rng):
   np.testing.assert_allclose(after[:2], before[:2], atol=1e-5)
 
 
-@pytest.mark.parametrize('first_dense_layers', [0, 2])
+@pytest.mark.parametrize(
+  'first_dense_layers', [pytest.param(0, marks=pytest.mark.slow), 2]
+)
 def test_blocks_whose_outputs_start_at_zero_are_the_identity(
   tiny, first_dense_layers
 ):

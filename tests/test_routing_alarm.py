@@ -245,6 +245,7 @@ def test_a_run_that_is_interrupted_raises_what_it_would_have(tiny, tmp_path):
   assert logged == pytest.approx([0.01, 0.02, 0.04, 0.08])
 
 
+@pytest.mark.slow
 def test_a_collapse_stops_the_run(tmp_path):
   """Soon, saved, and with its reason; a resumed one has nothing to do."""
   found = collapse.run('stop', tmp_path / 'run')

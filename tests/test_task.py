@@ -42,7 +42,9 @@ def _evaluate(task, trained, batch):
   return float(total.sum / total.weight), metrics_lib.compute(aux.metrics)
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'precision', ['bfloat16', pytest.param('float32', marks=pytest.mark.slow)]
+)
 def test_gradients_are_the_same_compiled_or_not(tiny, rng, precision):
   """And in the order that the next program takes them to be in."""
   changes = {'model.num_layers': 1, 'moe.first_dense_layers': 1}
