@@ -1,11 +1,11 @@
-"""The best small model of Tiny Shakespeare for 15 minutes of 2 cores.
+"""A recipe for a small model of Tiny Shakespeare and 15 minutes of 2 cores.
 
   python -m nanomoe.main --config=configs/shakespeare.py
 
 base.py's sizes and experts, and what trains them faster: short convolutions
 before each layer, Muon, blocks that start as the identity, normalized queries
 and keys, RMSNorm, RoPE, no biases, windows of 256 characters.
-docs/recipe.md has what each is worth, and what was tried.
+docs/recipe.md says how that is measured, and what was tried.
 
 Measured: not yet.
 """
