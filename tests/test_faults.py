@@ -18,7 +18,7 @@ def test_rows_are_escaped_and_joined():
   case = {
     'injected': 'a | b',
     'promised': '*',
-    'happened': faults.lasting('/tmp/pytest-of-me/pytest-3/x0/run is <b>\n'),
+    'happened': faults.lasting('/any/pytest-of-me/pytest-3/x0/run is <b>\n'),
     'outcome': 'passed',
     'seconds': 1.25,
   }
