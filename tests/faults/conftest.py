@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -19,6 +20,11 @@ from trainers.callbacks import Callback
 MAIN = [sys.executable, '-m', 'nanomoe.main']
 
 
+def fault(injected, promised):
+  """A mark: a row of the table of faults."""
+  return pytest.mark.fault(injected=injected, promised=promised)
+
+
 @pytest.fixture(autouse=True)
 def _fault(request, record_property):
   """Reports of a test carry what its `fault` marks say: the closest wins."""
@@ -33,6 +39,15 @@ def _fault(request, record_property):
 def happened(record_property) -> Callable[[str], None]:
   """happened(sentence): what the table of faults says of this test."""
   return lambda sentence: record_property('happened', sentence)
+
+
+@pytest.fixture
+def warnings(caplog):
+  """warnings() -> what was told, of level WARNING and above."""
+  caplog.set_level(logging.INFO)
+  return lambda: [
+    r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING
+  ]
 
 
 class Started:

@@ -1,31 +1,17 @@
 """A callback that fails: all else ends as it should, and its error is told."""
 
-import logging
 import threading
 
 from clu import periodic_actions
 import pytest
 from regression import make_trainer
 
-from faults.conftest import result_of
+from faults.conftest import fault, result_of
 from nanomoe import experiment
 from trainers import callbacks
 from trainers.callbacks import Callback
 from trainers.callbacks.callback import PeriodicActionCallback
 from trainers.errors import UserError
-
-
-def fault(injected, promised):
-  return pytest.mark.fault(injected=injected, promised=promised)
-
-
-@pytest.fixture
-def warnings(caplog):
-  """warnings() -> what was told, of level WARNING and above."""
-  caplog.set_level(logging.INFO)
-  return lambda: [
-    r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING
-  ]
 
 
 class Watch(Callback):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from faults.conftest import MAIN, metrics_of, result_of
+from faults.conftest import MAIN, fault, metrics_of, result_of
 from nanomoe import generate, workdir
 from nanomoe import main as main_lib
 from nanomoe.data import corpus as corpus_lib
@@ -29,10 +29,6 @@ from nanomoe.data.windows import Windows
 from tests.shrunk import ROOT
 from trainers.errors import UserError
 from trainers.files import write_atomically
-
-
-def fault(injected, promised):
-  return pytest.mark.fault(injected=injected, promised=promised)
 
 
 def case(what, *values):

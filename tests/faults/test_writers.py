@@ -1,7 +1,6 @@
 """A run survives what it tells its metrics to."""
 
 import json
-import logging
 import math
 import os
 import signal
@@ -12,24 +11,11 @@ import numpy as np
 import pytest
 from regression import bits, host, make_trainer
 
-from faults.conftest import result_of
+from faults.conftest import fault, result_of
 from trainers import callbacks, writers
 from trainers.callbacks import Callback
 from trainers.tensorboard import SummaryWriter
 from trainers.writers import Guarded, MetricsFile, Writer, Writers
-
-
-def fault(injected, promised):
-  return pytest.mark.fault(injected=injected, promised=promised)
-
-
-@pytest.fixture
-def warnings(caplog):
-  """warnings() -> what was told, of level WARNING and above."""
-  caplog.set_level(logging.INFO)
-  return lambda: [
-    r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING
-  ]
 
 
 @pytest.fixture
