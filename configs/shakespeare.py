@@ -19,12 +19,13 @@ def get_config() -> ConfigDict:
   config = base.get_config()
   config.update(
     {
-      'num_train_steps': 2400,
+      'num_train_steps': 2300,
       'batch_size': 8,
       'block_size': 256,
-      'eval_interval': 200,
+      'eval_interval': 400,
       'eval_iters': 0,  # The whole split.
       'model': {
+        'dropout_rate': 0.2,
         'norm': 'RMSNorm',
         'position': 'rope',
         'qk_norm': True,
