@@ -22,7 +22,7 @@ def curves() -> dict[str, Curve]:
   race = results.read('time_to_loss-nano-moe-jax')
   found = {
     'shakespeare.py': recipe.get('recipe-0'),
-    'shakespeare.py, dense': recipe.get('experts-0'),
+    'shakespeare.py, dense': recipe.get('dense-0'),
     'base.py': base,
   }
   drawn = {name: of_run(run) for name, run in found.items() if run}

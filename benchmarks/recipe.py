@@ -1,10 +1,12 @@
 """python -m benchmarks.recipe --workdir=DIR [--table]
 
-configs/shakespeare.py on three seeds; with one thing taken out at a time, for
-as many steps; and, unchanged, on other texts. benchmarks/sweep.py says how it
-goes on; `python -m benchmarks.report` puts the tables into docs/recipe.md.
+configs/shakespeare.py on three seeds; the same without experts, for as many
+minutes; unchanged, on other texts; and in a quarter of its steps, with one thing
+taken out at a time. benchmarks/sweep.py says how it goes on; `python -m
+benchmarks.report` puts the tables into docs/recipe.md.
 """
 
+from collections.abc import Iterable
 import statistics
 from typing import Any
 
@@ -15,18 +17,22 @@ from benchmarks.sweep import Run
 CONFIG = 'configs/shakespeare.py'
 SEEDS = (0, 1, 2)
 
+DENSE = {'moe.first_dense_layers': 4}  # As many parameters for a token.
+# Steps of the dense one take three quarters of the time.
+FINALS: dict[str, dict[str, Any]] = {
+  'recipe': {},
+  'dense': {**DENSE, 'num_train_steps': 3070},
+}
+
 # {name: (what is taken out, changes)}.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-  'recipe': ('nothing', {}),
+  'nothing': ('nothing', {}),
   'convolution': ('convolutions', {'model.conv_width': 1}),
   'muon': (
     'Muon, for AdamW at 0.003',
     {'optimizer.type': 'AdamW', 'optimizer.learning_rate': 3e-3},
   ),
-  'experts': (
-    'experts, for dense layers with as many active parameters',
-    {'moe.first_dense_layers': 4},
-  ),
+  'experts': ('experts, for dense layers', DENSE),
   'zeros': ('outputs that start at zero', {'model.zero_outputs': 'false'}),
   'context': (
     'half of the context, for twice as many windows',
@@ -35,49 +41,86 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
   'qk_norm': ('normalized queries and keys', {'model.qk_norm': 'false'}),
   'norm': ('RMSNorm, for LayerNorm', {'model.norm': 'LayerNorm'}),
   'rope': ('RoPE, for learned positions', {'model.position': 'learned'}),
+  'dropout': ('half of the dropout', {'model.dropout_rate': 0.1}),
   'bigrams': ('nothing, with embeddings of bigrams', {'model.max_ngram': 2}),
 }
 # Those that are trained on more than the first seed.
-TELLING = ('recipe', 'convolution', 'muon', 'experts', 'zeros', 'context')
+TELLING = ('nothing', 'convolution', 'muon', 'experts', 'zeros', 'context')
+SHORT = {'num_train_steps': 600, 'eval_interval': 200}
 
-ABLATION = {
+RECIPE = {
   f'{name}-{seed}': Run(CONFIG, changes, seed)
-  for name, (_, changes) in VARIANTS.items()
-  for seed in (SEEDS if name in TELLING else SEEDS[:1])
+  for seed in SEEDS
+  for name, changes in FINALS.items()
 }
 OTHER_TEXTS = {
   name: Run(CONFIG, {'data.path': texts.path(name)}) for name in texts.TEXTS
 }
-RUNS = {**ABLATION, **OTHER_TEXTS}
+ABLATION = {
+  f'short-{name}-{seed}': Run(CONFIG, {**changes, **SHORT}, seed)
+  for seed in SEEDS
+  for name, (_, changes) in VARIANTS.items()
+  if seed == SEEDS[0] or name in TELLING
+}
+RUNS = {**RECIPE, **OTHER_TEXTS, **ABLATION}
 
 
 def table(figures: dict[str, Any]) -> str:
-  """Markdown: the recipe, then what it is worth, most first."""
-  of_variant: dict[str, list[dict[str, Any]]] = {}
-  for name, run in figures['runs'].items():
-    if name in ABLATION:
-      of_variant.setdefault(name.rpartition('-')[0], []).append(run)
+  """Markdown: all of it."""
+  return '\n\n'.join(make(figures) for make in (finals, ablation, other_texts))
+
+
+def finals(figures: dict[str, Any]) -> str:
+  """Markdown: with experts and without."""
+  lines = [
+    '| | val cross-entropy | parameters (for a token) | steps | minutes |',
+    '|---|---:|---:|---:|---:|',
+  ]
+  for name, runs in _by_variant(figures, RECIPE):
+    result = runs[0]['result']
+    what = f'`{CONFIG}`' if name == 'recipe' else 'dense'
+    minutes = statistics.median(map(config_runs.minutes, runs))
+    lines.append(
+      f'| {what} | {tell(map(config_runs.loss, runs))} '
+      f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
+      f'| {result["step"]} | {minutes:.1f} |'
+    )
+  return '\n'.join([*lines, '', results.describe(figures['machine'])])
+
+
+def ablation(figures: dict[str, Any]) -> str:
+  """Markdown: what each thing is worth, most first."""
+  found = _by_variant(figures, ABLATION)
   mean = {
-    name: statistics.fmean(map(config_runs.loss, runs))
-    for name, runs in of_variant.items()
+    name: statistics.fmean(map(config_runs.loss, runs)) for name, runs in found
   }
   lines = [
-    '| without | val cross-entropy | more than the recipe '
+    '| without | val cross-entropy | more than with all '
     '| parameters (for a token) | s a step |',
     '|---|---:|---:|---:|---:|',
   ]
-  for name in sorted(mean, key=lambda name: (name != 'recipe', -mean[name])):
-    runs = of_variant[name]
-    more = mean[name] - mean.get('recipe', mean[name])
-    result = runs[0]['result']
+  for name, runs in sorted(found, key=lambda x: -mean[x[0]]):
+    name_, result = name.removeprefix('short-'), runs[0]['result']
+    more = f'{mean[name] - mean.get("short-nothing", mean[name]):+.4f}'
     seconds = statistics.median(1 / r['result']['steps_per_sec'] for r in runs)
     lines.append(
-      f'| {VARIANTS[name][0]} | {tell(map(config_runs.loss, runs))} '
-      f'| {f"{more:+.4f}" if name != "recipe" else ""} '
+      f'| {VARIANTS[name_][0]} | {tell(map(config_runs.loss, runs))} '
+      f'| {"" if name_ == "nothing" else more} '
       f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
       f'| {seconds:.3f} |'
     )
-  return '\n'.join([*lines, '', results.describe(figures['machine'])])
+  return '\n'.join(lines)
+
+
+def _by_variant(
+  figures: dict[str, Any], runs: Iterable[str]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+  """(name without the seed, figures of its seeds), of those that are done."""
+  found: dict[str, list[dict[str, Any]]] = {}
+  for name in runs:
+    if run := figures['runs'].get(name):
+      found.setdefault(name.rpartition('-')[0], []).append(run)
+  return list(found.items())
 
 
 def other_texts(figures: dict[str, Any]) -> str:

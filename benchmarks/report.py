@@ -6,6 +6,7 @@ anew from benchmarks/results, each between its two markers, and the line at the
 top of each config that says what it gave.
 """
 
+from collections.abc import Callable
 import functools
 import json
 import pathlib
@@ -214,9 +215,9 @@ def _study(module) -> str | None:
   return module.table(figures) if figures else None
 
 
-def _other_texts() -> str | None:
+def _recipe(make: Callable[[dict], str]) -> str | None:
   figures = results.read('recipe')
-  return recipe.other_texts(figures) if figures else None
+  return make(figures) if figures else None
 
 
 def _race() -> str | None:
@@ -239,8 +240,9 @@ TABLES = {
     'collapse': functools.partial(_study, collapse),
   },
   'docs/recipe.md': {
-    'recipe': functools.partial(_study, recipe),
-    'other_texts': _other_texts,
+    'recipe': functools.partial(_recipe, recipe.finals),
+    'ablation': functools.partial(_recipe, recipe.ablation),
+    'other_texts': functools.partial(_recipe, recipe.other_texts),
     'race': _race,
   },
   'benchmarks/NOTES.md': {

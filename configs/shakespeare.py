@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
       'eval_interval': 400,
       'eval_iters': 0,  # The whole split.
       'model': {
-        'dropout_rate': 0.2,
+        'dropout_rate': 0.05,
         'norm': 'RMSNorm',
         'position': 'rope',
         'qk_norm': True,
