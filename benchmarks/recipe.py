@@ -1,8 +1,8 @@
 """python -m benchmarks.recipe --workdir=DIR [--table]
 
 configs/shakespeare.py on three seeds; the same without experts, for as many
-minutes; unchanged, on other texts; and in a quarter of its steps, with one thing
-taken out at a time. benchmarks/sweep.py says how it goes on; `python -m
+minutes; unchanged, on other texts; and in a quarter of its steps, with one
+thing taken out at a time. benchmarks/sweep.py says how it goes on; `python -m
 benchmarks.report` puts the tables into docs/recipe.md.
 """
 

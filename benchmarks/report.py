@@ -37,6 +37,8 @@ _EXACT = flags.DEFINE_string(
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+LINES = 12  # Of a sample.
+
 # {name of the figures: what was run}.
 RUNS = {
   'base': 'configs/base.py',
@@ -50,6 +52,7 @@ def figures(workdir: pathlib.Path, exact: pathlib.Path) -> dict:
   run = results.of_run(workdir)
   return {
     'rows': run['rows'],
+    'sample': run['sample'],
     'exact': {
       key: value
       for key, value in json.loads(exact.read_text()).items()
@@ -124,6 +127,16 @@ def _configs() -> str:
   """A row for each run."""
   rows = [config_runs.row(command, data) for command, data in runs().items()]
   return '\n'.join([*config_runs.HEAD, *rows])
+
+
+def _texts() -> str:
+  """The first lines that each of the two wrote."""
+  written = []
+  for config in ('configs/base.py', recipe.CONFIG):
+    if sample := runs().get(config, {}).get('sample'):
+      lines = [f'    {line}'.rstrip() for line in sample.strip().splitlines()]
+      written.append('\n'.join([f'`{config}`:', '', *lines[:LINES]]))
+  return '\n\n'.join(written)
 
 
 def _quick() -> str | None:
@@ -230,6 +243,7 @@ TABLES = {
   'README.md': {
     'base': _base,
     'configs': _configs,
+    'texts': _texts,
     'quick': _quick,
     'against': _against,
     'step_time': _variants,

@@ -48,7 +48,7 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def of_run(workdir: pathlib.Path) -> dict[str, Any]:
-  """A finished run's evaluations, all metrics of the last one, its result."""
+  """A finished run's evaluations, all metrics of the last one, result, text."""
   logged = metrics(workdir)
   train = {m['step']: m for m in logged if 'train/loss' in m}
   evaluations = [
@@ -67,10 +67,12 @@ def of_run(workdir: pathlib.Path) -> dict[str, Any]:
     for m in evaluations
   ]
   result = json.loads((workdir / 'result.json').read_text())
+  sample = workdir / 'sample.txt'
   return {
     'rows': rows,
     'last': {k: v for k, v in evaluations[-1].items() if k[:4] == 'val/'},
     'result': {key: result[key] for key in _KEPT},
+    'sample': sample.read_text() if sample.exists() else '',
   }
 
 

@@ -40,7 +40,8 @@ def test_follows_the_accepted_updates():
     callbacks=[At(lambda loop: states.append(host(loop.state)), 1)],
   ).fit()
   first = states.pop()
-  assert bits(first.average) == bits(first.params)  # It stood still.
+  for key, w in first.params.items():  # It stood still.
+    np.testing.assert_allclose(first.average[key], w, rtol=1e-6)
   make_trainer(
     dataset=Rows({2: np.nan}),
     num_train_steps=7,

@@ -197,7 +197,7 @@ def test_computes_the_chosen_experts_only(name, num_experts, rng):
 def test_plan_gives_each_assignment_a_slot_of_its_expert(num_tokens, rng):
   expert = rng.integers(0, NUM_EXPERTS + 1, (num_tokens, 3))
   make_plan = jax.jit(dispatch.make_plan, static_argnums=(1, 2))
-  plan = make_plan(jnp.asarray(expert, jnp.int32), NUM_EXPERTS, D_FF)
+  plan = jax.device_get(make_plan(jnp.int32(expert), NUM_EXPERTS, D_FF))
   size = len(plan.assignment_of_slot) // len(plan.expert_of_block)
   taken = [
     (int(plan.slot[t, k]), t, k)

@@ -1,6 +1,7 @@
 """The whole stack learns a source of known entropy, and not less than it."""
 
 import numpy as np
+import pytest
 
 from nanomoe import experiment, optimizers
 from nanomoe.data import text as text_lib
@@ -22,6 +23,7 @@ def _second_order_source(length: int, rng):
   return tokens, law
 
 
+@pytest.mark.slow
 def test_reaches_the_entropy_of_its_source(tiny, rng):
   """Within 2 % of the entropy of the validation text under its true law."""
   tokens, law = _second_order_source(60_000, rng)

@@ -201,6 +201,7 @@ def _wait_for(condition, process, seconds=100):
     time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_killed_three_times_ends_bitwise_equal(finished, command, tmp_path):
   """kill -9 at random moments; resumed without --config."""
   expected, _ = finished

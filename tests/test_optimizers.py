@@ -210,7 +210,8 @@ def test_what_decays_in_the_model(tiny, mask):
     {'decay_mask': mask, 'weight_decay': 0.5, 'learning_rate': 0.1}
   )
   grads = jax.tree.map(np.zeros_like, params)
-  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  state = optimizer.init(params)
+  updates, _ = jax.jit(optimizer.update)(grads, state, params)
   decayed = set()
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
     assert np.ptp(update) == 0

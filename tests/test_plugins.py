@@ -60,6 +60,7 @@ def test_there_is_an_example_of_each():
   assert groups >= set(schema.SPEC_GROUPS)
 
 
+@pytest.mark.slow
 def test_all_of_them_in_a_run_that_is_resumed(files, command, run, tmp_path):
   workdir = tmp_path / 'run'
   environment = {**os.environ, 'PYTHONPATH': str(files)}

@@ -52,9 +52,10 @@ def route(router, params, x, tokens, mask=None, bias=None, key=None):
 
 def gates(routing, num_tokens=BATCH * TIME):
   """float[N, E]: the weight that a token gives to an expert; 0: not sent."""
+  routing = jax.device_get(routing)
   gate = np.zeros((num_tokens, NUM_EXPERTS + 1))
   rows = np.arange(len(routing.expert))
-  token = rows if routing.token is None else np.asarray(routing.token)
+  token = rows if routing.token is None else routing.token
   for row in rows:
     for e, w in zip(routing.expert[row], routing.weight[row], strict=True):
       assert gate[token[row], e] == 0 or e == NUM_EXPERTS
