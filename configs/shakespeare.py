@@ -4,7 +4,7 @@
 
 base.py's sizes and experts, and what trains them faster: short convolutions
 before each layer, Muon, blocks that start as the identity, normalized queries
-and keys, RMSNorm, RoPE, no biases, windows of 256 characters.
+and keys, RMSNorm, RoPE, no biases, windows of 256 characters, half the dropout.
 docs/recipe.md says how that is measured, and what was tried.
 
 Measured: not yet.
