@@ -16,9 +16,13 @@ _CACHE = tempfile.TemporaryDirectory(prefix='nanomoe-test-cache-')
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['XDG_STATE_HOME'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
-# Most of a test's time is LLVM's, which is given less to do: half of it. With
-# XLA_FLAGS='' programs are those that users have; .ci/run's slow suite is so.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+# Most of a test's time is compilation: here it is quick, and the programs are
+# slow. With XLA_FLAGS='' they are those that users have, as in .ci/run's slow
+# suite.
+os.environ.setdefault(
+  'XLA_FLAGS',
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
+)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
