@@ -25,7 +25,7 @@ _AGAINST = flags.DEFINE_enum(
   'against', 'nano-moe-jax', ['nano-moe-jax'], 'A peer.', flag_values=_FLAGS
 )
 _STEPS = flags.DEFINE_integer(
-  'steps', 500, 'Of ours.', lower_bound=100, flag_values=_FLAGS
+  'steps', 450, 'Of ours.', lower_bound=100, flag_values=_FLAGS
 )
 
 TARGET = 1.618  # Nats a character.
@@ -43,7 +43,7 @@ def ours(directory: str, num_steps: int) -> dict[str, Any]:
       '--config=configs/shakespeare.py',
       f'--workdir={workdir}',
       f'--config.num_train_steps={num_steps}',
-      f'--config.eval_interval={num_steps // 5}',
+      f'--config.eval_interval={num_steps // 2}',
       '--config.sample.num_tokens=0',
     ],
     cwd=peers.ROOT,
