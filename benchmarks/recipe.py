@@ -6,7 +6,6 @@ thing taken out at a time. benchmarks/sweep.py says how it goes on; `python -m
 benchmarks.report` puts the tables into docs/recipe.md.
 """
 
-from collections.abc import Iterable
 import statistics
 from typing import Any
 
@@ -41,7 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
   'qk_norm': ('normalized queries and keys', {'model.qk_norm': 'false'}),
   'norm': ('RMSNorm, for LayerNorm', {'model.norm': 'LayerNorm'}),
   'rope': ('RoPE, for learned positions', {'model.position': 'learned'}),
-  'dropout': ('half of the dropout', {'model.dropout_rate': 0.1}),
+  'dropout': ('nothing, with twice the dropout', {'model.dropout_rate': 0.1}),
   'bigrams': ('nothing, with embeddings of bigrams', {'model.max_ngram': 2}),
 }
 # Those that are trained on more than the first seed.
@@ -76,7 +75,7 @@ def finals(figures: dict[str, Any]) -> str:
     '| | val cross-entropy | parameters (for a token) | steps | minutes |',
     '|---|---:|---:|---:|---:|',
   ]
-  for name, runs in _by_variant(figures, RECIPE):
+  for name, runs in sweep.by_variant(figures, RECIPE).items():
     result = runs[0]['result']
     what = f'`{CONFIG}`' if name == 'recipe' else 'dense'
     minutes = statistics.median(map(config_runs.minutes, runs))
@@ -90,41 +89,38 @@ def finals(figures: dict[str, Any]) -> str:
 
 def ablation(figures: dict[str, Any]) -> str:
   """Markdown: what each thing is worth, most first."""
-  found = _by_variant(figures, ABLATION)
+  found = {
+    name.removeprefix('short-'): runs
+    for name, runs in sweep.by_variant(figures, ABLATION).items()
+  }
+  if not found:
+    return ''
   mean = {
-    name: statistics.fmean(map(config_runs.loss, runs)) for name, runs in found
+    name: statistics.fmean(map(config_runs.loss, runs))
+    for name, runs in found.items()
   }
   lines = [
     '| without | val cross-entropy | more than with all '
     '| parameters (for a token) | s a step |',
     '|---|---:|---:|---:|---:|',
   ]
-  for name, runs in sorted(found, key=lambda x: -mean[x[0]]):
-    name_, result = name.removeprefix('short-'), runs[0]['result']
-    more = f'{mean[name] - mean.get("short-nothing", mean[name]):+.4f}'
+  for name in sorted(mean, key=lambda name: -mean[name]):
+    runs, result = found[name], found[name][0]['result']
+    more = f'{mean[name] - mean.get("nothing", mean[name]):+.4f}'
     seconds = statistics.median(1 / r['result']['steps_per_sec'] for r in runs)
     lines.append(
-      f'| {VARIANTS[name_][0]} | {tell(map(config_runs.loss, runs))} '
-      f'| {"" if name_ == "nothing" else more} '
+      f'| {VARIANTS[name][0]} | {tell(map(config_runs.loss, runs))} '
+      f'| {"" if name == "nothing" else more} '
       f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
       f'| {seconds:.3f} |'
     )
   return '\n'.join(lines)
 
 
-def _by_variant(
-  figures: dict[str, Any], runs: Iterable[str]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-  """(name without the seed, figures of its seeds), of those that are done."""
-  found: dict[str, list[dict[str, Any]]] = {}
-  for name in runs:
-    if run := figures['runs'].get(name):
-      found.setdefault(name.rpartition('-')[0], []).append(run)
-  return list(found.items())
-
-
 def other_texts(figures: dict[str, Any]) -> str:
   """Markdown."""
+  if not OTHER_TEXTS.keys() & figures['runs'].keys():
+    return ''
   lines = [
     '| text | distinct characters | val cross-entropy | bits per character |',
     '|---|---:|---:|---:|',

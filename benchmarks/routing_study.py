@@ -108,9 +108,7 @@ RUNS = {
 
 def table(figures: dict[str, Any]) -> str:
   """Markdown: causal ones first, the lowest loss first."""
-  of_variant: dict[str, list[dict[str, Any]]] = {}
-  for name, run in figures['runs'].items():
-    of_variant.setdefault(name.rpartition('-')[0], []).append(run)
+  of_variant = sweep.by_variant(figures, RUNS)
   rows = sorted(
     (not runs[0]['is_causal'], spread(map(loss, runs))[0], name)
     for name, runs in of_variant.items()

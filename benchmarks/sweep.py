@@ -7,7 +7,7 @@ after Ctrl-C, SIGTERM or kill -9, and skips what is done; DIR/sweep.log tells
 all. With --table, nothing is trained: the figures are of what is done.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import datetime
 import fcntl
 import json
@@ -87,6 +87,17 @@ def gather(runs: Mapping[str, Run], directory: pathlib.Path) -> dict[str, Any]:
         **logged,
       }
   return figures
+
+
+def by_variant(
+  figures: Mapping[str, Any], names: Collection[str]
+) -> dict[str, list[dict[str, Any]]]:
+  """{VARIANT: figures of its seeds}, of VARIANT-SEED in `names`, if done."""
+  found: dict[str, list[dict[str, Any]]] = {}
+  for name, run in figures['runs'].items():
+    if name in names:
+      found.setdefault(name.rpartition('-')[0], []).append(run)
+  return found
 
 
 def main(
