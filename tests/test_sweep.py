@@ -130,9 +130,11 @@ def test_an_interrupted_sweep_lets_its_run_save(tmp_path):
   # A shell's background jobs ignore it.
   old = signal.signal(signal.SIGINT, signal.default_int_handler)
   threading.Thread(target=interrupt).start()
-  with open(tmp_path / 'log', 'w') as log, pytest.raises(KeyboardInterrupt):
-    sweep._call([sys.executable, '-c', script, str(path)], log)
-  signal.signal(signal.SIGINT, old)
+  try:
+    with open(tmp_path / 'log', 'w') as log, pytest.raises(KeyboardInterrupt):
+      sweep._call([sys.executable, '-c', script, str(path)], log)
+  finally:
+    signal.signal(signal.SIGINT, old)
   group, told = path.read_text().split()
   assert int(group) != os.getpgrp()
   assert told == 'saved.'
