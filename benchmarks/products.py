@@ -8,33 +8,35 @@ import jax
 from jax.extend import core
 
 
-def count(fn: Callable[..., Any], *args: Any) -> int:
+def count(fn: Callable[..., Any], *args: Any, trips: int | None = None) -> int:
   """2 * multiply-adds of every dot_general in fn(*args), as traced.
 
   Of a ragged one, each row by its own group's matrix: a backend may compute
   more. A scan's body counts as often as it runs, a conditional's dearest branch
-  counts. Loops of unknown length are refused.
+  counts. A loop of unknown length runs `trips` times; refused without.
   """
-  return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+  return _count(jax.make_jaxpr(fn)(*args).jaxpr, trips)
 
 
-def _count(jaxpr: Any) -> int:
-  return sum(_count_equation(e) for e in jaxpr.eqns)
+def _count(jaxpr: Any, trips: int | None) -> int:
+  return sum(_count_equation(e, trips) for e in jaxpr.eqns)
 
 
-def _count_equation(equation: Any) -> int:
+def _count_equation(equation: Any, trips: int | None) -> int:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     return _dot(equation)
   if name == 'ragged_dot_general':
     return _ragged_dot(equation)
-  inner = [_count(j) for j in _jaxprs(params)]
+  inner = [_count(j, trips) for j in _jaxprs(params)]
   if name == 'cond':
     return max(inner)
   if name == 'scan':
     return params['length'] * sum(inner)
   if name == 'while' and sum(inner):
-    raise ValueError('products in a loop of unknown length')
+    if trips is None:
+      raise ValueError('products in a loop of unknown length')
+    return trips * sum(inner)
   return sum(inner)
 
 

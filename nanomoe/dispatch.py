@@ -42,21 +42,25 @@ def dropless(
 ) -> tuple[Float[Array, 'tokens d_model'], dict[str, Mean]]:
   """Only the chosen experts; no token is dropped, whatever the loads.
 
-  Assignments are sorted by expert into blocks of equal size; an expert's last
-  block is padded. The number of blocks is static and enough for any loads, so
-  that the work is N * K rows plus at most a block for each expert. Gale et al.
-  2022 (MegaBlocks), sec. 4, with dense blocks.
+  Each expert first computes as many rows as an even load has, all in one
+  product, with padding where fewer came. What is over follows in blocks, by a
+  loop that is as long as there are any: shapes are static, the work is not. It
+  is never more than twice that of even loads and a block for each expert. The
+  blocks are those of Gale et al. 2022 (MegaBlocks), sec. 4.
   """
-  num_experts, d_ff, _ = experts.w_out.shape
-  plan = make_plan(routing.expert, num_experts, d_ff)
-  num_blocks = len(plan.expert_of_block)
+  num_experts = experts.w_in.shape[0]
+  plan = make_plan(routing.expert, num_experts)
+  y: Any = jnp.zeros_like(x)
+  if plan.even:
 
-  def run(rows):
-    blocks = rows.reshape(num_blocks, -1, rows.shape[-1])
-    y: Any = _run_blocks(blocks, experts, plan.expert_of_block, precision)
-    return y.reshape(rows.shape)
+    def run(rows):
+      by_expert = rows.reshape(num_experts, plan.even, -1)
+      return _run_even(by_expert, experts, precision).reshape(rows.shape)
 
-  y = slots.through(run, x, routing.weight, plan.slot, plan.assignment_of_slot)
+    y = slots.through(
+      run, x, routing.weight, plan.slot, plan.assignment_of_slot
+    )
+  y = _add_rest(y, x, routing.weight, experts, plan.rest, precision)
   return y, report(routing)
 
 
@@ -72,126 +76,172 @@ def report(
   return {'dropped_fraction': Mean(dropped, load)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _run_blocks(
-  x: Float[Array, 'blocks rows d_model'],
-  experts: Experts,
-  expert: Int[Array, ' blocks'],
-  precision: str,
-) -> Float[Array, 'blocks rows d_model']:
-  """Each block through its own expert, a few blocks at a time.
+def _run_even(
+  x: Float[Array, 'experts rows d_model'], experts: Experts, precision: str
+) -> Float[Array, 'experts rows d_model']:
+  """Each expert's rows through it.
 
-  Of bfloat16 products the gradient computes the hidden layer again: on CPUs
-  that costs less than to write it to memory and to read it. Float32 products
-  cost several times as much: what they gave is kept.
+  Of bfloat16 products a few experts at a time, and the gradient computes the
+  hidden layer again: on CPUs that costs less than to write it to memory and to
+  read it. Float32 products cost several times as much: what they gave is kept.
   """
-  return _run(x, experts, expert, precision)[0]
+  if precision == 'float32':
+    return experts(x, precision)
+  _, size, _ = x.shape
+  num_experts, d_ff, _ = experts.w_out.shape
+  count = pieces.at_once(4 * size * d_ff, num_experts)
+
+  @jax.checkpoint
+  def some(experts_and_rows):
+    own, rows = experts_and_rows
+    return own(rows, precision)
+
+  split = jax.tree.map(
+    lambda a: a.reshape(-1, count, *a.shape[1:]), (experts, x)
+  )
+  return jax.lax.map(some, split).reshape(x.shape)
 
 
-def _run(x, experts, expert, precision: str, keep: bool = False):
+class Rest(NamedTuple):
+  """Blocks of assignments, each of one expert, some of them at a time.
+
+  Attributes:
+    num_times: how often there are some; what follows is padding.
+    assignment: token * K + rank of the choice; N * K if nothing.
+    expert: whose a block is.
+  """
+
+  num_times: Int[Array, '']
+  assignment: Int[Array, 'times blocks rows']
+  expert: Int[Array, 'times blocks']
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _add_rest(
+  y: Float[Array, 'tokens d_model'],
+  x: Float[Array, 'tokens d_model'],
+  weight: Float[Array, 'tokens k'],
+  experts: Experts,
+  rest: Rest,
+  precision: str,
+) -> Float[Array, 'tokens d_model']:
+  """y, and what the experts add to it for the rest.
+
+  With a gradient by hand: JAX has none of a loop whose length is not static.
+  """
   rounded = experts.rounded(precision)  # Once, not for each block anew.
-  product = functools.partial(experts_lib.product, precision=precision)
 
-  def some(_, blocks):
-    x, expert = blocks
-    own = rounded.of(expert)
-    before = own.before(x, product)
-    return None, (own.after(before, product), before if keep else None)
+  def add(i, y):
+    assignment, own = rest.assignment[i], rounded.of(rest.expert[i])
+    token = assignment // weight.shape[1]
+    of_token = own(slots.take(x, token), precision)
+    gate = slots.take(weight.reshape(-1), assignment)
+    return y.at[token].add(gate[..., None] * of_token, mode='drop')
 
-  _, (y, kept) = jax.lax.scan(some, None, _at_once((x, expert), x, experts))
-  return y.reshape(x.shape), kept
-
-
-def _run_blocks_forward(x, experts, expert, precision):
-  y, before = _run(x, experts, expert, precision, keep=precision == 'float32')
-  return y, (x, experts, expert, before)
+  return jax.lax.fori_loop(0, rest.num_times, add, y)
 
 
-def _run_blocks_backward(precision, residuals, gradient):
-  x, experts, expert, kept = residuals
+def _add_rest_forward(y, x, weight, experts, rest, precision):
+  y = _add_rest(y, x, weight, experts, rest, precision)
+  return y, (x, weight, experts, rest)
+
+
+def _add_rest_backward(precision, residuals, of_y):
+  x, weight, experts, rest = residuals
   rounded = experts.rounded(precision)
   product = functools.partial(experts_lib.product, precision=precision)
 
-  def some(total, blocks):
-    (x, expert, gradient), before = blocks
-    own = rounded.of(expert)
-    if before is None:
-      before = own.before(x, product)
-    of_x, more = own.gradients(x, before, gradient, precision)
-    return jax.tree.map(lambda t, m: t.at[expert].add(m), total, more), of_x
+  def add(i, total):
+    of_x, of_weight, of_experts = total
+    assignment, expert = rest.assignment[i], rest.expert[i]
+    token = assignment // weight.shape[1]
+    own, rows = rounded.of(expert), slots.take(x, token)
+    g = slots.take(of_y, token)
+    gate = slots.take(weight.reshape(-1), assignment)
+    before = own.before(rows, product)
+    of_gate = jnp.sum(g * own.after(before, product), axis=-1)
+    of_rows, of_own = own.gradients(
+      rows, before, gate[..., None] * g, precision
+    )
+    return (
+      of_x.at[token].add(of_rows, mode='drop'),
+      of_weight.at[assignment].add(of_gate, mode='drop'),
+      jax.tree.map(lambda t, m: t.at[expert].add(m), of_experts, of_own),
+    )
 
-  blocks = _at_once((x, expert, gradient), x, experts)
-  total = jax.tree.map(jnp.zeros_like, experts)
-  of_experts, of_x = jax.lax.scan(some, total, (blocks, kept))
-  return of_x.reshape(x.shape), of_experts, None
+  zeros = jax.tree.map(jnp.zeros_like, (x, weight.reshape(-1), experts))
+  of_x, of_weight, of_experts = jax.lax.fori_loop(0, rest.num_times, add, zeros)
+  return of_y, of_x, of_weight.reshape(weight.shape), of_experts, None
 
 
-_run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+_add_rest.defvjp(_add_rest_forward, _add_rest_backward)
 
-
-def _at_once(tree: Any, x: jax.Array, experts: Experts) -> Any:
-  """Splits the first axis, of x's blocks, into those to compute at once."""
-  num_blocks, size, _ = x.shape
-  count = _num_at_once(num_blocks, size, experts.w_out.shape[1])
-  return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]), tree)
-
-
-def _num_at_once(num_blocks: int, size: int, d_ff: int) -> int:
-  return pieces.at_once(4 * size * d_ff, num_blocks)
+# Rows of the rest at a time: with fewer, products are slow.
+_ROWS_AT_A_TIME = 128
 
 
 class Plan(NamedTuple):
-  """Where `dropless` puts N * K assignments; slots are rows of blocks.
+  """Where `dropless` puts N * K assignments.
 
   Attributes:
-    slot: of an assignment; one past the last for padding.
+    even: rows of each expert, in order, which are slots.
+    slot: of an assignment; past the last for those of the rest and padding.
     assignment_of_slot: token * K + rank of the choice; N * K if nothing.
-    expert_of_block: whose rows a block holds.
+    rest: the others.
   """
 
+  even: int
   slot: Int[Array, 'tokens k']
   assignment_of_slot: Int[Array, ' slots']
-  expert_of_block: Int[Array, ' blocks']
+  rest: Rest
 
 
-def block_size(num_assignments: int, num_experts: int) -> int:
-  """Rows of a block, a power of 2 in 8..512: a quarter of an even load to 256.
+def sizes(num_assignments: int, num_experts: int) -> tuple[int, int]:
+  """Rows of each expert, and of a block of the rest: a power of 2.
 
-  Of large loads an eighth. Padding is a block for each expert at most: a fourth
-  or an eighth of the work. But every block reads its expert's weights, and its
-  backward pass writes them: with half as many rows that takes as long as the
-  padding of a block. A row each where assignments are so few that no two need
+  All are the rest, a row each, where assignments are so few that no two need
   share an expert: what is read of the experts then counts.
   """
   if num_assignments <= num_experts:
-    return 1
-  load = num_assignments // num_experts
-  size = max(load // 8, min(load // 4, 256), 8)
-  return min(1 << (size.bit_length() - 1), 512)
+    return 0, 1
+  even = -(-num_assignments // num_experts)
+  size = min(max(even // 4, 8), _ROWS_AT_A_TIME, even)
+  return even, 1 << (size.bit_length() - 1)
 
 
-def make_plan(
-  expert: Int[Array, 'tokens k'], num_experts: int, d_ff: int
-) -> Plan:
+def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
   """Sorts by counting: an assignment's rank is how many came before it."""
   num_assignments = expert.size
-  size = block_size(num_assignments, num_experts)
-  # sum_e ceil(n_e / size) is at most this, for all n with sum n_e = N * K.
-  num_blocks = (num_assignments + num_experts * (size - 1)) // size
-  num_blocks += -num_blocks % _num_at_once(num_blocks, size, d_ff)
-  num_slots = num_blocks * size
+  even, size = sizes(num_assignments, num_experts)
+  # Most, where all have one expert: sum_e ceil((n_e - even) / size), for
+  # n_e > even, is at most this for all n with sum n_e = N * K, as even >= size
+  # or size = 1.
+  num_blocks = max((num_assignments - even + size - 1) // size, 1)
+  at_a_time = min(-(-_ROWS_AT_A_TIME // size), num_blocks)
+  num_blocks += -num_blocks % at_a_time
+  num_even = num_experts * even
+  num_slots = num_even + num_blocks * size
 
   flat = expert.reshape(-1)
   chosen, running = slots.count_up(flat, num_experts)
-  blocks = -(-running[-1] // size)  # Of each expert.
+  blocks = -(-jnp.maximum(running[-1] - even, 0) // size)  # Of each expert.
   end = jnp.cumsum(blocks)
-  first_slot = (end - blocks) * size
-  slot = jnp.sum(chosen * (first_slot + running - 1), axis=1)
-  slot = jnp.where(flat < num_experts, slot, num_slots)
-  expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= end, axis=1)
-  slot = slot.reshape(expert.shape)
+  first = num_even + (end - blocks) * size
+  rank = running - 1
+  own = jnp.where(
+    rank < even, even * jnp.arange(num_experts) + rank, first + rank - even
+  )
+  slot = jnp.sum(chosen * own, axis=1)
+  slot = jnp.where(flat < num_experts, slot, num_slots).reshape(expert.shape)
+  filled = slots.filled(slot, num_slots)
+  expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= end[:-1], axis=1)
   return Plan(
+    even=even,
     slot=slot,
-    assignment_of_slot=slots.filled(slot, num_slots),
-    expert_of_block=jnp.minimum(expert_of_block, num_experts - 1),
+    assignment_of_slot=filled[:num_even],
+    rest=Rest(
+      num_times=-(-end[-1] // at_a_time),
+      assignment=filled[num_even:].reshape(-1, at_a_time, size),
+      expert=expert_of_block.reshape(-1, at_a_time),
+    ),
   )

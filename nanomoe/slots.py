@@ -74,11 +74,17 @@ def permute(x, index, inverse):
   so the gradient is a gather too, where a scatter-add would be serial.
   """
   del inverse
-  take = functools.partial(jnp.take, x, axis=0, mode='fill', fill_value=0)
   if index.ndim == 1:
-    return take(index)
+    return take(x, index)
   # Not a sum over an axis: so XLA gathers and adds in one pass.
-  return functools.reduce(operator.add, map(take, index.T))
+  return functools.reduce(operator.add, (take(x, i) for i in index.T))
+
+
+def take(
+  x: Float[Array, 'rows ...'], index: Int[Array, '...']
+) -> Float[Array, '...']:
+  """x[index]; 0 past the end."""
+  return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
 
 
 def _permute_forward(x, index, inverse):

@@ -128,6 +128,20 @@ def test_equals_dense_whatever_the_experts(name, activation, use_bias, rng):
   _assert_close(_value_and_gradients(name)(*inputs), expected)
 
 
+@pytest.mark.parametrize('num_experts', [1, 64])
+@pytest.mark.parametrize('name', SPARSE)
+def test_equals_dense_for_few_and_for_many_experts(name, num_experts, rng):
+  """Of one, or of more than two tokens choose."""
+  for num_tokens in (2, 203):
+    expert = rng.integers(0, num_experts, (num_tokens, 1))
+    routing = _routing(expert, rng, num_experts)
+    x = jnp.asarray(rng.normal(size=(num_tokens, D_MODEL)), jnp.float32)
+    direction = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    inputs = x, routing, _experts(rng, num_experts), direction
+    expected = _value_and_gradients('dense', num_experts)(*inputs)
+    _assert_close(_value_and_gradients(name, num_experts)(*inputs), expected)
+
+
 def test_dense_equals_a_loop_over_tokens(rng):
   """The oracle itself, against the definition in float64."""
   routing = _routing(_choices('padding', 2, rng), rng)
@@ -180,36 +194,60 @@ def test_computes_the_chosen_experts_only(name, num_experts, rng):
   routing = _routing(expert, rng, num_experts)
   experts = _experts(rng, num_experts, d_model, d_ff)
   x = jnp.ones((n, d_model))
+  trips = None
+  if name == 'dropless':
+    trips = int(dispatch.make_plan(routing.expert, num_experts).rest.num_times)
+    assert trips > 0
 
   def loss(x, weight, experts):
     routed = routing._replace(weight=weight)
     return _combine(name, 1.0)(x, routed, experts, 'float32')[0].sum()
 
   product = 2 * n * top_k * d_model * d_ff
-  forward = products.count(loss, x, routing.weight, experts)
+  forward = products.count(loss, x, routing.weight, experts, trips=trips)
   assert 2 * product <= forward < 1.27 * 2 * product
   grad = jax.grad(loss, argnums=(0, 1, 2))
-  counted = products.count(grad, x, routing.weight, experts)
+  counted = products.count(grad, x, routing.weight, experts, trips=trips)
   assert 6 * product <= counted < 1.27 * 7 * product
 
 
 @pytest.mark.parametrize('num_tokens', [1, 2, 7, 64, 1000])
-def test_plan_gives_each_assignment_a_slot_of_its_expert(num_tokens, rng):
+@pytest.mark.parametrize('kind', ['random', 'one expert'])
+def test_plan_gives_each_assignment_a_row_of_its_expert(kind, num_tokens, rng):
+  """One of an even load's, or one of the rest that is computed."""
   expert = rng.integers(0, NUM_EXPERTS + 1, (num_tokens, 3))
-  make_plan = jax.jit(dispatch.make_plan, static_argnums=(1, 2))
-  plan = jax.device_get(make_plan(jnp.int32(expert), NUM_EXPERTS, D_FF))
-  size = len(plan.assignment_of_slot) // len(plan.expert_of_block)
-  taken = [
-    (int(plan.slot[t, k]), t, k)
-    for t in range(num_tokens)
-    for k in range(3)
-    if expert[t, k] < NUM_EXPERTS
-  ]
-  assert len({slot for slot, _, _ in taken}) == len(taken)
-  for slot, t, k in taken:
-    assert plan.assignment_of_slot[slot] == 3 * t + k
-    assert plan.expert_of_block[slot // size] == expert[t, k]
-  assert (plan.assignment_of_slot < expert.size).sum() == len(taken)
+  if kind == 'one expert':
+    expert[:] = 2
+  make_plan = jax.jit(dispatch.make_plan, static_argnums=1)
+  plan = jax.device_get(make_plan(jnp.int32(expert), NUM_EXPERTS))
+  placed = []
+  for slot, assignment in enumerate(plan.assignment_of_slot):
+    if assignment < expert.size:
+      assert plan.slot.flat[assignment] == slot
+      placed.append((int(assignment), slot // int(plan.even)))
+  times = int(plan.rest.num_times)
+  assert (plan.rest.assignment[times:] == expert.size).all()
+  for rows, own in zip(
+    plan.rest.assignment[:times].reshape(-1, plan.rest.assignment.shape[-1]),
+    plan.rest.expert[:times].flat,
+    strict=True,
+  ):
+    for assignment in rows[rows < expert.size]:
+      assert plan.slot.flat[assignment] >= len(plan.assignment_of_slot)
+      placed.append((int(assignment), int(own)))
+  chosen = [(i, e) for i, e in enumerate(expert.flat) if e < NUM_EXPERTS]
+  assert sorted(placed) == chosen
+
+
+@pytest.mark.parametrize(
+  ('heaviest', 'times'), [(1024, 0), (1025, 1), (1153, 2), (4096, 24)]
+)
+def test_the_rest_is_as_long_as_what_is_over_an_even_load(heaviest, times):
+  """128 rows at a time, of 4096 assignments to 4 experts."""
+  others = np.arange(4096 - heaviest) % 3 + 1
+  expert = jnp.asarray([0] * heaviest + list(others), jnp.int32)
+  plan = dispatch.make_plan(expert.reshape(-1, 2), 4)
+  assert plan.rest.num_times == times
 
 
 @pytest.mark.parametrize('kind', ['one row', 'padding', 'all padding'])

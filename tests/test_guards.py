@@ -60,10 +60,15 @@ def test_nothing_is_sorted(program):
 
 
 def test_only_parameters_gather_what_is_scattered(program):
-  """Not tokens: XLA adds to rows one after the other."""
-  shapes = {e.outvars[0].aval.shape for e in program['scatter-add']}
+  """Not tokens: XLA adds to rows one after the other.
+
+  Or 128 of them at a time, of the rest of an expert with more than its share.
+  """
   embedding, experts = (65, 128), {(4, 128, 512), (4, 512), (4, 512, 128)}
-  assert shapes <= {embedding, (4, 128), *experts}
+  for equation in program['scatter-add']:
+    _, index, _ = (v.aval for v in equation.invars)
+    if equation.outvars[0].aval.shape not in {embedding, (4, 128), *experts}:
+      assert index.shape[:-1] == (1, 128)
 
 
 def test_random_bits_are_few(program):

@@ -132,7 +132,10 @@ def test_padding_counts_in_nothing(task_and_trained, rng):
 
 
 def test_products_of_a_documented_step_are_near_the_sparse_ideal():
-  """At most 30 % above 35.7 GFLOP; every expert for every token is 61.5."""
+  """35.7 GFLOP, where loads are even; every expert for every token is 61.5.
+
+  Less by what attention does not compute of scores that a mask hides.
+  """
   config = experiment.decide(base.get_config())
   task = experiment.build_task(config, 65)
   shape = (config.batch_size, config.block_size)
@@ -142,7 +145,7 @@ def test_products_of_a_documented_step_are_near_the_sparse_ideal():
     'weights': jnp.ones(shape),
   }
   step, state = _abstract_step(config, task, batch)
-  counted = products.count(step, state, batch, jax.random.key(0))
+  counted = products.count(step, state, batch, jax.random.key(0), trips=0)
   sizes = dict(
     num_tokens=shape[0] * shape[1],
     block_size=shape[1],
@@ -156,7 +159,7 @@ def test_products_of_a_documented_step_are_near_the_sparse_ideal():
   every = products.ideal(**sizes, experts_per_token=config.moe.num_experts)
   assert round(sparse / 1e9, 1) == 35.7
   assert round(every / 1e9, 1) == 61.5
-  assert 0.99 * sparse < counted < 1.3 * sparse
+  assert 0.95 * sparse < counted < 1.02 * sparse
 
 
 def _abstract_step(config, task, batch):
