@@ -17,10 +17,10 @@ CONFIG = 'configs/shakespeare.py'
 SEEDS = (0, 1, 2)
 
 DENSE = {'moe.first_dense_layers': 4}  # As many parameters for a token.
-# As the dense one makes 1.15 steps in the time of one with experts.
+# The dense one makes 1.15 steps in the time of one with experts.
 FINALS: dict[str, dict[str, Any]] = {
   'recipe': {},
-  'dense': {**DENSE, 'num_train_steps': 2650},
+  'dense': {**DENSE, 'num_train_steps': 3070},
 }
 
 # {name: (what is taken out, changes)}.
