@@ -44,9 +44,9 @@ def dropless(
 
   Each expert first computes as many rows as an even load has, all in one
   product, with padding where fewer came. What is over follows in blocks, by a
-  loop that is as long as there are any: shapes are static, the work is not. It
-  is never more than twice that of even loads and a block for each expert. The
-  blocks are those of Gale et al. 2022 (MegaBlocks), sec. 4.
+  loop that is as long as there are any: shapes are static, the work is
+  not. Rows are never more than twice those of even loads and a block for each
+  expert. The blocks are those of Gale et al. 2022 (MegaBlocks), sec. 4.
   """
   num_experts = experts.w_in.shape[0]
   plan = make_plan(routing.expert, num_experts)
