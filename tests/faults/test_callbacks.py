@@ -1,6 +1,7 @@
 """A callback that fails: all else ends as it should, and its error is told."""
 
 import threading
+import time
 
 from clu import periodic_actions
 import pytest
@@ -92,6 +93,9 @@ def test_an_exception_in_a_hook(tmp_path, happened, hook, error):
   result = result_of(tmp_path)
   assert result['status'] == 'failed'
   assert 'mine' in result['error']
+  end = time.monotonic() + 20  # A writer's thread is told to end, no more.
+  while threading.active_count() > closed + 1 and time.monotonic() < end:
+    time.sleep(0.01)
   assert threading.active_count() <= closed + 1
   happened('told, failed, both others ended')
 
