@@ -10,7 +10,8 @@ class Op(NamedTuple):
   """An instruction that runs by itself.
 
   Attributes:
-    source: the traced operation that it is named for, by module and transform.
+    source: the traced operation that it is named for, by module and transform;
+      of the instruction before it where XLA left it without a name.
     flops: 2 * multiply-adds of the products in it.
     bytes: of its operands and results.
     code: its name in HLO: fusion, while, copy, ...
@@ -46,13 +47,15 @@ def parse(text: str) -> dict[str, Op]:
   }
   ops = {}
   for lines in computations.values():
+    source = ''
     for line in lines.values():
       called = re.search(r'calls=%(\S+?)[,\s]', line.rest + ' ')
       inner = computations[called[1]] if called else {line.name: line}
-      source = re.search(r'op_name="(.*?)"', line.rest)
+      named = re.search(r'op_name="(.*?)"', line.rest)
+      source = named[1] if named else source
       scope = inner if called else lines
       ops[line.name] = Op(
-        source=source[1] if source else '',
+        source=source,
         flops=sum(_flops(x, scope) for x in inner.values()),
         bytes=_bytes(line.type)
         + sum(_bytes(lines[x].type) for x in _operands(line) if x in lines),
