@@ -57,7 +57,9 @@ RECIPE = {
   for name, changes in FINALS.items()
 }
 OTHER_TEXTS = {
-  name: Run(CONFIG, {'data.path': texts.path(name)}) for name in texts.TEXTS
+  f'{text}-{name}': Run(CONFIG, {'data.path': texts.path(text), **changes})
+  for name, changes in FINALS.items()
+  for text in texts.TEXTS
 }
 ABLATION = {
   f'short-{name}-{seed}': Run(CONFIG, {**SHORT, **changes}, seed)
@@ -126,15 +128,18 @@ def other_texts(figures: dict[str, Any]) -> str:
   if not OTHER_TEXTS.keys() & figures['runs'].keys():
     return ''
   lines = [
-    '| text | distinct characters | val cross-entropy | bits per character |',
-    '|---|---:|---:|---:|',
+    '| text | distinct characters | val cross-entropy | bits per character '
+    '| dense: val cross-entropy |',
+    '|---|---:|---:|---:|---:|',
   ]
   for name, what in texts.TEXTS.items():
-    if run := figures['runs'].get(name):
+    if run := figures['runs'].get(f'{name}-recipe'):
       best = min(run['rows'], key=lambda row: row['val/cross_entropy'])
+      dense = figures['runs'].get(f'{name}-dense')
       lines.append(
         f'| {what} | {run["result"]["vocab_size"]} '
-        f'| {best["val/cross_entropy"]:.4f} | {best["val/bits_per_char"]:.4f} |'
+        f'| {best["val/cross_entropy"]:.4f} | {best["val/bits_per_char"]:.4f} '
+        f'| {f"{config_runs.loss(dense):.4f}" if dense else ""} |'
       )
   return '\n'.join(lines)
 
