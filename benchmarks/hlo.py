@@ -11,7 +11,7 @@ class Op(NamedTuple):
 
   Attributes:
     source: the traced operation that it is named for, by module and transform;
-      of the instruction before it where XLA left it without a name.
+      that of an operand where XLA gave it no name.
     flops: 2 * multiply-adds of the products in it.
     bytes: of its operands and results.
     code: its name in HLO: fusion, while, copy, ...
@@ -47,12 +47,12 @@ def parse(text: str) -> dict[str, Op]:
   }
   ops = {}
   for lines in computations.values():
-    source = ''
     for line in lines.values():
       called = re.search(r'calls=%(\S+?)[,\s]', line.rest + ' ')
       inner = computations[called[1]] if called else {line.name: line}
       named = re.search(r'op_name="(.*?)"', line.rest)
-      source = named[1] if named else source
+      of_operands = (ops[x].source for x in _operands(line) if x in ops)
+      source = named[1] if named else next(filter(None, of_operands), '')
       scope = inner if called else lines
       ops[line.name] = Op(
         source=source,

@@ -1,8 +1,6 @@
 """The experts: feed-forward networks with one set of weights each."""
 
 from collections.abc import Callable
-import dataclasses
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -10,7 +8,6 @@ from flax import struct
 import jax
 from jaxtyping import Array, Float, Int
 
-from nanomoe import numerics
 from nanomoe.activations import ACTIVATIONS
 from nanomoe.numerics import dot
 
@@ -22,13 +19,6 @@ HE = nn.initializers.he_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
 # (rows, weights, bias or None) -> rows, whatever the rows are.
 Product = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
-
-
-def product(
-  x: jax.Array, w: jax.Array, bias: jax.Array | None, precision: str
-) -> jax.Array:
-  """Rows of G experts, each by its own weights: a `Product`."""
-  return dot(PRODUCT, x, w, precision, bias)
 
 
 @struct.dataclass
@@ -54,76 +44,21 @@ class Experts:
     self, x: Float[Array, 'G rows d_model'], precision: str
   ) -> Float[Array, 'G rows d_model']:
     """Each expert's rows through it."""
-    run = functools.partial(product, precision=precision)
-    return self.after(self.before(x, run), run)
+    return self.by(lambda x, w, bias: dot(PRODUCT, x, w, precision, bias), x)
 
-  def before(
-    self, x: Float[Array, '*rows d_model'], product: Product
-  ) -> list[Float[Array, '*rows d_ff']]:
-    """What the hidden layer is made of."""
-    return [product(x, *layer) for layer in self.inputs]
-
-  def after(
-    self, before: list[Float[Array, '*rows d_ff']], product: Product
+  def by(
+    self, product: Product, x: Float[Array, '*rows d_model']
   ) -> Float[Array, '*rows d_model']:
-    return product(self.activate(*before), self.w_out, self.b_out)
-
-  @property
-  def inputs(self) -> list[tuple[jax.Array, jax.Array | None]]:
-    """Weights and bias of each product that the hidden layer is made of."""
-    gate = [] if self.w_gate is None else [(self.w_gate, None)]
-    return [(self.w_in, self.b_in), *gate]
-
-  def activate(
-    self, *before: Float[Array, '*rows d_ff']
-  ) -> Float[Array, '*rows d_ff']:
-    return ACTIVATIONS[self.activation].fn(*before)
-
-  def gradients(
-    self,
-    x: Float[Array, 'G rows d_model'],
-    before: list[Float[Array, 'G rows d_ff']],
-    of_y: Float[Array, 'G rows d_model'],
-    precision: str,
-  ) -> tuple[Float[Array, 'G rows d_model'], 'Experts']:
-    """Of sum(of_y * self(x, precision)): of x, and of what self holds.
-
-    By hand: `jax.vjp` would trace the last product once more, for nothing.
-
-    Args:
-      x: as of __call__.
-      before: `self.before(x)`.
-      of_y: of __call__'s result.
-      precision: of products.
-    """
-    hidden, gradient_of = jax.vjp(self.activate, *before)
-    of_hidden, *out = numerics.gradients(
-      PRODUCT, hidden, self.w_out, of_y, precision
-    )
-    of_x, of_inputs = [], []
-    for (w, _), g in zip(self.inputs, gradient_of(of_hidden), strict=True):
-      more, *of_layer = numerics.gradients(PRODUCT, x, w, g, precision)
-      of_x.append(more)
-      of_inputs.append(of_layer)
-    (w_in, b_in), gate = of_inputs[0], of_inputs[1:]
-    return sum(of_x[1:], of_x[0]), dataclasses.replace(
-      self,
-      w_in=w_in,
-      w_out=out[0],
-      b_in=None if self.b_in is None else b_in,
-      b_out=None if self.b_out is None else out[1],
-      w_gate=gate[0][0] if gate else None,
-    )
+    """The same of rows in any order: `product` knows whose they are."""
+    hidden = [product(x, self.w_in, self.b_in)]
+    if self.w_gate is not None:
+      hidden.append(product(x, self.w_gate, None))
+    hidden = ACTIVATIONS[self.activation].fn(*hidden)
+    return product(hidden, self.w_out, self.b_out)
 
   def of(self, expert: Int[Array, ' H']) -> 'Experts':
     """Those experts."""
     return jax.tree.map(lambda w: w[expert], self)
-
-  def rounded(self, precision: str) -> 'Experts':
-    """Weights as their products read them."""
-    return jax.tree.map(
-      lambda w: numerics.rounded(w, precision) if w.ndim == 3 else w, self
-    )
 
 
 def make(

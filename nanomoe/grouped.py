@@ -32,10 +32,7 @@ def grouped(
   product = functools.partial(
     numerics.ragged_dot, sizes=sizes, precision=precision
   )
-
-  def run(rows):
-    return experts.after(experts.before(rows, product), product)
-
+  run = functools.partial(experts.by, product)
   filled = slots.filled(slot, slot.size)
   y = slots.through(run, x, routing.weight, slot, filled)
   return y, report(routing)

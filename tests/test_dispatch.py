@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from benchmarks import products
-from nanomoe import capacity, dispatch, dispatchers, experiment, grouped, schema
+from nanomoe import (
+  capacity,
+  dispatch,
+  dispatchers,
+  experiment,
+  grouped,
+  pieces,
+  schema,
+)
 from nanomoe import experts as experts_lib
 from nanomoe.activations import ACTIVATIONS
 from nanomoe.dispatchers import DISPATCH
@@ -181,40 +189,69 @@ def test_bfloat16_is_close(name, rng):
   assert 0 < error < 0.02
 
 
+@pytest.mark.parametrize('at_once', [1, 2, 4])
+@pytest.mark.parametrize('kind', ['random', 'one expert'])
+def test_bfloat16_gradients_are_close(kind, at_once, rng, monkeypatch):
+  """Whether all experts are multiplied at once, or some."""
+  monkeypatch.setattr(pieces, 'at_once', lambda piece_bytes, num: at_once)
+  expert = rng.random((203, 4)).argsort(axis=1)[:, :2]
+  if kind == 'one expert':
+    expert[:] = [1, 3]
+  routing, experts = _routing(expert, rng, 4), _experts(rng, 4)
+  x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
+  direction = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+  def loss(x, weight, experts):
+    routed = routing._replace(weight=weight)
+    y, _ = dispatch.dropless(x, routed, experts, 'bfloat16')
+    return jnp.sum(y * direction)
+
+  grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+  _, exact = _value_and_gradients('dense', 4)(x, routing, experts, direction)
+  for actual, expected in zip(
+    jax.tree.leaves(grad(x, routing.weight, experts)),
+    jax.tree.leaves(exact),
+    strict=True,
+  ):
+    error = jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected)
+    assert 0 < error < 0.02
+
+
 @pytest.mark.parametrize('num_experts', [4, 8, 64])
 @pytest.mark.parametrize('name', SPARSE)
 def test_computes_the_chosen_experts_only(name, num_experts, rng):
-  """Products are those of K experts per token; a fourth for padding at most.
+  """Of each row 2 products, and 4 for the gradient.
 
-  The gradient may compute the hidden layer again: 7 products where 6 are
-  needed.
+  Of a row over an even load also the first 2 again; these rows are few.
   """
   n, top_k, d_model, d_ff = 4096, 2, 16, 32
   expert = rng.random((n, num_experts)).argsort(axis=1)[:, :top_k]
   routing = _routing(expert, rng, num_experts)
-  experts = _experts(rng, num_experts, d_model, d_ff)
+  experts = _experts(rng, num_experts, d_model, d_ff, use_bias=False)
   x = jnp.ones((n, d_model))
-  trips = None
+  trips, over = None, 0
   if name == 'dropless':
-    trips = int(dispatch.make_plan(routing.expert, num_experts).rest.num_times)
-    assert trips > 0
+    overflow = dispatch.make_plan(routing.expert, num_experts).overflow
+    trips = int(overflow.num_trips)
+    over = trips * overflow.assignment[0].size
+    assert 0 < over < 0.27 * n * top_k
 
   def loss(x, weight, experts):
     routed = routing._replace(weight=weight)
     return _combine(name, 1.0)(x, routed, experts, 'float32')[0].sum()
 
-  product = 2 * n * top_k * d_model * d_ff
+  rows, product = n * top_k, 2 * d_model * d_ff
   forward = products.count(loss, x, routing.weight, experts, trips=trips)
-  assert 2 * product <= forward < 1.27 * 2 * product
+  assert forward == 2 * product * (rows + over)
   grad = jax.grad(loss, argnums=(0, 1, 2))
   counted = products.count(grad, x, routing.weight, experts, trips=trips)
-  assert 6 * product <= counted < 1.27 * 7 * product
+  assert counted == product * (6 * rows + 8 * over)
 
 
 @pytest.mark.parametrize('num_tokens', [1, 2, 7, 64, 1000])
 @pytest.mark.parametrize('kind', ['random', 'one expert'])
 def test_plan_gives_each_assignment_a_row_of_its_expert(kind, num_tokens, rng):
-  """One of an even load's, or one of the rest that is computed."""
+  """One of its slots, or one of the overflow that is computed."""
   expert = rng.integers(0, NUM_EXPERTS + 1, (num_tokens, 3))
   if kind == 'one expert':
     expert[:] = 2
@@ -224,12 +261,16 @@ def test_plan_gives_each_assignment_a_row_of_its_expert(kind, num_tokens, rng):
   for slot, assignment in enumerate(plan.assignment_of_slot):
     if assignment < expert.size:
       assert plan.slot.flat[assignment] == slot
-      placed.append((int(assignment), slot // int(plan.even)))
-  times = int(plan.rest.num_times)
-  assert (plan.rest.assignment[times:] == expert.size).all()
+      placed.append((int(assignment), slot // int(plan.capacity)))
+  overflow, trips = plan.overflow, int(plan.overflow.num_trips)
+  assert (overflow.assignment[trips:] == expert.size).all()
+  _, blocks, size = overflow.assignment.shape
+  load = np.bincount(expert.flat, minlength=NUM_EXPERTS)[:NUM_EXPERTS]
+  needed = -(-np.maximum(load - plan.capacity, 0) // size)
+  assert trips == -(-needed.sum() // blocks)
   for rows, own in zip(
-    plan.rest.assignment[:times].reshape(-1, plan.rest.assignment.shape[-1]),
-    plan.rest.expert[:times].flat,
+    overflow.assignment[:trips].reshape(-1, size),
+    overflow.expert[:trips].flat,
     strict=True,
   ):
     for assignment in rows[rows < expert.size]:
@@ -240,14 +281,14 @@ def test_plan_gives_each_assignment_a_row_of_its_expert(kind, num_tokens, rng):
 
 
 @pytest.mark.parametrize(
-  ('heaviest', 'times'), [(1024, 0), (1025, 1), (1153, 2), (4096, 24)]
+  ('heaviest', 'trips'), [(1024, 0), (1025, 1), (1153, 2), (4096, 24)]
 )
-def test_the_rest_is_as_long_as_what_is_over_an_even_load(heaviest, times):
+def test_as_many_trips_as_what_is_over_an_even_load_needs(heaviest, trips):
   """128 rows at a time, of 4096 assignments to 4 experts."""
   others = np.arange(4096 - heaviest) % 3 + 1
   expert = jnp.asarray([0] * heaviest + list(others), jnp.int32)
   plan = dispatch.make_plan(expert.reshape(-1, 2), 4)
-  assert plan.rest.num_times == times
+  assert plan.overflow.num_trips == trips
 
 
 @pytest.mark.parametrize('kind', ['one row', 'padding', 'all padding'])
