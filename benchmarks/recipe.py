@@ -31,7 +31,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     'Muon, for AdamW at 0.003',
     {'optimizer.type': 'AdamW', 'optimizer.learning_rate': 3e-3},
   ),
-  'experts': ('experts, for dense layers', DENSE),
   'minutes': (
     'experts, for dense layers and as many minutes',
     {**DENSE, 'num_train_steps': 690},
@@ -44,8 +43,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
   'qk_norm': ('normalized queries and keys', {'model.qk_norm': 'false'}),
   'norm': ('RMSNorm, for LayerNorm', {'model.norm': 'LayerNorm'}),
   'rope': ('RoPE, for learned positions', {'model.position': 'learned'}),
-  'dropout': ('nothing, with twice the dropout', {'model.dropout_rate': 0.1}),
-  'bigrams': ('nothing, with embeddings of bigrams', {'model.max_ngram': 2}),
 }
 # Those that are trained on more than the first seed.
 TELLING = ('nothing', 'minutes', 'convolution', 'muon', 'zeros', 'context')
