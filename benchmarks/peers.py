@@ -96,11 +96,13 @@ def interleave(
 ) -> dict[str, dict[str, Any]]:
   """{worker: summary of its seconds}: n of `what` each in turn, `blocks` times.
 
-  One more block goes before, uncounted: it compiles.
+  One more block goes before, uncounted: it compiles. So does one of `what`
+  before each block: who was idle has lost caches and pages.
   """
   seconds: dict[str, list[float]] = {name: [] for name in workers}
   for i in range(blocks + 1):
     for name, worker in workers.items():
+      worker(what, 1)
       took = worker(what, n)
       if i:
         seconds[name] += took
