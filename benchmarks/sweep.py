@@ -82,6 +82,10 @@ def gather(runs: Mapping[str, Run], directory: pathlib.Path) -> dict[str, Any]:
       num_flops = variant.flops(config, logged['result']['vocab_size'])
       figures[name] = {
         **run._asdict(),
+        'changes': {  # A path is this machine's; its name is not.
+          key: value.name if isinstance(value, pathlib.PurePath) else value
+          for key, value in run.changes.items()
+        },
         'is_causal': not causality.objection(config),
         'gflop': num_flops / 1e9,
         **logged,

@@ -7,7 +7,7 @@ before each layer, Muon, blocks that start as the identity, normalized queries
 and keys, RMSNorm, RoPE, no biases, windows of 256 characters, half the dropout.
 docs/recipe.md says how that is measured, and what was tried.
 
-Measured: val cross-entropy 1.4511, 2300 steps in 14 minutes on 2 cores.
+Measured: val cross-entropy 1.4456, 2300 steps in 10 minutes on 2 cores.
 """
 
 from ml_collections import ConfigDict

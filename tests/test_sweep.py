@@ -164,7 +164,8 @@ def test_figures_of_a_run_are_those_it_logged(tmp_path):
     {'step': 4, 'val/cross_entropy': 3.5, 'val/bits_per_char': 5.0},
     {'step': 6, 'val/cross_entropy': 2.5, 'val/bits_per_char': 4.0},
   ]
-  run = Run('configs/base.py', {**TINY, 'moe.router.type': 'ExpertChoice'})
+  changes = {'moe.router.type': 'ExpertChoice', 'data.path': tmp_path / 'text'}
+  run = Run('configs/base.py', {**TINY, **changes})
   result = {**dict.fromkeys(results._KEPT, 1), 'vocab_size': 5}
   for name, status in (('done', 'done'), ('half', 'interrupted')):
     directory = tmp_path / name
@@ -185,6 +186,7 @@ def test_figures_of_a_run_are_those_it_logged(tmp_path):
   ]
   assert got['last'] == {'val/cross_entropy': 2.5, 'val/bits_per_char': 4.0}
   assert got['is_causal'] is False
+  assert got['changes']['data.path'] == 'text'
   assert got['gflop'] > 0
   assert json.loads(json.dumps(figures)) == figures
 
