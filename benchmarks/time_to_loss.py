@@ -25,7 +25,7 @@ _AGAINST = flags.DEFINE_enum(
   'against', 'nano-moe-jax', ['nano-moe-jax'], 'A peer.', flag_values=_FLAGS
 )
 _STEPS = flags.DEFINE_integer(
-  'steps', 450, 'Of ours.', lower_bound=100, flag_values=_FLAGS
+  'steps', 500, 'Of ours.', lower_bound=100, flag_values=_FLAGS
 )
 
 TARGET = 1.618  # Nats a character.
