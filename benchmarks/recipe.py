@@ -17,7 +17,7 @@ CONFIG = 'configs/shakespeare.py'
 SEEDS = (0, 1, 2)
 
 DENSE = {'moe.first_dense_layers': 4}  # As many parameters for a token.
-# About 1.15 dense steps take the time of one with experts: see the tables.
+# 1.15 times the steps were foreseen to take as long: the tables have what did.
 FINALS: dict[str, dict[str, Any]] = {
   'recipe': {},
   'dense': {**DENSE, 'num_train_steps': 2650},

@@ -81,9 +81,10 @@ def _run_all(
 ) -> Float[Array, 'experts rows d_model']:
   """Each expert's rows through it.
 
-  Of bfloat16 products a few experts at a time, and the gradient computes the
-  hidden layer again: on CPUs that costs less than to write it to memory and to
-  read it. Float32 products cost several times as much: what they gave is kept.
+  Of bfloat16 products as many experts at a time as the cache holds, if it does
+  not hold all, and the gradient computes the hidden layer again: on CPUs that
+  costs less than to write it to memory and to read it. Float32 products cost
+  several times as much: what they gave is kept.
   """
   _, size, _ = x.shape
   num_experts, d_ff, _ = experts.w_out.shape
