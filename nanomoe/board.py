@@ -21,7 +21,7 @@ CHARTS = {
     'loss/total',
     'What is minimized: cross-entropy and weighted losses of routing.',
   ),
-  'learning_rate': Chart('optimizer/learning_rate', 'Of the next update.'),
+  'learning_rate': Chart('optimizer/learning_rate', 'Of the newest update.'),
   'gradient_norm': Chart('optimizer/gradient_norm', 'Before it is clipped.'),
   'skipped_updates': Chart(
     'optimizer/skipped_updates', 'Refused: not finite, or a spike.'

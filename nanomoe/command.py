@@ -163,7 +163,7 @@ def _keep_compiled_programs() -> None:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not os.access(path, os.W_OK | os.X_OK):
       return
-  except (OSError, RuntimeError):  # No home, or one that cannot be written.
+  except (OSError, UserError):  # No home, or one that cannot be written.
     return
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(path)
   # Seconds; JAX's own 1 leaves out most programs of a small model.

@@ -114,7 +114,7 @@ def build(
     log_interval=config.log_interval,
     ema_decay=config.optimizer.ema_decay,
     eval_weights=config.eval_weights,
-    spikes=spikes_of(config),
+    spikes=Spikes(config.optimizer.spike_factor, config.optimizer.spike_window),
     # Other tokens are other data.
     allow_changed=[
       *allow_changed,
@@ -197,11 +197,6 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
     meta['step'],
     meta['identity'],
   )
-
-
-def spikes_of(config: Config) -> Spikes | None:
-  factor, window = config.optimizer.spike_factor, config.optimizer.spike_window
-  return Spikes(factor, window) if factor else None
 
 
 def decide(config: Config) -> Config:

@@ -59,10 +59,11 @@ _ALLOW_CHANGED = flags.DEFINE_list(
   flag_values=_FLAGS,
 )
 
+STOPPED = 3
 EXIT_CODES = {
   'done': 0,
-  'diverged': 3,
-  'collapsed': 3,
+  'diverged': STOPPED,
+  'collapsed': STOPPED,
   'unsaved': 4,
   'interrupted': command.INTERRUPTED,
 }
@@ -154,7 +155,12 @@ def main(overrides: list[config_lib.Override]) -> int:
     trainer.callbacks.append(LiveProgress(console))
   status = trainer.fit()
   _report(trainer, workdir, imports.paths(config.to_dict()))
-  return EXIT_CODES[status]
+  return exit_code(status)
+
+
+def exit_code(status: str) -> int:
+  """Of a status; a callback of somebody else's may have given its own."""
+  return EXIT_CODES.get(status, STOPPED)
 
 
 def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):

@@ -64,7 +64,10 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-  """The commit of this source tree, '+' if it was changed; None outside git."""
+  """The commit of this source tree, '+' if it was changed; None outside git.
+
+  None too where git knows the directory, as another project's, but not us.
+  """
   here = pathlib.Path(__file__).parent
 
   def git(*arguments: str) -> str:
@@ -77,6 +80,7 @@ def _revision() -> str | None:
     ).stdout.strip()
 
   try:
+    git('ls-files', '--error-unmatch', pathlib.Path(__file__).name)
     changed = git('status', '--porcelain', '--untracked-files=no')
     return git('rev-parse', 'HEAD') + ('+' if changed else '')
   except (OSError, subprocess.SubprocessError):

@@ -40,7 +40,7 @@ class LanguageModel:
       past); None for MoEAux if there are no experts: their metrics are then
       missing.
     aux_weight: of the balance loss, at the start.
-    balance: how it is joined over layers: a name in routers.BALANCE.
+    balance: how it is joined over layers: a name in balance.BALANCE.
     token_bytes: the UTF-8 of each token; None: one ASCII character each.
     z_weight: of the routers' z-loss, the mean over layers.
     entropy_weight: of the routers' entropy, the mean over layers.

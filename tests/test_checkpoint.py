@@ -137,6 +137,23 @@ def test_the_best_survives_a_restart(directory):
   assert steps_in(directory) == {2, 5}
 
 
+@pytest.mark.parametrize('restarts', [False, True])
+def test_undoing_a_best_leaves_the_best_before_it(directory, restarts):
+  """Of a run whose newest best came after a refused update, and diverged."""
+  checkpointer = Checkpointer(directory, 1)
+  for step, best, standing in ((1, 1, 'good'), (2, 1, 'good')):
+    checkpointer.save(step, tree_of(step), {'best': [1, 0.5]}, best, standing)
+  if restarts:
+    checkpointer.close()
+    checkpointer = Checkpointer(directory, 1)
+    checkpointer.restore(ABSTRACT)
+  checkpointer.save(3, tree_of(3), {'best': [3, 0.4]}, 3, 'refused')
+  checkpointer.wait()
+  assert checkpointer.undo()
+  checkpointer.close()
+  assert steps_in(directory) == {1, 2}
+
+
 # Damage.
 
 

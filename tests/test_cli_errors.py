@@ -135,6 +135,11 @@ def test_exit_codes_are_those_of_the_contract():
   }
 
 
+def test_the_status_of_somebody_elses_callback_has_a_code():
+  assert main_lib.exit_code('out_of_budget') == 3
+  assert main_lib.exit_code('done') == 0
+
+
 # Data. It is read when JAX is there: a process for one of them.
 
 

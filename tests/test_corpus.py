@@ -334,3 +334,14 @@ def test_what_is_not_utf_8_is_told_with_its_position(
 
 def test_a_path_that_no_file_can_have(world):
   refused(world / ('x' * 300))
+
+
+def test_without_a_home_the_given_directory_serves(world, monkeypatch):
+  (world / 'data').mkdir()
+  (world / 'data' / corpus_lib.FILE).write_bytes(RAW)
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # No home.
+  assert corpus_lib.find('', '').text == TEXT
+  (world / 'data' / corpus_lib.FILE).unlink()
+  with pytest.raises(UserError, match='set XDG_CACHE_HOME'):
+    corpus_lib.find('', '')

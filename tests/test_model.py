@@ -1,5 +1,7 @@
 """The transformer: its size, causality, and padding."""
 
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,20 @@ def test_the_documented_model_has_2409025_parameters():
     'num_params': 2_409_025,
     'num_active_params': 2_409_025 - 4 * 2 * 131_712,
   }
+
+
+def test_the_revision_is_not_that_of_a_project_around_us(tmp_path, monkeypatch):
+  """Of an environment inside somebody's repository, for example."""
+  git = ['git', '-C', str(tmp_path), '-c', 'user.name=n', '-c', 'user.email=e']
+  subprocess.run([*git, 'init', '-q'], check=True)
+  commit = [*git, 'commit', '-q', '--allow-empty', '-m', 'theirs']
+  subprocess.run(commit, check=True)
+  module = tmp_path / 'provenance.py'
+  module.write_text('')
+  monkeypatch.setattr(provenance, '__file__', str(module))
+  assert provenance.facts()['revision'] is None
+  subprocess.run([*git, 'add', str(module)], check=True)
+  assert provenance.facts()['revision'].endswith('+')
 
 
 def test_parameters_of_the_choices_by_hand():

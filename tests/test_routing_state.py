@@ -139,6 +139,14 @@ def test_a_changed_config_wins_over_what_was_restored(before, now, expected):
   assert after['bias'].all()
 
 
+def test_a_changed_config_wins_over_what_a_rollback_restored():
+  callback = AuxWeight(0.5)
+  callback.load_state_dict(AuxWeight(0.25).state_dict())
+  loop = _loop(0.25)
+  callback.on_roll_back(loop)
+  assert loop.state.model_state['aux_weight'] == 0.5
+
+
 class Raise(Callback):
   """Raises the weight of the balance loss at step 3."""
 

@@ -730,6 +730,44 @@ def test_other_data_is_refused(tmp_path):
     make_trainer(tmp_path, dataset=other).fit()
 
 
+class Larger(Rows):
+  fingerprint = 'larger rows'
+
+  def batch(self, index):
+    batch = super().batch(index)
+    return {**batch, 'y': 10 * batch['y']}
+
+
+def test_the_best_of_other_data_is_the_best_no_more(tmp_path):
+  """Nothing would be better than what an easier text once gave."""
+
+  def best(num_train_steps, **changes):
+    listed = [callbacks.Evaluation(2, 'mse'), callbacks.Checkpoints(2)]
+    trainer = make_trainer(
+      tmp_path, num_train_steps=num_train_steps, callbacks=listed, **changes
+    )
+    trainer.fit()
+    return trainer.best
+
+  before = best(2)
+  after = best(4, dataset=Larger(), allow_changed=['data'])
+  assert (before.step, after.step) == (2, 4)
+  assert after.value > before.value
+
+
+def test_a_callback_that_is_added_later_sees_no_step_0():
+  seen = []
+
+  class Seen(Callback):
+    def on_train_step_end(self, loop):
+      seen.append(loop.step)
+
+  trainer = make_trainer(num_train_steps=2)
+  trainer.callbacks.append(Seen())
+  trainer.fit()
+  assert seen == [1, 2]
+
+
 def test_a_checkpoint_needs_a_checkpointer():
   trainer = make_trainer(callbacks=[callbacks.Checkpoints(2)])
   with pytest.raises(ValueError, match='checkpointer'):

@@ -1,6 +1,7 @@
 """metrics.jsonl and TensorBoard's files, read back by TensorBoard."""
 
 import json
+import resource
 import struct
 import zlib
 
@@ -43,6 +44,27 @@ def writer(tmp_path):
   writer = SummaryWriter(tmp_path / 'log')
   yield writer
   writer.close()
+
+
+# metrics.jsonl.
+
+
+def test_half_a_line_is_taken_back(tmp_path):
+  """Where there is room for a part, a write raises nothing: it is short."""
+  path = tmp_path / 'metrics.jsonl'
+  file = MetricsFile(path, 0)
+  file.write(1, {'loss': 0.5})
+  before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, hard))
+  try:
+    with pytest.raises(OSError, match='No space'):
+      file.write(2, {'loss': 0.25})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+  file.write(3, {'loss': 0.125})
+  file.close()
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [line['step'] for line in lines] == [1, 3]
 
 
 # TensorBoard.

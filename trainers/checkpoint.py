@@ -1,6 +1,6 @@
 """Checkpoints, written: Orbax, behind a few verbs of our own.
 
-A trainer has a Checkpointer: save, wait, restore, close.
+A trainer has a Checkpointer: save, wait, restore, undo, close.
 """
 
 import contextlib
@@ -116,9 +116,11 @@ class Checkpointer:
         path.rename(self._superseded / str(step))
         self._manager.reload()
       there = {step, *self._manager.all_steps()}
-      self._policy.kept = _Kept(
-        best if best in there else self._kept.best,
-        step if standing == 'good' else self._kept.good,
+      best = best if best in there else self._kept.best
+      self._policy.kept = (
+        _Kept(best, step, best)
+        if standing == 'good'
+        else self._kept._replace(best=best)
       )
       self._manager.save(
         step,
@@ -200,11 +202,13 @@ class Checkpointer:
         self._set_aside([s for s in steps if s > step], 'damaged')
         self.newest = step
         good = (
-          s
+          (s, meta)
           for s in reversed(steps)
-          if s <= step and self._standing(s) == 'good'
+          if s <= step and (meta := self._meta(s))['standing'] == 'good'
         )
-        self._kept = _Kept(good=next(good, None))
+        good, meta = next(good, (None, {}))
+        best = meta.get('best')
+        self._kept = _Kept(good=good, best_then=best and best[0])
         return found
     if mismatch:
       raise mismatch
@@ -234,11 +238,11 @@ class Checkpointer:
       jax.tree.unflatten(structure, [arrays[name] for name in wanted]), meta
     )
 
-  def _standing(self, step: int) -> str:
+  def _meta(self, step: int) -> dict[str, Any]:
     try:
-      return saved.read_meta(self._directory, step).get('standing', 'good')
+      return {'standing': 'good', **saved.read_meta(self._directory, step)}
     except Exception:  # Whatever damage does to a decoder.
-      return 'damaged'
+      return {'standing': 'damaged'}
 
   def undo(self) -> bool:
     """Whether there is a good one; sets aside what was saved after it.
@@ -247,7 +251,7 @@ class Checkpointer:
     """
     steps, good = saved.steps_in(self._directory), self._kept.good
     if good is None:
-      astray = [s for s in steps if self._standing(s) == 'refused']
+      astray = [s for s in steps if self._meta(s)['standing'] == 'refused']
     else:
       astray = [s for s in steps if s > good]
     self._set_aside(astray, 'undone')
@@ -295,10 +299,17 @@ class Checkpointer:
 
 
 class _Kept(NamedTuple):
-  """Steps that are kept, whatever their age."""
+  """Steps that are kept, whatever their age.
+
+  Attributes:
+    best: as the trainer knows it.
+    good: the newest that a run may go back to.
+    best_then: the best when `good` was saved, which is the best again then.
+  """
 
   best: int | None = None
   good: int | None = None
+  best_then: int | None = None
 
 
 class _Policy(checkpoint_managers.PreservationPolicy):

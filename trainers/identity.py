@@ -26,6 +26,8 @@ def check(
     if name in allowed:
       log.warning('%s: allowed to change', tell)
     else:
-      lines.append(f'{tell}; to go on all the same, --allow_changed={name}')
+      lines.append(
+        f'{tell}; training goes on all the same with --allow_changed={name}'
+      )
   if lines:
     raise UserError(lines)

@@ -19,7 +19,8 @@ class Spikes(NamedTuple):
   """Losses above `factor` times the median of the last `window`: refused.
 
   Only losses of accepted updates are among the last, and nothing is refused
-  before there are as many. A loss must be positive.
+  before there are as many. A loss must be positive. With a factor of 0 nothing
+  is refused; the state is the same, so that a run may change the factor.
   """
 
   factor: float
@@ -84,7 +85,7 @@ def make_train_step(
     )
     accepted = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     accepted &= all_finite(updates)
-    if spikes:
+    if spikes and spikes.factor:
       # False while the median is NaN.
       limit = spikes.factor * jnp.median(state.recent_losses)
       accepted &= ~(loss > limit)

@@ -98,7 +98,6 @@ class Trainer(Loop):
       task, optimizer, schedule, ema_decay, spikes
     )
     self._updater = Updater(step_fn, step_key, memory_hint)
-    self._next_hook = len(self.callbacks)  # Of this step's; there is no step 0.
 
   def fit(self) -> str:
     """Trains up to `num_train_steps`, from where a checkpoint left off.
@@ -109,6 +108,7 @@ class Trainer(Loop):
     error: BaseException | None = None
     with self.interrupt.listening():
       try:
+        self._next_hook = len(self.callbacks)  # There is no step 0.
         self._start()
         self._each('on_fit_start')
         with self.clock.phase('train'):
@@ -227,8 +227,10 @@ class Trainer(Loop):
     # None, or one that is not there any more: all have been called.
     names = [*self.callbacks.names, meta['next_hook']]
     self._next_hook = names.index(meta['next_hook'])
-    self.score = meta['score'] and Score(*meta['score'])
-    self.best = meta['best'] and Score(*meta['best'])
+    self.score = self.best = None
+    if meta['identity']['data'] == self._identity['data']:  # Else, of others.
+      self.score = meta['score'] and Score(*meta['score'])
+      self.best = meta['best'] and Score(*meta['best'])
     self.callbacks.load_state_dict(meta['callbacks'])
     self._writers.start(self.step, meta['metrics_size'])
     log.info('resuming after step %d', self.step)
@@ -248,6 +250,8 @@ class Trainer(Loop):
     step, batch_index = self.step, self.state.batch_index
     num_rollbacks = self.num_rollbacks + 1
     self._resume(saved)
+    # A run that had but hooks left to run has not begun to.
+    self._updater.compile(self._shapes['state'], self._batch(0))
     self.state = dataclasses.replace(self.state, batch_index=batch_index)
     self.num_rollbacks, self._unlogged = num_rollbacks, None
     log.warning(

@@ -40,6 +40,7 @@ class Updater:
     self._key = key
     self._hint = memory_hint
     self._in_flight: deque[Metrics] = deque()
+    self._update: futures.Future[jax.stages.Compiled] | None = None
     self.compiled = False
     self.memory: memory_lib.StepMemory | None = None
 
@@ -50,7 +51,9 @@ class Updater:
     return shapes
 
   def compile(self, state: TrainState, batch: Batch) -> None:
-    """Begins to, in the background; `state` is of shapes, after `trace`."""
+    """Begins to, in the background, once; after `trace`, of shapes too."""
+    if self._update:
+      return
     update = jax.jit(
       functools.partial(_accumulate, self._step_fn), donate_argnums=0
     ).lower(state, self._zeros, batch, self._key)
@@ -61,6 +64,8 @@ class Updater:
   def __call__(
     self, state: TrainState, batch: Batch
   ) -> tuple[TrainState, Metrics]:
+    if not self._update:
+      raise ValueError('call compile() first')
     update = self._update.result()
     if not self.compiled:
       memory_lib.trim()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -50,8 +51,10 @@ class MetricsFile:
     """Whole lines only: what a full disk cut off is taken back."""
     size = self.tell()
     line = to_json({'step': step, **metrics}) + '\n'
+    raw = line.encode(errors='backslashreplace')
     try:
-      self._file.write(line.encode(errors='backslashreplace'))
+      if self._file.write(raw) < len(raw):  # There was room for a part.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:
       with contextlib.suppress(OSError):
         os.truncate(self._file.name, size)

@@ -27,6 +27,9 @@ class AuxWeight(Callback):
 
     loop.update_state(changed)
 
+  def on_roll_back(self, loop):
+    self.on_fit_start(loop)
+
   def state_dict(self):
     return {'aux_weight': self.aux_weight}
 

@@ -1,6 +1,6 @@
 """Where the training text comes from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import hashlib
 import http.client
 import importlib
@@ -87,15 +87,21 @@ def find_again(path: str, name: str, sha256: str) -> Corpus:
   if corpus.fingerprint != sha256:
     raise UserError(
       f'the text has changed: this run is on {name} (sha256 {sha256[:16]}), '
-      f'and {corpus.name} is now {corpus.fingerprint[:16]}; to go on all the '
-      'same, --allow_changed=data'
+      f'and {corpus.name} is now {corpus.fingerprint[:16]}; training goes on '
+      'all the same with --allow_changed=data'
     )
   return corpus
 
 
 def cache_directory() -> pathlib.Path:
-  base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(base).expanduser() / 'nanomoe'
+  """Raises UserError if the user has no home."""
+  base = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+  try:
+    return base.expanduser() / 'nanomoe'
+  except RuntimeError as error:
+    raise UserError(
+      'there is no home directory to keep files in: set XDG_CACHE_HOME'
+    ) from error
 
 
 def path_problems(path: str, key: str = 'data.path') -> list[str]:
@@ -137,10 +143,7 @@ def _sha256(raw: bytes) -> str:
 
 
 def _local_copy() -> bytes | None:
-  places = [cache_directory()]
-  if os.environ.get('NANOMOE_DATA_DIR'):
-    places.insert(0, pathlib.Path(os.environ['NANOMOE_DATA_DIR']))
-  for place in places:
+  for place in _places():
     try:
       raw = (place / FILE).read_bytes()
     except OSError:
@@ -153,6 +156,12 @@ def _local_copy() -> bytes | None:
       place / FILE,
     )
   return None
+
+
+def _places() -> Iterator[pathlib.Path]:
+  if os.environ.get('NANOMOE_DATA_DIR'):
+    yield pathlib.Path(os.environ['NANOMOE_DATA_DIR'])
+  yield cache_directory()
 
 
 def _downloaded() -> bytes | None:

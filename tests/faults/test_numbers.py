@@ -189,6 +189,38 @@ def test_rolls_back_and_skips_the_data(tmp_path, caplog, happened):
   happened(f'{line}; done at 16, batch_index 22')
 
 
+@pytest.mark.fault(
+  injected='NaN in the last batches; a rollback when the finished run goes on',
+  promised='back to the last good checkpoint, and to the end',
+)
+def test_rolls_back_from_the_end(tmp_path, happened):
+  class Back(Callback):
+    """Stands behind what saves: a run that goes on calls it once more."""
+
+    armed = False
+
+    def on_train_step_end(self, loop):
+      if self.armed and not loop.num_rollbacks:
+        loop.roll_back('wanted')
+
+  def run():
+    poison = {10: NAN, 11: NAN}
+    listed = [callbacks.Checkpoints(4), Back()]
+    trainer = make_trainer(
+      tmp_path, dataset=Rows(poison), num_train_steps=12, callbacks=listed
+    )
+    assert trainer.fit() == 'done'
+    return trainer
+
+  run()
+  Back.armed = True
+  trainer = run()
+  assert (trainer.step, trainer.num_rollbacks) == (12, 1)
+  assert int(trainer.state.skipped) == 0
+  assert int(trainer.state.batch_index) == 16
+  happened('back from step 12 to 8, and done at 12')
+
+
 def gradient(params, batch):
   """Of w, by NumPy."""
   errors = batch['x'] @ params['w'] + params['b'] - batch['y']
@@ -315,6 +347,21 @@ def test_a_rollback_past_all_damage(tmp_path, caplog, happened):
 
 
 # Spikes.
+
+
+def test_a_run_goes_on_with_another_factor(tmp_path):
+  def run(num_train_steps, factor):
+    trainer = make(
+      tmp_path,
+      {17: 1e4},
+      num_train_steps=num_train_steps,
+      spikes=Spikes(factor, 5),
+    )
+    trainer.fit()
+    return int(trainer.state.skipped)
+
+  assert run(16, 0.0) == 0
+  assert run(24, 3.0) == 1
 
 
 def losses_of(trainer_batches, window, factor):

@@ -132,9 +132,6 @@ class Callbacks(list[Callback]):
     for callback in self:
       getattr(callback, hook)(*args)
 
-  def on_roll_back(self, loop: Trainer) -> None:
-    """`loop` is back at an earlier step, with what was remembered there."""
-
   def on_exception(self, loop: Trainer, error: BaseException) -> None:
     """Tells every one; what they raise does not hide `error`."""
     for callback in self:
