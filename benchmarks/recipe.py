@@ -23,7 +23,7 @@ FINALS: dict[str, dict[str, Any]] = {
   'recipe': {},
   'dense': {**DENSE, 'num_train_steps': 2650},
   'half': {'num_train_steps': 1150},
-  'half_dense': {**DENSE, 'num_train_steps': 1350},
+  'half_dense': {**DENSE, 'num_train_steps': 1440},
 }
 
 # {name: (what is taken out, changes)}.
@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
   ),
   'minutes': (
     'experts, for dense layers and as many minutes',
-    {**DENSE, 'num_train_steps': 720},
+    {**DENSE, 'num_train_steps': 750},
   ),
   'zeros': ('outputs that start at zero', {'model.zero_outputs': 'false'}),
   'context': (
@@ -82,6 +82,16 @@ ABLATION = {
 }
 RUNS = {**RECIPE, **OTHER_TEXTS, **ABLATION}
 
+# {variant: what it is}: with experts and without, for as many minutes.
+BUDGETS = {
+  'short-nothing': 'with experts, a quarter of the steps',
+  'short-minutes': 'dense',
+  'half': 'with experts, half of the steps',
+  'half_dense': 'dense',
+  'recipe': f'`{CONFIG}`',
+  'dense': 'dense',
+}
+
 
 def table(figures: dict[str, Any]) -> str:
   """Markdown: all of it."""
@@ -89,14 +99,16 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def finals(figures: dict[str, Any]) -> str:
-  """Markdown: with experts and without."""
+  """Markdown: with experts and without, for more and more minutes."""
   lines = [
     '| | val cross-entropy | parameters (for a token) | steps | minutes |',
     '|---|---:|---:|---:|---:|',
   ]
-  for name, runs in sweep.by_variant(figures, RECIPE).items():
+  found = sweep.by_variant(figures, {**ABLATION, **RECIPE})
+  for name, what in BUDGETS.items():
+    if not (runs := found.get(name)):
+      continue
     result = runs[0]['result']
-    what = f'`{CONFIG}`' if name in ('recipe', 'half') else 'dense'
     minutes = statistics.median(map(config_runs.minutes, runs))
     lines.append(
       f'| {what} | {tell(map(config_runs.loss, runs))} '
