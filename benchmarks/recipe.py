@@ -23,7 +23,7 @@ FINALS: dict[str, dict[str, Any]] = {
   'recipe': {},
   'dense': {**DENSE, 'num_train_steps': 2650},
   'half': {'num_train_steps': 1150},
-  'half_dense': {**DENSE, 'num_train_steps': 1440},
+  'half_dense': {**DENSE, 'num_train_steps': 1580},
 }
 
 # {name: (what is taken out, changes)}.
@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
   ),
   'minutes': (
     'experts, for dense layers and as many minutes',
-    {**DENSE, 'num_train_steps': 750},
+    {**DENSE, 'num_train_steps': 830},
   ),
   'zeros': ('outputs that start at zero', {'model.zero_outputs': 'false'}),
   'context': (
