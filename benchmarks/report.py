@@ -15,6 +15,7 @@ import re
 from absl import app, flags
 
 from benchmarks import (
+  by_position,
   collapse,
   config_runs,
   generate,
@@ -258,6 +259,7 @@ TABLES = {
     'ablation': functools.partial(_recipe, recipe.ablation),
     'other_texts': functools.partial(_recipe, recipe.other_texts),
     'race': _race,
+    'by_position': functools.partial(_study, by_position),
   },
   'benchmarks/NOTES.md': {
     'profile': functools.partial(_study, profile),
