@@ -7,6 +7,7 @@ says how it goes on; `python -m benchmarks.report` puts the tables into
 docs/recipe.md.
 """
 
+import math
 import statistics
 from typing import Any
 
@@ -46,7 +47,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
   'qk_norm': ('normalized queries and keys', {'model.qk_norm': 'false'}),
   'norm': ('RMSNorm, for LayerNorm', {'model.norm': 'LayerNorm'}),
   'rope': ('RoPE, for learned positions', {'model.position': 'learned'}),
-  'gelu': ('GELU, for squared ReLU', {'moe.activation': 'relu2'}),
   'width': (
     'two of four experts, for four of eight of half the width',
     {'moe.num_experts': 8, 'moe.top_k': 4, 'moe.d_ff': 256},
@@ -120,8 +120,12 @@ def ablation(figures: dict[str, Any]) -> str:
   }
   if not found:
     return ''
-  mean = {
-    name: statistics.fmean(map(config_runs.loss, runs))
+  # Of the same seeds.
+  whole = {r['seed']: config_runs.loss(r) for r in found.get('nothing', ())}
+  more = {
+    name: statistics.fmean(
+      config_runs.loss(r) - whole.get(r['seed'], math.nan) for r in runs
+    )
     for name, runs in found.items()
   }
   lines = [
@@ -129,13 +133,12 @@ def ablation(figures: dict[str, Any]) -> str:
     '| parameters (for a token) | s a step |',
     '|---|---:|---:|---:|---:|',
   ]
-  for name in sorted(mean, key=lambda name: -mean[name]):
+  for name in sorted(more, key=lambda name: -more[name]):
     runs, result = found[name], found[name][0]['result']
-    more = f'{mean[name] - mean.get("nothing", mean[name]):+.4f}'
     seconds = statistics.median(1 / r['result']['steps_per_sec'] for r in runs)
     lines.append(
       f'| {VARIANTS[name][0]} | {tell(map(config_runs.loss, runs))} '
-      f'| {"" if name == "nothing" else more} '
+      f'| {"" if name == "nothing" else f"{more[name]:+.4f}"} '
       f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
       f'| {seconds:.3f} |'
     )
