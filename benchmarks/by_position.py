@@ -33,6 +33,7 @@ RUNS = {
   'python-recipe': 'Python, experts',
   'python-recipe-1': 'Python, experts, another seed',
   'python-dense': 'Python, dense',
+  'python-dense-1': 'Python, dense, another seed',
 }
 
 
