@@ -61,14 +61,14 @@ RECIPE = {
   for seed in SEEDS
   for name, changes in FINALS.items()
 }
+# More seeds where there is enough text to tell experts from dense layers.
+NUM_SEEDS = {'english': 1, 'python': 2, 'addresses': 3}
 OTHER_TEXTS = {
-  f'{text}-{name}': Run(CONFIG, {'data.path': texts.path(text), **FINALS[name]})
-  for name in ('recipe', 'dense')
-  for text in texts.TEXTS
-}
-# Another seed where the two differ most: benchmarks/by_position.py.
-OTHER_TEXTS |= {
-  f'python-{name}-1': OTHER_TEXTS[f'python-{name}']._replace(seed=1)
+  f'{text}-{name}{f"-{seed}" if seed else ""}': Run(
+    CONFIG, {'data.path': texts.path(text), **FINALS[name]}, seed
+  )
+  for text, num_seeds in NUM_SEEDS.items()
+  for seed in SEEDS[:num_seeds]
   for name in ('recipe', 'dense')
 }
 ABLATION = {
@@ -158,17 +158,22 @@ def other_texts(figures: dict[str, Any]) -> str:
     '|---|---:|---:|---:|---:|',
   ]
   for text, what in texts.TEXTS.items():
-    found = [
-      [r for n, r in figures['runs'].items() if n.startswith(f'{text}-{name}')]
+    found = {
+      name: [
+        figures['runs'][n]
+        for n in OTHER_TEXTS
+        if n.startswith(f'{text}-{name}') and n in figures['runs']
+      ]
       for name in ('recipe', 'dense')
-    ]
-    if not found[0]:
+    }
+    if not (runs := found['recipe']):
       continue
-    losses = [', '.join(f'{config_runs.loss(r):.4f}' for r in f) for f in found]
-    bits = [min(x['val/bits_per_char'] for x in r['rows']) for r in found[0]]
+    bits = [min(x['val/bits_per_char'] for x in r['rows']) for r in runs]
+    dense = map(config_runs.loss, found['dense'])
     lines.append(
-      f'| {what} | {found[0][0]["result"]["vocab_size"]} | {losses[0]} '
-      f'| {", ".join(f"{b:.4f}" for b in bits)} | {losses[1]} |'
+      f'| {what} | {runs[0]["result"]["vocab_size"]} '
+      f'| {tell(map(config_runs.loss, runs))} | {statistics.fmean(bits):.4f} '
+      f'| {tell(dense) if found["dense"] else ""} |'
     )
   return '\n'.join(lines)
 

