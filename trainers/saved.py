@@ -37,7 +37,7 @@ def read(
     raise UserError(f'{directory}: there is no checkpoint')
   if step == 'latest':
     return _newest(directory, steps, _read)
-  number = int(step) if step.isdecimal() else None
+  number = next((n for n in steps if str(n) == step), None)
   if step == 'best':
     meta = _newest(directory, steps, read_meta)
     number = meta['best'] and meta['best'][0]
