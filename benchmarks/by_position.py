@@ -34,6 +34,8 @@ RUNS = {
   'python-recipe-1': 'Python, experts, another seed',
   'python-dense': 'Python, dense',
   'python-dense-1': 'Python, dense, another seed',
+  'addresses-recipe': 'Addresses, experts',
+  'addresses-dense': 'Addresses, dense',
 }
 
 

