@@ -1,6 +1,7 @@
 """Peers: installed where they disturb nothing, timed in turn with ours."""
 
 from collections.abc import Sequence
+import fcntl
 import json
 import os
 import pathlib
@@ -33,15 +34,18 @@ def python_with(name: str, requirements: list[str]) -> pathlib.Path:
   directory = cache_directory() / 'peers' / name
   python = directory / 'bin' / 'python'
   ready = directory / 'ready.json'
-  if not ready.exists() or json.loads(ready.read_text()) != requirements:
-    print(f'installing {name} into {directory}', file=sys.stderr)
-    venv.create(directory, clear=True, with_pip=True)
-    subprocess.run(
-      [python, '-m', 'pip', 'install', '-q', *requirements],
-      check=True,
-      stdout=sys.stderr,
-    )
-    ready.write_text(json.dumps(requirements))
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  with open(directory.with_suffix('.lock'), 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # Another process may install it.
+    if not ready.exists() or json.loads(ready.read_text()) != requirements:
+      print(f'installing {name} into {directory}', file=sys.stderr)
+      venv.create(directory, clear=True, with_pip=True)
+      subprocess.run(
+        [python, '-m', 'pip', 'install', '-q', *requirements],
+        check=True,
+        stdout=sys.stderr,
+      )
+      ready.write_text(json.dumps(requirements))
   return python
 
 

@@ -120,7 +120,7 @@ def measured(config: str) -> str:
   loss, minutes = config_runs.loss(data), config_runs.minutes(data)
   return (
     f'Measured: val cross-entropy {loss:.4f}, {data["result"]["step"]} steps '
-    f'in {minutes:.0f} minutes on 2 cores, one seed.'
+    f'in {minutes:.0f} minutes on 2 cores.'
   )
 
 

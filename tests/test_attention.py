@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.attention import Attention
+from nanomoe.attention import Attention, _attend_in_parts
 from nanomoe.norms import NORMS, identity
 from nanomoe.positions import POSITIONS
 
@@ -91,3 +91,49 @@ def test_norm_and_rotation_by_a_loop(x, rng):
   np.testing.assert_allclose(
     y, expected + params['out']['bias'], rtol=1e-3, atol=1e-3
   )
+
+
+@pytest.mark.parametrize('time', [1, 3, 6, 9])
+def test_parts_are_the_whole_in_value_and_gradient(time, rng):
+  q, k, v, up = jnp.asarray(rng.normal(size=(4, 2, 3, time, 5)), jnp.float32)
+
+  def whole(q, k, v):
+    scores = jnp.einsum('bhtd,bhsd->bhts', q, k) * 5**-0.5
+    seen = jnp.tril(jnp.ones((time, time), bool))
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+    return jnp.einsum('bhts,bhsd->bhtd', weights, v)
+
+  def parts(q, k, v):
+    return _attend_in_parts(
+      q, k, v, None, dropout_rate=0.0, precision='float32'
+    )
+
+  def both(attend):
+    y, back = jax.vjp(attend, q, k, v)
+    return y, *back(up)
+
+  for found, wanted in zip(both(parts), both(whole), strict=True):
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_dropped_with_masks_of_each_part():
+  q, v = jnp.zeros((1, 1, 64, 64)), jnp.eye(64)[None, None]  # y: the weights.
+  y = _attend_in_parts(
+    q, q, v, jax.random.key(0), dropout_rate=0.5, precision='float32'
+  )
+  kept = np.asarray(y[0, 0]) > 0
+  assert 0.4 < kept[np.tril_indices(64)].mean() < 0.6
+  assert (kept[16, :17] != kept[32, :17]).any()  # First rows of two parts.
+
+
+def test_weights_are_dropped_in_training_alone(x, rng):
+  module = _attention(HEADS).clone(dropout_rate=0.5)
+  params = {'params': _params(module, x, rng)}
+  rngs = {'dropout': jax.random.key(0)}
+  (trained, _), (evaluated, _) = (
+    module.apply(params, x, train=train, rngs=rngs) for train in (True, False)
+  )
+  np.testing.assert_array_equal(
+    evaluated, _attention(HEADS).apply(params, x, train=False)[0]
+  )
+  assert np.abs(trained - evaluated).max() > 1e-2

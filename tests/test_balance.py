@@ -72,7 +72,9 @@ def case(rng):
   return rng.normal(size=(BATCH, TIME, D_MODEL)), mask, kernel
 
 
-@pytest.mark.parametrize('variant', ['TopK', 'Sigmoid'])
+@pytest.mark.parametrize(
+  'variant', ['TopK', 'Switch', 'Mixtral', 'NoisyTopK', 'Sigmoid']
+)
 @pytest.mark.parametrize('loss', LOSSES)
 def test_value_and_gradient_are_those_by_hand(loss, variant, case):
   """Of the router's kernel, in float64; what is selected is constant."""
@@ -82,9 +84,9 @@ def test_value_and_gradient_are_those_by_hand(loss, variant, case):
   key = 'balance' if loss in balance.BALANCE else loss
 
   def of(kernel, x, mask):
-    params = {'params': {'kernel': kernel}}
+    params = {'params': {'kernel': kernel, 'noise': jnp.zeros_like(kernel)}}
     tokens = jnp.zeros(mask.shape, jnp.int32)
-    routing = router.apply(params, x, tokens, mask, None, True)
+    routing = router.apply(params, x, tokens, mask, None, False)
     return routing.losses[key], routing.expert
 
   with jax.enable_x64(True):
@@ -95,11 +97,12 @@ def test_value_and_gradient_are_those_by_hand(loss, variant, case):
   flat = mask.reshape(-1)
   n = flat.sum()
   z = x.reshape(-1, D_MODEL) @ kernel
-  scores = np.exp(z) if variant == 'TopK' else 1 / (1 + np.exp(-z))
+  of_sigmoids = variant == 'Sigmoid'
+  scores = 1 / (1 + np.exp(-z)) if of_sigmoids else np.exp(z)
   total = scores.sum(axis=1, keepdims=True)
   p = scores / total
   # dL/dp, for a loss of p, becomes dL/dz: p_j = s(z_j) / sum_i s(z_i).
-  slope = scores if variant == 'TopK' else scores * (1 - scores)
+  slope = scores * (1 - scores) if of_sigmoids else scores
 
   def through(dp):
     return slope / total * (dp - np.sum(dp * p, axis=1, keepdims=True))
@@ -133,3 +136,17 @@ def test_value_and_gradient_are_those_by_hand(loss, variant, case):
   by_hand = x.reshape(-1, D_MODEL).T @ (dz * flat[:, None])
   np.testing.assert_allclose(gradient, by_hand, rtol=1e-9, atol=1e-12)
   assert np.abs(by_hand).max() > 1e-3
+
+
+def test_z_loss_where_experts_choose(case):
+  x, mask, kernel = case
+
+  def of(kernel, x, mask):
+    tokens = jnp.zeros(mask.shape, jnp.int32)
+    router = make('ExpertChoice', 'mean')
+    params = {'params': {'kernel': kernel}}
+    return router.apply(params, x, tokens, mask, None, False).losses['z_loss']
+
+  z = x[mask] @ kernel
+  wanted = np.mean(np.log(np.exp(z).sum(axis=1)) ** 2)
+  assert float(QUICKLY(of)(kernel, x, mask)) == pytest.approx(wanted, rel=1e-5)

@@ -621,10 +621,12 @@ def test_a_profile_that_cannot_be_written_does_not_end_training(
   trainer = make_trainer(
     tmp_path, checkpointer=None, callbacks=[callbacks.Profile(2)]
   )
-  assert trainer.fit() == 'done'
-  assert [m for m in caplog.messages if 'could not be written' in m]
-  (tmp_path / 'plugins').unlink()
-  profiler.stop()  # JAX still holds it: no other could begin.
+  try:
+    assert trainer.fit() == 'done'
+    assert [m for m in caplog.messages if 'could not be written' in m]
+  finally:
+    (tmp_path / 'plugins').unlink()
+    profiler.stop()  # JAX still holds it: no other could begin.
 
 
 def test_a_profile_that_training_cuts_short_is_kept(tmp_path):

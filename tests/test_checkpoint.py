@@ -316,7 +316,7 @@ for i in range(8):
     cwd=pathlib.Path(__file__).parent.parent,
     capture_output=True,
     text=True,
-    timeout=20,
+    timeout=120,
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count('step 4') == 8

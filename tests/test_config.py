@@ -699,6 +699,22 @@ def test_what_nobody_asked_for_by_name_is_refused():
   assert workdir_lib.continued(decided(), new, asked) == new
 
 
+@pytest.mark.parametrize(
+  ('key', 'text'),
+  [
+    ('num_train_steps', '9000'),
+    ('moe.aux_weight', '0.5'),
+    ('moe.z_weight', '0.5'),
+    ('moe.entropy_weight', '0.5'),
+  ],
+)
+def test_what_changes_the_end_is_asked_for_by_name(key, text):
+  old, new = decided(), decided((key, text))
+  with pytest.raises(UserError, match=rf'--config\.{re.escape(key)}'):
+    workdir_lib.continued(old, new, [])
+  assert flat(workdir_lib.continued(old, new, [key])) == flat(new)
+
+
 def test_an_argument_of_the_router_may_not_appear_or_vanish():
   plain, other = decided(), decided(('moe.router.x', '1'))
   for old, new in [(plain, other), (other, plain)]:

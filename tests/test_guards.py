@@ -1,6 +1,7 @@
 """What a step must not do, seen in its program and not by a clock."""
 
 import collections
+import itertools
 import logging
 
 import jax
@@ -64,6 +65,7 @@ def test_only_parameters_gather_what_is_scattered(program, request):
 
   Or 128 of them in a trip, which `dropless` makes for what is over even loads.
   """
+  assert program['scatter-add']
   has_trips = request.node.callspec.params['program'] == 'dropless'
   embedding, experts = (65, 128), {(4, 128, 512), (4, 512), (4, 512, 128)}
   for equation in program['scatter-add']:
@@ -75,8 +77,14 @@ def test_only_parameters_gather_what_is_scattered(program, request):
 
 def test_random_bits_are_few(program):
   """Dropout hashes; only keys are drawn, a few words each."""
-  drawn = [e.outvars[0].aval for e in program['random_bits']]
-  assert sum(a.size for a in drawn) < 1000
+
+  def drawn(equations):
+    found = [e for e in equations if e.primitive.name == 'random_bits']
+    return sum(e.outvars[0].aval.size for e in found)
+
+  assert drawn(itertools.chain(*program.values())) < 1000
+  bits = jax.make_jaxpr(lambda key: jax.random.bits(key, (5000,)))
+  assert drawn(_equations(bits(jax.random.key(0)).jaxpr)) == 5000
 
 
 class _NoTransfers(Callback):

@@ -1,15 +1,21 @@
 """The transformer: its size, causality, and padding."""
 
+import os
 import subprocess
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import base
-from nanomoe import experiment, provenance
+from nanomoe import experiment, experts, provenance
+from nanomoe.balance import BALANCE
+from nanomoe.dropout import Dropout
+from nanomoe.routing import Given
 from tests.shrunk import MODERN
+from trainers.step import Spikes
 
 
 def _counts(config, vocab_size=65):
@@ -30,6 +36,10 @@ def test_the_documented_model_has_2409025_parameters():
 
 def test_the_revision_is_not_that_of_a_project_around_us(tmp_path, monkeypatch):
   """Of an environment inside somebody's repository, for example."""
+  for name in [name for name in os.environ if name.startswith('GIT_')]:
+    monkeypatch.delenv(name)  # Or it might be the developer's own.
+  monkeypatch.setenv('GIT_CONFIG_GLOBAL', os.devnull)
+  monkeypatch.setenv('GIT_CONFIG_NOSYSTEM', '1')
   git = ['git', '-C', str(tmp_path), '-c', 'user.name=n', '-c', 'user.email=e']
   subprocess.run([*git, 'init', '-q'], check=True)
   commit = [*git, 'commit', '-q', '--allow-empty', '-m', 'theirs']
@@ -176,3 +186,102 @@ def test_blocks_whose_outputs_start_at_zero_are_the_identity(
     logits, _ = jax.jit(task.logits)(trained, tokens)
     spread[zero] = np.ptp(logits[0, [0, 2, 3]], axis=0).max()
   assert spread[True] < 1e-6 < 0.01 < spread[False]
+
+
+# How it is put together.
+
+
+def test_a_block_is_its_parts(tiny, rng):
+  """Each of the four modules before, around and behind the experts counts."""
+  changes = {**MODERN, 'moe.first_dense_layers': 0, 'moe.num_shared': 1}
+  config = experiment.decide(tiny({**changes, 'precision': 'float32'}))
+  task = experiment.build_task(config, 11)
+  tokens = jnp.zeros((2, 16), jnp.int32)
+  shapes, _ = jax.eval_shape(task.init, jax.random.key(0), {'inputs': tokens})
+  params = jax.tree.map(
+    lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32),
+    shapes['block_0'],
+  )
+  x = jnp.asarray(rng.normal(size=(2, 16, 16)), jnp.float32)
+  given = Given(tokens, jnp.ones((2, 16), bool))
+  make = task.model.blocks[0].keywords
+
+  def part(module, own, *args):
+    return module.apply({'params': own}, *args, train=False)[0]
+
+  def before(kind, x):
+    norm, convolution = make['norm'](), make['convolution']()
+    x = norm.apply({'params': params[f'{kind}_norm']}, x)
+    own = {'params': params[f'{kind}_convolution']}
+    return convolution.apply(own, x, None, jnp.zeros(2, jnp.int32))[0]
+
+  attended = part(
+    make['attention'](), params['attention'], before('attention', x)
+  )
+  x_then = x + attended
+  normed, layer = before('feed_forward', x_then), make['feed_forward']()
+  own = params['feed_forward']
+  wanted = (
+    x_then
+    + part(layer.chosen(), own['moe'], normed, given)
+    + part(layer.shared(), own['shared'], normed, given)
+  )
+  block = task.model.blocks[0](name='block_0')
+  np.testing.assert_allclose(
+    part(block, params, x, given, None), wanted, rtol=1e-4, atol=1e-3
+  )
+
+
+def test_dropout_is_on_embeddings_and_on_both_branches(tiny):
+  config = experiment.decide(tiny({'model.dropout_rate': 0.5}))
+  task, found = experiment.build_task(config, 11), []
+  tokens = jnp.zeros((2, 16), jnp.int32)
+  batch = {'inputs': tokens, 'targets': tokens, 'weights': jnp.ones((2, 16))}
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, Dropout):
+      rate, train = context.module.rate, kwargs['train']
+      found.append((context.module.path[:-1], rate, train))
+    return call(*args, **kwargs)
+
+  def run():
+    params, state = task.init(jax.random.key(0), batch)
+    found.clear()
+    key = jax.random.key(1)
+    return task.loss(params, state, batch, key, train=True)[0].sum
+
+  with nn.intercept_methods(note):
+    jax.eval_shape(run)
+  places = [(), *2 * [('block_0',)], *2 * [('block_1',)]]
+  assert found == [(place, 0.5, True) for place in places]
+
+
+@pytest.mark.parametrize('name', BALANCE)
+def test_routers_have_the_balance_of_the_config(tiny, name):
+  config = experiment.decide(tiny({'moe.balance': name}))
+  task = experiment.build_task(config, 11)
+  assert task.balance == name
+  for block in task.model.blocks:
+    assert block.keywords['feed_forward']().router().balance == name
+
+
+@pytest.mark.parametrize('num_experts', [1, 16])
+def test_each_expert_starts_as_if_it_were_alone(num_experts):
+  """He et al. 2015: a variance of 2 / fan-in, of its own matrix."""
+  keys = iter(jax.random.split(jax.random.key(0), 9))
+  made = experts.make(
+    lambda name, init, shape: init(next(keys), shape),
+    64,
+    num_experts=num_experts,
+    d_ff=256,
+    activation='swiglu',
+    use_bias=True,
+  )
+  for w, fan_in in ((made.w_in, 64), (made.w_gate, 64), (made.w_out, 256)):
+    assert float(w.std()) == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+
+
+def test_spikes_are_the_configs(tiny, tmp_path):
+  changes = {'optimizer.spike_factor': 3.0, 'optimizer.spike_window': 5}
+  trainer = experiment.build(tiny(changes), tmp_path)
+  assert trainer._spikes == Spikes(3.0, 5)

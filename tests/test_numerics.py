@@ -1,5 +1,7 @@
 """Products against float64, in every form that the model uses."""
 
+import platform
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +128,17 @@ def test_ragged_product_is_each_groups_own(sizes, precision, rng):
   for actual, gradient in zip(vjp(g), expected_vjp(g), strict=True):
     np.testing.assert_array_equal(actual, gradient)
     assert actual.dtype == jnp.float32
+
+
+@pytest.mark.skipif(
+  (platform.system(), platform.machine()) != ('Linux', 'x86_64'),
+  reason='other names of flags',
+)
+def test_what_this_cpu_can_is_read():
+  assert {'fpu', 'sse2'} <= numerics._cpu_flags()
+
+
+def test_elsewhere_than_on_cpus_auto_is_bfloat16(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(numerics, '_cpu_flags', set)
+  assert numerics.resolve_precision('auto') == 'bfloat16'

@@ -198,8 +198,9 @@ def test_a_schedule_sets_the_rate_of_each_update(problem):
     np.testing.assert_allclose(got[k], expected[k], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize('kind', optimizers.OPTIMIZERS)
 @pytest.mark.parametrize('mask', optimizers.DECAY_MASKS)
-def test_what_decays_in_the_model(tiny, mask):
+def test_what_decays_in_the_model(tiny, mask, kind):
   """With no gradient an update is the decay alone."""
   config = experiment.decide(tiny())
   task = experiment.build_task(config, vocab_size=20)
@@ -207,7 +208,12 @@ def test_what_decays_in_the_model(tiny, mask):
   shapes, _ = jax.eval_shape(task.init, jax.random.key(0), {'inputs': inputs})
   params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
   optimizer, _ = built(
-    {'decay_mask': mask, 'weight_decay': 0.5, 'learning_rate': 0.1}
+    {
+      'type': kind,
+      'decay_mask': mask,
+      'weight_decay': 0.5,
+      'learning_rate': 0.1,
+    }
   )
   grads = jax.tree.map(np.zeros_like, params)
   state = optimizer.init(params)

@@ -42,8 +42,7 @@ def test_the_line_of_a_config_is_of_its_run(monkeypatch):
   read = {'config_runs': {'runs': {'dense': run}}}
   monkeypatch.setattr(results, 'read', read.get)
   assert report.measured('configs/dense.py') == (
-    'Measured: val cross-entropy 1.7500, 1500 steps in 3 minutes on 2 cores, '
-    'one seed.'
+    'Measured: val cross-entropy 1.7500, 1500 steps in 3 minutes on 2 cores.'
   )
   assert report.measured('configs/base.py') == 'Measured: not yet.'
 

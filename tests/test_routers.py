@@ -132,6 +132,37 @@ def test_equals_its_definition(variant, x, tokens, params, rng):
     assert (np.diff(routing.weight, axis=1) <= 0).all()
 
 
+@pytest.mark.parametrize('variant', DEFINITIONS)
+def test_gates_have_the_gradient_of_their_definition(variant, rng):
+  """Of the kernel, along a direction, against differences in float64."""
+  x = rng.normal(size=(BATCH, TIME, D_MODEL))
+  kernel, direction = rng.normal(size=(2, D_MODEL, NUM_EXPERTS))
+  bias = rng.normal(size=NUM_EXPERTS)
+  up = rng.normal(size=(BATCH * TIME, NUM_EXPERTS))
+  router, tokens = make(variant), jnp.zeros((BATCH, TIME), jnp.int32)
+  mask = jnp.ones((BATCH, TIME), bool)
+
+  def total(kernel, x, bias, up):
+    params = {'params': {'kernel': kernel, 'noise': jnp.zeros_like(kernel)}}
+    routing = router.apply(params, x, tokens, mask, bias, False)
+    token = routing.token
+    row = jnp.arange(len(routing.expert)) if token is None else token
+    return jnp.sum(routing.weight * up[row[:, None], routing.expert])
+
+  with jax.enable_x64(True):
+    gradient = QUICKLY(jax.grad(total))(kernel, x, bias, up)
+
+  def by_hand(kernel):
+    z = x.reshape(-1, D_MODEL) @ kernel
+    return np.sum(DEFINITIONS[variant](z, bias)[0] * up)
+
+  step = 1e-6 * direction
+  slope = (by_hand(kernel + step) - by_hand(kernel - step)) / 2e-6
+  assert abs(slope) > 1e-2
+  found = np.sum(np.asarray(gradient) * direction)
+  assert found == pytest.approx(slope, rel=1e-5)
+
+
 def test_the_bias_selects_and_does_not_weigh(x, tokens, params):
   bias = jnp.zeros(NUM_EXPERTS).at[3].set(10.0)
   biased = route(make('Sigmoid'), params, x, tokens, bias=bias)
@@ -192,10 +223,12 @@ def test_hash_is_a_balanced_table_of_tokens(x, tokens):
   assert len({tuple(sorted(row)) for row in table.tolist()}) > NUM_EXPERTS
   other = make('Hash', vocab_size=6 * NUM_EXPERTS + 1, seed=2).table()
   assert (other != table).any()
-  gate = gates(route(router, {}, x, tokens))
+  routing = route(router, {}, x, tokens)
+  gate = gates(routing)
   for n, token in enumerate(np.ravel(tokens)):
     expected = np.bincount(table[token], minlength=NUM_EXPERTS) / TOP_K
     np.testing.assert_allclose(gate[n], expected)
+    np.testing.assert_allclose(routing.probs[n], expected)
 
 
 @pytest.mark.parametrize('capacity_factor', [0.5, 1.0, 20.0])

@@ -110,6 +110,44 @@ def test_the_bias_evens_out_the_loads(tiny, rng):
   assert after.max() < 1.15 * mean
 
 
+def test_each_layers_bias_selects_its_experts(tiny, rng):
+  """In training, in evaluation and in generation; dense layers lie between."""
+  config = experiment.decide(
+    tiny(
+      {
+        'moe.router.type': 'Sigmoid',
+        'model.num_layers': 4,
+        'moe.every': 2,
+        'precision': 'float32',
+      }
+    )
+  )
+  task, key = experiment.build_task(config, VOCAB), jax.random.key(0)
+  tokens = jnp.asarray(rng.integers(0, VOCAB, (4, 17)), jnp.int32)
+  batch = {
+    'inputs': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'weights': jnp.ones((4, 16)),
+  }
+  params, state = QUICKLY(task.init)(key, batch)
+  params = jax.tree.map(lambda x: 3 * x, params)  # Logits differ more.
+  layers, wanted = [0, 1], [3, 1]
+  biased = {**state, 'bias': state['bias'].at[layers, wanted].set(10.0)}
+
+  def load(state, train):
+    aux = task.loss(params, state, batch, key, train=train)[1]
+    return aux.statistics['expert_load']
+
+  for train in (False, True):
+    found = QUICKLY(load, static_argnums=1)(biased, train)
+    assert (found[layers, wanted] == 64).all()  # Every token, each its own.
+  one, other = (
+    QUICKLY(task.logits)((params, s), batch['inputs'])[0]
+    for s in (state, biased)
+  )
+  assert np.abs(one - other).max() > 1e-3
+
+
 def _loop(aux_weight):
   """What AuxWeight uses of a trainer."""
   state = TrainState.create(jnp.ones(()), {}, types.SimpleNamespace(init=str))

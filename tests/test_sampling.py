@@ -113,7 +113,9 @@ def test_two_compilations_whatever_the_lengths(model):
 
 
 def _frequencies(logits, sampling, num=4000):
-  rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (num, len(logits)))
+  # An offset changes no law: what is likely is so in each row by itself.
+  offset = (jnp.arange(num) % 7)[:, None]
+  rows = jnp.asarray(logits, jnp.float32) + offset
   tokens = jax.jit(draw)(rows, jax.random.key(0), sampling)
   return np.bincount(tokens, minlength=len(logits)) / num
 
@@ -136,6 +138,8 @@ LOGITS = np.log([0.4, 0.3, 0.2, 0.1])
     (Sampling(1.0, top_p=0.0), [1, 0, 0, 0]),
     # Of the two likeliest, 4 / 7 is more than 0.5.
     (Sampling(1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),
+    # After the temperature: two of 16 : 9 : 4 : 1 reach 0.8, not 0.4 + 0.3.
+    (Sampling(0.5, top_p=0.8), [16 / 25, 9 / 25, 0, 0]),
     (Sampling(0.0), [1, 0, 0, 0]),
   ],
 )

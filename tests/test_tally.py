@@ -18,6 +18,8 @@ from trainers import metrics as metrics_lib
 
 VOCAB, LAYERS, E = 9, 3, 5
 WATCHED = [7, 0, 3]
+# What the router thinks of each token.
+PROBS = np.random.default_rng(1).dirichlet(np.ones(E), VOCAB).astype(np.float32)
 
 
 class Routed(nn.Module):
@@ -29,7 +31,7 @@ class Routed(nn.Module):
   def apply(self, variables, inputs, mask, *, bias, train, rngs):
     del variables, bias, train, rngs
     tokens = inputs.reshape(-1)
-    probs = jnp.full((tokens.size, E), 1 / E)
+    probs = jnp.asarray(PROBS)[tokens]
     reports = []
     for expert, weight in zip(self.expert, self.weight, strict=True):
       routing = make_routing(
@@ -91,7 +93,7 @@ def expected(model, *batches):
   pairs = np.zeros((num_layers, E, E))
   words = np.zeros((num_layers, E, len(WATCHED)))
   gates = np.zeros(num_layers)
-  num_tokens, vios = 0, []
+  num_tokens, vios, aux = 0, [], []
   for batch in batches:
     earlier = load.copy()
     for word, weight in zip(
@@ -110,6 +112,9 @@ def expected(model, *batches):
         pairs[i, before, model.expert[i, word, 0]] += 1
     own = load - earlier
     vios.append((own.max(axis=1) - own.mean(axis=1)) / own.mean(axis=1))
+    share = own / own.sum(axis=1, keepdims=True)
+    seen = PROBS[batch['inputs'][batch['weights'] > 0]]
+    aux.append(np.mean(E * share @ seen.mean(axis=0)))
   told = [
     (entropy(p.sum(1)) + entropy(p.sum(0)) - entropy(p)) / entropy(p.sum(0))
     for p in pairs
@@ -120,6 +125,7 @@ def expected(model, *batches):
     'load_entropy': [entropy(row) for row in load],
     'max_over_mean_load': load.max(axis=1) / load.mean(axis=1),
     'max_vio': np.average(vios, axis=0, weights=sizes),
+    'aux_loss': np.average(aux, weights=sizes),
     'dead_experts': np.mean(load == 0, axis=1),
     'first_gate': gates / num_tokens,
     'co_activation': told,
@@ -143,12 +149,16 @@ def test_metrics_are_what_loops_count(rng, num_layers):
 
 
 def test_parts_merged_are_one_batch(rng):
-  """But for MaxVio, which is of batches: it is no less than that of all."""
+  """But for the balance loss and MaxVio, which are of batches.
+
+  MaxVio is no less than that of all.
+  """
   model, whole = draw_model(rng), draw_batch(rng, 6)
   parts = [{k: x[i : i + 2] for k, x in whole.items()} for i in (0, 2, 4)]
   merged, at_once = measured(model, *parts), measured(model, whole)
   vio = np.array(merged.pop('max_vio'))
   of_all = np.array(at_once.pop('max_vio'))
+  assert merged.pop('aux_loss') != at_once.pop('aux_loss')
   for name, value in at_once.items():
     np.testing.assert_allclose(merged[name], value, 1e-5, err_msg=name)
   np.testing.assert_allclose(

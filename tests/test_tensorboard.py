@@ -303,6 +303,9 @@ def ask(logdir):
     raise AssertionError('TensorBoard did not start')
   address = found.group().replace('0.0.0.0', 'localhost')
 
+  # It is here, whatever proxy there is.
+  opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
   def get(path, body=None, **query):
     url = f'{address}/data/{path}?{urllib.parse.urlencode(query)}'
     request = urllib.request.Request(
@@ -310,7 +313,7 @@ def ask(logdir):
       data=None if body is None else json.dumps(body).encode(),
       headers={'Content-Type': 'application/json'},
     )
-    with urllib.request.urlopen(request, timeout=20) as response:
+    with opener.open(request, timeout=20) as response:
       content = response.read()
       kind = response.headers['Content-Type']
     return json.loads(content) if 'json' in kind else content

@@ -397,6 +397,20 @@ def scalars(directory, tag) -> list[tuple[int, float]]:
 # Updates that are not finite.
 
 
+def test_an_update_that_is_not_finite_is_refused():
+  """Its loss and gradient are: what the optimizer makes of them is not."""
+
+  def rate(count):
+    return jnp.where(count == 2, jnp.inf, 0.05)
+
+  trainer = make_trainer(
+    optimizer=optax.sgd(rate), schedule=rate, num_train_steps=5
+  )
+  trainer.fit()
+  assert trainer.state.skipped == 3  # The counter stays at 2.
+  assert np.isfinite(trainer.state.params['w']).all()
+
+
 @pytest.mark.parametrize('value', [np.nan, np.inf, 1e30])
 def test_a_non_finite_update_leaves_no_trace(value):
   """1e30 is finite; the gradient's square is not."""

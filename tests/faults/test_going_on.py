@@ -255,10 +255,11 @@ def test_a_finished_run(start, workdir, tmp_path, finished, happened):
 )
 def test_a_second_trainer_is_refused(start, tmp_path, finished, happened):
   workdir = tmp_path / 'run'
-  first = start(workdir)
+  first = start(workdir, fault='step 5 STOP')
   first.until(lambda: (workdir / 'metrics.jsonl').exists())
   (line,) = errors(start(workdir, new=False))
   assert 'another process is training there' in line
+  first.signal(signal.SIGCONT)
   assert first.end() == 0, first.output[-2000:]
   same_end(workdir, finished[0])
   happened(line.replace(str(tmp_path), '...'))

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from regression import bits, host, make_trainer
+from test_writers import tensors
 
 from faults.conftest import fault, result_of
 from trainers import callbacks, writers
@@ -199,6 +200,14 @@ def test_odd_histograms(tmp_path, happened, values):
   writer.write_histograms(1, {'load': np.array(values, float)})
   writer.write_scalars(1, {f'x{i}': value for i, value in enumerate(values)})
   writer.close()
+  ((step, rows),) = tensors(tmp_path, 'load')
+  finite = [min(max(x, -1e300), 1e300) for x in values if math.isfinite(x)]
+  assert step == 1
+  assert np.isfinite(rows).all()
+  assert rows[:, 2].sum() == len(finite)
+  for x in finite:
+    left, right, count = rows.T
+    assert ((left <= x) & (x <= right) & (count > 0)).any()
   happened('written')
 
 
