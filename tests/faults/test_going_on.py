@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -256,7 +257,8 @@ def test_a_finished_run(start, workdir, tmp_path, finished, happened):
 def test_a_second_trainer_is_refused(start, tmp_path, finished, happened):
   workdir = tmp_path / 'run'
   first = start(workdir, fault='step 5 STOP')
-  first.until(lambda: (workdir / 'metrics.jsonl').exists())
+  _, status = os.waitpid(first.process.pid, os.WUNTRACED)
+  assert os.WIFSTOPPED(status), first.output[-2000:]
   (line,) = errors(start(workdir, new=False))
   assert 'another process is training there' in line
   first.signal(signal.SIGCONT)
