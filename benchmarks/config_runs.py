@@ -5,6 +5,7 @@ benchmarks/sweep.py says how it goes on; `python -m benchmarks.report` then puts
 time and loss at the top of each file and into README.md.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import sweep
@@ -52,7 +53,7 @@ def loss(run: dict[str, Any]) -> float:
   return run['result']['best_val_loss']
 
 
-def minutes(run: dict[str, Any]) -> float:
+def minutes(run: Mapping[str, Any]) -> float:
   return sum(run['result']['seconds_by_phase'].values()) / 60
 
 

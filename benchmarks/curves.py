@@ -8,9 +8,10 @@ without experts. Needs `pip install -e '.[plot]'`.
 
 from collections.abc import Mapping
 import importlib
+import statistics
 from typing import Any
 
-from benchmarks import results, time_to_loss
+from benchmarks import config_runs, results, time_to_loss
 from benchmarks.peers import ROOT
 
 Curve = list[tuple[float, float]]  # Minutes since the start, nats a character.
@@ -33,16 +34,18 @@ def curves() -> dict[str, Curve]:
 
 
 def seeds(name: str) -> list[Curve]:
-  """Of benchmarks/recipe.py's runs of that name."""
+  """Runs of benchmarks/recipe.py, each at the minutes of their median."""
   recipe = (results.read('recipe') or {'runs': {}})['runs']
-  return [of_run(run) for key, run in recipe.items() if key.startswith(name)]
+  runs = [run for key, run in recipe.items() if key.startswith(name)]
+  minutes = statistics.median(map(config_runs.minutes, runs)) if runs else 0.0
+  return [of_run(run, minutes) for run in runs]
 
 
-def of_run(run: Mapping[str, Any]) -> Curve:
-  """Its evaluations, as evenly spread over its time as over its steps."""
-  result = run['result']
-  minutes = sum(result['seconds_by_phase'].values()) / 60 / result['step']
-  return [(r['step'] * minutes, r['val/cross_entropy']) for r in run['rows']]
+def of_run(run: Mapping[str, Any], minutes: float | None = None) -> Curve:
+  """Its evaluations, as evenly spread over its minutes as over its steps."""
+  minutes = config_runs.minutes(run) if minutes is None else minutes
+  each = minutes / run['result']['step']
+  return [(r['step'] * each, r['val/cross_entropy']) for r in run['rows']]
 
 
 def of_peer(base: Mapping[str, Any], costs: Mapping[str, Any]) -> Curve:

@@ -12,27 +12,18 @@ import optax
 import pytest
 from regression import Rows, bits, host, make_trainer
 
+from tests.runs import lines_of, result_of
 from trainers import callbacks
 from trainers.callbacks import Callback
 from trainers.checkpoint import Checkpointer, SaveError
 from trainers.errors import UserError
 from trainers.metrics import Score
-from trainers.tensorboard import SummaryWriter
 
 NAN, INF = math.nan, math.inf
 
 
 def directories(workdir):
   return {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
-
-
-def lines_of(workdir):
-  text = (workdir / 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
-
-
-def result_of(workdir):
-  return json.loads((workdir / 'result.json').read_text())
 
 
 class StubLoop(types.SimpleNamespace):
@@ -497,26 +488,6 @@ def test_only_the_end_of_a_step_may_save(tmp_path, hook):
   )
   with pytest.raises(RuntimeError, match='on_train_step_end'):
     trainer.fit()
-
-
-def test_a_run_survives_its_writers(tmp_path, caplog):
-  """The first error of a writer is told, once; the others go on."""
-
-  class Full(SummaryWriter):
-    def write_scalars(self, step, scalars):
-      raise OSError('no space')
-
-  good = SummaryWriter(tmp_path / 'good')
-  trainer = make_trainer(
-    tmp_path, writers=[Full(tmp_path / 'full'), good], log_interval=1
-  )
-  assert trainer.fit() == 'done'
-  told = [r for r in caplog.records if 'no space' in r.getMessage()]
-  assert len(told) == 1
-  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-  assert len(lines) == 11
-  [events] = (tmp_path / 'good').iterdir()
-  assert events.stat().st_size > 1000
 
 
 def test_hooks_may_add_numbers_of_any_kind(tmp_path):

@@ -143,17 +143,6 @@ def test_the_status_of_somebody_elses_callback_has_a_code():
 # Data. It is read when JAX is there: a process for one of them.
 
 
-def test_bad_data_as_a_process(run, command, tmp_path):
-  process = run(
-    command(f'--workdir={tmp_path}/run', changes={'data.path': tmp_path})
-  )
-  assert process.returncode == 2, process.stderr
-  (line,) = process.stderr.splitlines()
-  assert line.startswith('error: ')
-  assert str(tmp_path) in line
-  assert 'directory' in line
-
-
 BAD_DATA = {
   'missing': (lambda path: None, 'no such file'),
   'empty': (lambda path: path.touch(), 'empty'),

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.runs import lines_of, metrics_of, result_of
 from tests.shrunk import ROOT
 from trainers import saved
 
@@ -48,11 +49,6 @@ METRIC_KEYS = {
 }
 
 
-def _metrics(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
 def _num_lines(workdir):
   path = workdir / 'metrics.jsonl'
   return path.read_text().count('\n') if path.exists() else 0
@@ -60,14 +56,6 @@ def _num_lines(workdir):
 
 def _num_starts(log):
   return log.read_text().count('watch it') if log.exists() else 0
-
-
-def _result(workdir):
-  return json.loads((workdir / 'result.json').read_text())
-
-
-def _without_clock(metrics):
-  return [{k: v for k, v in m.items() if 'sec' not in k} for m in metrics]
 
 
 def _checkpoint(workdir, step):
@@ -121,13 +109,13 @@ def test_workdir_is_the_contract(finished, corpus):
   assert len(text) == 20
   assert set(text) <= set(vocabulary['characters'])
   steps = {p.name for p in (workdir / 'checkpoints').iterdir()}
-  best = str(_result(workdir)['best_step'])
+  best = str(result_of(workdir)['best_step'])
   assert steps == {'8', '12', best}
 
 
 def test_metrics_are_flat_and_once_per_step_and_kind(finished):
   workdir, _ = finished
-  metrics = _metrics(workdir)
+  metrics = lines_of(workdir)
   train = [m for m in metrics if 'train/loss' in m]
   val = [m for m in metrics if 'val/cross_entropy' in m]
   assert [m['step'] for m in train] == [2, 4, 6, 8, 10, 12]
@@ -145,7 +133,7 @@ def test_metrics_are_flat_and_once_per_step_and_kind(finished):
 
 def test_result_agrees_with_the_metrics(finished):
   workdir, _ = finished
-  result, metrics = _result(workdir), _metrics(workdir)
+  result, metrics = result_of(workdir), lines_of(workdir)
   assert set(result) >= RESULT_KEYS
   val = {
     m['step']: m['val/cross_entropy']
@@ -179,14 +167,14 @@ def test_neither_tensorflow_nor_torch_is_imported(finished):
 
 def test_a_finished_run_has_nothing_to_do(finished, run):
   workdir, _ = finished
-  metrics, result = _metrics(workdir), _result(workdir)
+  metrics, result = lines_of(workdir), result_of(workdir)
   _, meta = saved.read(workdir / 'checkpoints', 'latest')
   begun = time.monotonic()
   again = run([sys.executable, '-m', 'nanomoe.main', f'--workdir={workdir}'])
   seconds = time.monotonic() - begun
   assert again.returncode == 0, again.stderr
-  assert _metrics(workdir) == metrics
-  after = _result(workdir)
+  assert lines_of(workdir) == metrics
+  after = result_of(workdir)
   unchanged = {
     k
     for k in result
@@ -229,7 +217,7 @@ def test_killed_three_times_ends_bitwise_equal(finished, command, tmp_path):
   subprocess.run(
     words, cwd=ROOT, check=True, timeout=100, stdout=subprocess.DEVNULL
   )
-  assert _without_clock(_metrics(workdir)) == _without_clock(_metrics(expected))
+  assert metrics_of(workdir) == metrics_of(expected)
   actual, wanted = _checkpoint(workdir, 12), _checkpoint(expected, 12)
   assert actual.keys() == wanted.keys()
   for name, leaf in wanted.items():
@@ -260,7 +248,7 @@ def test_interrupted_saves_and_exits_75(finished, command, tmp_path, number):
   process.send_signal(number)
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 75, out
-  assert (_result(workdir)['status'], _result(workdir)['step']) == (
+  assert (result_of(workdir)['status'], result_of(workdir)['step']) == (
     'interrupted',
     3,
   )
@@ -270,7 +258,7 @@ def test_interrupted_saves_and_exits_75(finished, command, tmp_path, number):
   subprocess.run(
     words, cwd=ROOT, check=True, timeout=100, stdout=subprocess.DEVNULL
   )
-  assert _metrics(workdir)[-1] == _metrics(expected)[-1]
+  assert lines_of(workdir)[-1] == lines_of(expected)[-1]
 
 
 @pytest.mark.slow
@@ -288,7 +276,7 @@ def test_diverged_exits_3_and_keeps_the_last_good_state(run, command, tmp_path):
     )
   )
   assert process.returncode == 3, process.stderr
-  result = _result(workdir)
+  result = result_of(workdir)
   assert result['status'] == 'diverged'
   assert result['skipped_updates'] >= 3
   assert result['step'] < 20

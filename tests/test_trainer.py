@@ -15,6 +15,7 @@ import pytest
 from regression import Regression, Rows, bits, host, make_trainer, mean_square
 from tensorboard.backend.event_processing import plugin_event_accumulator
 
+from tests.runs import At, Reports, metrics_of
 from trainers import callbacks
 from trainers.callbacks import Callback
 from trainers.errors import UserError
@@ -22,27 +23,6 @@ from trainers.tensorboard import SummaryWriter
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOOKS = [name for name in vars(Callback) if name.startswith('on_')]
-
-
-def metrics_of(workdir) -> list[dict]:
-  """metrics.jsonl without what a clock says."""
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [
-    {k: v for k, v in json.loads(line).items() if 'sec' not in k}
-    for line in lines
-  ]
-
-
-class At(Callback):
-  """Calls action(loop) at the end of some steps."""
-
-  def __init__(self, action, *steps):
-    self.action = action
-    self.steps = steps
-
-  def on_train_step_end(self, loop):
-    if loop.step in self.steps:
-      self.action(loop)
 
 
 class Recorder(Callback):
@@ -321,13 +301,6 @@ def test_periodic_actions_of_clu_are_callbacks():
   # After `trainers`, which frees it of TensorFlow.
   from clu import periodic_actions  # noqa: PLC0415
 
-  class Reports:
-    def __init__(self):
-      self.steps = []
-
-    def write_scalars(self, step, scalars):
-      self.steps += [step] if 'steps_per_sec' in scalars else []
-
   reports, calls = Reports(), []
   make_trainer(
     num_train_steps=7,
@@ -453,88 +426,6 @@ def test_a_schedule_is_read_at_the_number_of_updates(tmp_path):
 
 
 # Errors.
-
-
-@pytest.mark.parametrize(
-  'hook',
-  [
-    'on_fit_start',
-    'on_train_step_end',
-    'on_log',
-    'on_eval_end',
-    'on_checkpoint',
-    'on_fit_end',
-  ],
-)
-def test_an_error_in_a_hook_ends_everything_and_is_raised(tmp_path, hook):
-  def explode(loop, *_):
-    raise ZeroDivisionError('mine')
-
-  events = []
-  bomb = Callback()
-  setattr(bomb, hook, explode)
-  trainer = make_trainer(
-    tmp_path,
-    callbacks=[
-      Recorder(events, 'a'),
-      bomb,
-      callbacks.Evaluation(4, 'mse'),
-      callbacks.Checkpoints(4),
-      Recorder(events, 'b'),
-    ],
-  )
-  with pytest.raises(ZeroDivisionError, match='mine'):
-    trainer.fit()
-  assert trainer.status == 'failed'
-  for name in ('a', 'b'):
-    mine = [h for n, h, _ in events if n == name]
-    assert mine.count('on_fit_end') == 1
-    if hook != 'on_fit_end':  # By then, training has not failed.
-      assert mine.count('on_exception') == 1
-
-
-def test_an_error_while_ending_does_not_hide_the_first():
-  class Bad(Callback):
-    def on_train_step_end(self, loop):
-      raise ZeroDivisionError('first')
-
-    def on_fit_end(self, loop):
-      raise ValueError('later')
-
-  events = []
-  trainer = make_trainer(callbacks=[Bad(), Recorder(events)])
-  with pytest.raises(ZeroDivisionError, match='first'):
-    trainer.fit()
-  assert events[-1][1] == 'on_fit_end'
-
-
-def test_an_error_in_on_exception_does_not_hide_the_first():
-  class Bad(Callback):
-    def on_train_step_end(self, loop):
-      raise ZeroDivisionError('first')
-
-    def on_exception(self, loop, error):
-      raise ValueError('later')
-
-  events = []
-  trainer = make_trainer(callbacks=[Bad(), Recorder(events)])
-  with pytest.raises(ZeroDivisionError, match='first'):
-    trainer.fit()
-  assert 'on_exception' in [hook for _, hook, _ in events]
-
-
-def test_the_error_of_a_batch_is_raised():
-  class Broken(Rows):
-    def train_batch(self, index, rows):
-      if index == 3:
-        raise OSError('no row 3')
-      return super().train_batch(index, rows)
-
-  calls = []
-  trainer = make_trainer(dataset=Broken(), callbacks=[Counter(calls)])
-  with pytest.raises(OSError, match='no row 3'):
-    trainer.fit()
-  assert calls == [1, 2, 3]
 
 
 # Stopping and resuming.

@@ -1,7 +1,6 @@
 """What a fault is: injected, promised, and what happened."""
 
 from collections.abc import Callable
-import json
 import logging
 import os
 import pathlib
@@ -13,9 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from tests.runs import metrics_of, result_of
 from tests.shrunk import ROOT, TINY
 from trainers import saved
-from trainers.callbacks import Callback
 
 MAIN = [sys.executable, '-m', 'nanomoe.main']
 
@@ -117,31 +116,6 @@ def start(corpus, tmp_path):
   for one in started:
     one.process.kill()
     one.process.wait()
-
-
-class At(Callback):
-  """Calls action(loop) at the end of some steps."""
-
-  def __init__(self, action, *steps):
-    self.action = action
-    self.steps = steps
-
-  def on_train_step_end(self, loop):
-    if loop.step in self.steps:
-      self.action(loop)
-
-
-def metrics_of(workdir: pathlib.Path) -> list[dict]:
-  """metrics.jsonl without what a clock says."""
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [
-    {k: v for k, v in json.loads(line).items() if 'sec' not in k}
-    for line in lines
-  ]
-
-
-def result_of(workdir: pathlib.Path) -> dict:
-  return json.loads((workdir / 'result.json').read_text())
 
 
 def steps_of(workdir: pathlib.Path) -> list[int]:

@@ -7,8 +7,9 @@ from clu import periodic_actions
 import pytest
 from regression import make_trainer
 
-from faults.conftest import fault, result_of
+from faults.conftest import fault
 from nanomoe import experiment
+from tests.runs import result_of
 from trainers import callbacks
 from trainers.callbacks import Callback
 from trainers.callbacks.callback import PeriodicActionCallback

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from regression import Rows, bits, host, make_trainer
 
-from faults.conftest import At, metrics_of, result_of, same_end, steps_of
+from faults.conftest import same_end, steps_of
+from tests.runs import At, metrics_of, result_of
 from tests.shrunk import ROOT
 from trainers import callbacks, leaves, saved
 from trainers.callbacks import Callback

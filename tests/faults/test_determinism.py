@@ -8,7 +8,7 @@ import sys
 import pytest
 from regression import Regression, Rows, bits, host, make_trainer
 
-from faults.conftest import metrics_of
+from tests.runs import metrics_of
 from tests.shrunk import ROOT
 from trainers import callbacks, trainer
 from trainers.prefetch import prefetched

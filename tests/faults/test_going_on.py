@@ -10,7 +10,8 @@ import signal
 import numpy as np
 import pytest
 
-from faults.conftest import metrics_of, result_of, same_end, steps_of
+from faults.conftest import same_end, steps_of
+from tests.runs import metrics_of, result_of
 from trainers import saved
 
 

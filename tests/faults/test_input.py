@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from faults.conftest import MAIN, fault, metrics_of, result_of
+from faults.conftest import MAIN, fault
 from nanomoe import generate, workdir
 from nanomoe import main as main_lib
 from nanomoe.data import corpus as corpus_lib
@@ -26,6 +26,7 @@ from nanomoe.data.bpe import BPE
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.data.tokenizers import Bytes, Characters
 from nanomoe.data.windows import Windows
+from tests.runs import metrics_of, result_of
 from tests.shrunk import ROOT
 from trainers.errors import UserError
 from trainers.files import write_atomically

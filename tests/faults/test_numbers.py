@@ -8,7 +8,8 @@ import optax
 import pytest
 from regression import Rows, bits, host, make_trainer
 
-from faults.conftest import At, metrics_of, result_of, steps_of
+from faults.conftest import steps_of
+from tests.runs import At, Reports, metrics_of, result_of
 from trainers import callbacks
 from trainers.callbacks import Callback
 from trainers.step import Spikes
@@ -124,14 +125,6 @@ class Steps(Callback):
 
   def load_state_dict(self, state):
     self.steps = list(state['steps'])
-
-
-class Reports:
-  def __init__(self):
-    self.steps = []
-
-  def write_scalars(self, step, scalars):
-    self.steps += [step] if 'steps_per_sec' in scalars else []
 
 
 BAD = {9: NAN, 10: NAN, 11: NAN}

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from faults.conftest import result_of, same_end, steps_of
+from faults.conftest import same_end, steps_of
+from tests.runs import result_of
 from tests.shrunk import ROOT
 
 

@@ -12,7 +12,8 @@ import pytest
 from regression import bits, host, make_trainer
 from test_writers import tensors
 
-from faults.conftest import fault, result_of
+from faults.conftest import fault
+from tests.runs import result_of
 from trainers import callbacks, writers
 from trainers.callbacks import Callback
 from trainers.tensorboard import SummaryWriter
