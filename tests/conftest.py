@@ -17,7 +17,7 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['XDG_STATE_HOME'] = _CACHE.name
 # What tests say of dispatch and precision is said of CPUs.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ.setdefault('PYTHONUTF8', '1')  # Of the processes: ★, not \\u2605.
+os.environ.setdefault('PYTHONUTF8', '1')  # Of the processes: ★, not \u2605.
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 # Most of a test's time is compilation: here it is quick, and the programs are
 # slow. With XLA_FLAGS='' they are those that users have, as in .ci/run's slow

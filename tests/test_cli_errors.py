@@ -140,7 +140,7 @@ def test_the_status_of_somebody_elses_callback_has_a_code():
   assert main_lib.exit_code('done') == 0
 
 
-# Data. It is read when JAX is there: a process for one of them.
+# Data. As a process: tests/faults/test_input.py.
 
 
 BAD_DATA = {

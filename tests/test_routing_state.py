@@ -19,6 +19,15 @@ from trainers.state import TrainState
 VOCAB = 11
 
 
+def draw_batch(rng):
+  tokens = rng.integers(0, VOCAB, (4, 17)).astype(np.int32)
+  return {
+    'inputs': jnp.asarray(tokens[:, :-1]),
+    'targets': jnp.asarray(tokens[:, 1:]),
+    'weights': np.ones((4, 16), np.float32),
+  }
+
+
 def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
   """And what is added to the loss is logged, raw and weighted."""
   config = experiment.decide(
@@ -34,13 +43,7 @@ def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
   )
   task = experiment.build_task(config, VOCAB)
   optimizer, schedule = optimizers.build(config.optimizer, 10)
-  tokens = rng.integers(0, VOCAB, (4, 17)).astype(np.int32)
-  batch = {
-    'inputs': jnp.asarray(tokens[:, :-1]),
-    'targets': jnp.asarray(tokens[:, 1:]),
-    'weights': np.ones((4, 16), np.float32),
-  }
-  key = jax.random.key(0)
+  batch, key = draw_batch(rng), jax.random.key(0)
   start = QUICKLY(
     lambda: TrainState.create(*task.init(key, batch), optimizer)
   )()
@@ -122,13 +125,8 @@ def test_each_layers_bias_selects_its_experts(tiny, rng):
       }
     )
   )
-  task, key = experiment.build_task(config, VOCAB), jax.random.key(0)
-  tokens = jnp.asarray(rng.integers(0, VOCAB, (4, 17)), jnp.int32)
-  batch = {
-    'inputs': tokens[:, :-1],
-    'targets': tokens[:, 1:],
-    'weights': jnp.ones((4, 16)),
-  }
+  task = experiment.build_task(config, VOCAB)
+  batch, key = draw_batch(rng), jax.random.key(0)
   params, state = QUICKLY(task.init)(key, batch)
   params = jax.tree.map(lambda x: 3 * x, params)  # Logits differ more.
   layers, wanted = [0, 1], [3, 1]
