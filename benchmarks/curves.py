@@ -27,7 +27,11 @@ def curves() -> dict[str, Curve]:
     'shakespeare.py, dense': recipe.get('dense-0'),
     'base.py': base,
   }
-  drawn = {name: of_run(run) for name, run in found.items() if run}
+  drawn = {
+    name: of_run(run, config_runs.minutes(run))
+    for name, run in found.items()
+    if run
+  }
   if base and race:
     drawn['nano-moe-jax'] = of_peer(base, race['theirs'])
   return drawn
@@ -41,9 +45,8 @@ def seeds(name: str) -> list[Curve]:
   return [of_run(run, minutes) for run in runs]
 
 
-def of_run(run: Mapping[str, Any], minutes: float | None = None) -> Curve:
-  """Its evaluations, as evenly spread over its minutes as over its steps."""
-  minutes = config_runs.minutes(run) if minutes is None else minutes
+def of_run(run: Mapping[str, Any], minutes: float) -> Curve:
+  """Its evaluations, as evenly spread over the minutes as over its steps."""
   each = minutes / run['result']['step']
   return [(r['step'] * each, r['val/cross_entropy']) for r in run['rows']]
 
@@ -73,12 +76,14 @@ def main() -> None:
     ylabel='validation cross-entropy, nats a character',
     ylim=(1.4, 2.3),
   )
-  for color, name in (('C0', 'recipe'), ('C1', 'dense')):
-    for i, curve in enumerate(seeds(f'addresses-{name}')):
-      label = '' if i else ('dense' if name == 'dense' else 'shakespeare.py')
-      texts.plot(
-        *zip(*curve, strict=True), color=color, marker='.', label=label
-      )
+  for color, name, label in (
+    ('C0', 'recipe', 'shakespeare.py'),
+    ('C1', 'dense', 'shakespeare.py, dense'),
+  ):
+    for curve in seeds(f'addresses-{name}'):
+      points = zip(*curve, strict=True)
+      texts.plot(*points, color=color, marker='.', label=label)
+      label = ''  # One line of the legend for all seeds.
   texts.set(title='State of the Union addresses', xlabel='minutes on 2 cores')
   for axes in (race, texts):
     axes.legend(frameon=False)

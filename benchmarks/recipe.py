@@ -141,7 +141,7 @@ def pairs(figures: dict[str, Any]) -> str:
 
 
 def _seeds(figures: dict[str, Any], variant: str) -> list[dict[str, Any]]:
-  """Of VARIANT, or VARIANT-SEED."""
+  """Figures of the runs named VARIANT or VARIANT-SEED."""
   return [
     run
     for name, run in figures['runs'].items()
