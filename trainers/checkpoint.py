@@ -61,17 +61,26 @@ class Checkpointer:
       raise UserError(f'{directory}: {error.strerror}') from error
 
   def _open(self) -> ocp.CheckpointManager:
+    self._sweep()
     return ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
-        cleanup_tmp_directories=True,
         # Otherwise a save that fails leaves threads that wait for 20 minutes
         # for a directory, and the process with them.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         step_name_format=ocp.path.step.standard_name_format(),
       ),
     )
+
+  def _sweep(self) -> None:
+    """Deletes what was never finished.
+
+    Orbax would when it is opened, in the background, and not again; its
+    writers outlive a save that failed, and may make their directory anew.
+    """
+    for unfinished in self._directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*'):
+      shutil.rmtree(unfinished, ignore_errors=True)
 
   def _put_back(self) -> None:
     """Puts back what was superseded by a save that never landed."""
@@ -98,6 +107,7 @@ class Checkpointer:
       SaveError: the one before did not reach the disk, or this cannot start.
     """
     self.wait()
+    self._sweep()
     try:
       arrays = leaves.by_name(tree)
       meta = {
