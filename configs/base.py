@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
   config.eval_iters = 200  # Batches; 0: every target of the split, once.
   config.eval_weights = 'params'  # average: of optimizer.ema_decay.
   config.log_interval = 50
+  config.confidence_weight = 0.0  # Of predictions' negative entropy.
   # Of matrix products' operands; sums are float32. auto: what this machine
   # computes fastest.
   config.precision = 'auto'

@@ -132,6 +132,7 @@ def build_task(
     token_bytes,
     z_weight=moe.z_weight,
     entropy_weight=moe.entropy_weight,
+    confidence_weight=config.confidence_weight,
     bias_rate=getattr(router(), 'bias_rate', 0.0),
     watched=watched,
   )

@@ -10,6 +10,11 @@ from trainers.board import Board, Chart
 # is called by its layer, of those with experts: routing/router_entropy/0.
 CHARTS = {
   'cross_entropy': Chart('loss/cross_entropy', 'Nats per token.'),
+  'prediction_entropy': Chart(
+    'loss/prediction_entropy',
+    'Of the predictions, in nats: less than their cross-entropy if they are '
+    'too sure.',
+  ),
   'best_cross_entropy': Chart('loss/best_cross_entropy', 'Lowest so far.'),
   'bits_per_char': Chart(
     'loss/bits_per_char', 'Cross-entropy over ln 2, for a character.'
@@ -19,7 +24,8 @@ CHARTS = {
   ),
   'loss': Chart(
     'loss/total',
-    'What is minimized: cross-entropy and weighted losses of routing.',
+    'What is minimized: cross-entropy, weighted losses of routing, and less '
+    'the weighted entropy of predictions.',
   ),
   'learning_rate': Chart('optimizer/learning_rate', 'Of the newest update.'),
   'gradient_norm': Chart('optimizer/gradient_norm', 'Before it is clipped.'),

@@ -49,6 +49,7 @@ FIELDS: dict[str, Field] = {
     choices=('params', 'average'),
   ),
   'log_interval': Field(int, 'steps between progress lines', 1),
+  'confidence_weight': Field(float, "of predictions' negative entropy", 0),
   'precision': Field(
     str, 'of matrix products', choices=('auto', 'float32', 'bfloat16')
   ),

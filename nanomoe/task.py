@@ -30,6 +30,9 @@ from trainers.task import Aux, Batch, Total
 class LanguageModel:
   """Next-token cross-entropy, plus the routers' weighted losses.
 
+  And, in training, a penalty of confident predictions: `confidence_weight`
+  times their negative entropy. Pereyra et al. 2017, sec. 3.2.
+
   Batches: inputs and targets int32[B, T]; weights float32[B, T], 0 for padding.
 
   model_state: `aux_weight`, which a callback may change while training; `bias`,
@@ -44,6 +47,7 @@ class LanguageModel:
     token_bytes: the UTF-8 of each token; None: one ASCII character each.
     z_weight: of the routers' z-loss, the mean over layers.
     entropy_weight: of the routers' entropy, the mean over layers.
+    confidence_weight: of the predictions' negative entropy.
     bias_rate: by which an update moves an expert's bias, towards an even load;
       0: there is none.
     watched: the tokens that evaluations count the experts of: `token_experts`.
@@ -58,6 +62,7 @@ class LanguageModel:
     *,
     z_weight: float = 0.0,
     entropy_weight: float = 0.0,
+    confidence_weight: float = 0.0,
     bias_rate: float = 0.0,
     watched: Sequence[int] = (),
   ):
@@ -65,6 +70,7 @@ class LanguageModel:
     self.aux_weight = aux_weight
     self.balance = balance
     self.weights = {'z_loss': z_weight, 'router_entropy': entropy_weight}
+    self.confidence_weight = confidence_weight
     self.bias_rate = bias_rate
     self.watched = np.array(watched, np.int32)
     self._num_bytes = self._num_chars = None
@@ -138,13 +144,19 @@ class LanguageModel:
         nats / np.log(2), _sum_of(self._num_bytes, targets, weights)
       ),
     }
+    total = nats
+    if self.confidence_weight or not train:
+      entropy = jnp.sum(prediction_entropy(logits) * weights)
+      metrics['prediction_entropy'] = Mean(entropy, weight)
+      if train:
+        total -= self.confidence_weight * entropy
     if aux is None:
-      return Total(nats, weight), Aux(metrics, {})
+      return Total(total, weight), Aux(metrics, {})
     added, more = self._routing(aux, model_state['aux_weight'], weight, train)
     metrics |= more
     metrics |= self._choices(aux, jnp.asarray(batch['inputs']), train)
-    total = Total(nats + added * weight, weight)
-    return total, Aux(metrics, {'expert_load': aux.load})
+    total += added * weight
+    return Total(total, weight), Aux(metrics, {'expert_load': aux.load})
 
   def _routing(
     self, aux: MoEAux, aux_weight: jax.Array, weight: jax.Array, train: bool
@@ -232,3 +244,14 @@ def cross_entropy(
   vocab = jnp.arange(logits.shape[-1])
   target = jnp.sum(jnp.where(targets[..., None] == vocab, logits, 0), axis=-1)
   return jax.nn.logsumexp(logits, axis=-1) - target
+
+
+def prediction_entropy(
+  logits: Float[Array, 'batch time vocab'],
+) -> Float[Array, 'batch time']:
+  """Of softmax(logits), in nats: what their cross-entropy is if they are right.
+
+  Predictions whose cross-entropy is more are too sure. Guo et al. 2017.
+  """
+  log_probs = jax.nn.log_softmax(logits)
+  return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

@@ -129,6 +129,7 @@ OTHER = {
   'eval_interval': 1,
   'eval_iters': 1,
   'log_interval': 1,
+  'confidence_weight': 0.5,
   'precision': 'float32',
   'data.path': 'OTHER',
   'data.tokenizer.type': 'Bytes',

@@ -703,6 +703,7 @@ def test_what_nobody_asked_for_by_name_is_refused():
   ('key', 'text'),
   [
     ('num_train_steps', '9000'),
+    ('confidence_weight', '0.5'),
     ('moe.aux_weight', '0.5'),
     ('moe.z_weight', '0.5'),
     ('moe.entropy_weight', '0.5'),

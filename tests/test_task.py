@@ -99,6 +99,42 @@ def test_parts_of_the_loss(task_and_trained, rng):
   assert np.shape(metrics['router_entropy']) == (2,)
 
 
+@pytest.mark.parametrize('experts', [True, False])
+def test_confidence_is_penalized_in_training_alone(tiny, rng, experts):
+  """train total = cross-entropy + weighted losses - weight * entropy."""
+  changes = {'precision': 'float32', 'model.dropout_rate': 0.0}
+  changes |= {} if experts else {'moe.first_dense_layers': 2}
+  batch = _batch(rng)
+  batch['weights'] = batch['weights'].at[1, 3:].set(0.0)
+  plain, penalized = (
+    experiment.build_task(
+      experiment.decide(tiny({**changes, 'confidence_weight': weight})), VOCAB
+    )
+    for weight in (0.0, 0.3)
+  )
+  params, state = QUICKLY(plain.init)(jax.random.key(0), batch)
+  trained = jax.tree.map(lambda x: 3 * x, params), state
+
+  def totals(train):
+    key = jax.random.key(0)
+    for task in (plain, penalized):
+      total, aux = task.loss(*trained, batch, key, train=train)
+      yield float(total.sum / total.weight), metrics_lib.compute(aux.metrics)
+
+  logits = np.float64(QUICKLY(plain.logits)(trained, batch['inputs'])[0])
+  probs = np.exp(logits)
+  probs /= probs.sum(-1, keepdims=True)
+  each = -(probs * np.log(probs)).sum(-1)
+  entropy = each[np.asarray(batch['weights']) > 0].mean()
+  assert 0.1 < entropy < 0.99 * np.log(VOCAB)
+  (without, _), (with_it, metrics) = totals(train=True)
+  assert without - with_it == pytest.approx(0.3 * entropy, rel=1e-4)
+  assert metrics['prediction_entropy'] == pytest.approx(entropy, rel=1e-4)
+  (without, metrics), (with_it, _) = totals(train=False)
+  assert without == with_it
+  assert metrics['prediction_entropy'] == pytest.approx(entropy, rel=1e-4)
+
+
 def test_bits_are_counted_by_what_the_tokens_stand_for(task_and_trained, rng):
   """'é' is two tokens, one character; padding stands for nothing."""
   task, trained = task_and_trained

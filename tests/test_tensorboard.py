@@ -86,7 +86,7 @@ def recorded(workdir, key):
   ('split', 'steps', 'only'),
   [
     ('train', LOGGED, {'loss/total', 'routing/aux_weight', *WEIGHTED}),
-    ('val', EVALUATED, {'loss/best_cross_entropy'}),
+    ('val', EVALUATED, {'loss/best_cross_entropy', 'loss/prediction_entropy'}),
   ],
 )
 def test_a_split_has_every_chart(finished, split, steps, only):
