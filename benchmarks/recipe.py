@@ -19,12 +19,15 @@ CONFIG = 'configs/shakespeare.py'
 SEEDS = (0, 1, 2)
 
 DENSE = {'moe.first_dense_layers': 4}  # As many parameters for a token.
+PLAIN = {'confidence_weight': 0.0}
 # So many steps were foreseen to take as long: the tables have what they took.
 FINALS: dict[str, dict[str, Any]] = {
   'recipe': {},
   'dense': {**DENSE, 'num_train_steps': 2650},
-  'half': {'num_train_steps': 1200},
-  'half_dense': {**DENSE, 'num_train_steps': 1350},
+  'plain': PLAIN,
+  'plain_dense': {**PLAIN, **DENSE, 'num_train_steps': 2650},
+  'half': {**PLAIN, 'num_train_steps': 1200},
+  'half_dense': {**PLAIN, **DENSE, 'num_train_steps': 1350},
 }
 
 # {name: (what is taken out, changes)}.
@@ -54,7 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Those that are trained on more than the first seed.
 TELLING = ('nothing', 'minutes', 'convolution', 'muon', 'zeros', 'context')
-SHORT = {'num_train_steps': 600, 'eval_interval': 200}
+SHORT = {**PLAIN, 'num_train_steps': 600, 'eval_interval': 200}
 
 RECIPE = {
   f'{name}-{seed}': Run(CONFIG, changes, seed)
@@ -69,7 +72,7 @@ OTHER_TEXTS = {
   )
   for text, num_seeds in NUM_SEEDS.items()
   for seed in SEEDS[:num_seeds]
-  for name in ('recipe', 'dense')
+  for name in ('plain', 'plain_dense')
 }
 ABLATION = {
   f'short-{name}-{seed}': Run(CONFIG, {**SHORT, **changes}, seed)
