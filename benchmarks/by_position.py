@@ -28,14 +28,14 @@ _WORKDIR = flags.DEFINE_string(
 PARTS = 8
 # {name of a run: what it is}.
 RUNS = {
-  'recipe-0': 'Tiny Shakespeare, experts',
-  'dense-0': 'Tiny Shakespeare, dense',
-  'python-recipe': 'Python, experts',
-  'python-recipe-1': 'Python, experts, another seed',
-  'python-dense': 'Python, dense',
-  'python-dense-1': 'Python, dense, another seed',
-  'addresses-recipe': 'Addresses, experts',
-  'addresses-dense': 'Addresses, dense',
+  'plain-0': 'Tiny Shakespeare, experts',
+  'plain_dense-0': 'Tiny Shakespeare, dense',
+  'python-plain': 'Python, experts',
+  'python-plain-1': 'Python, experts, another seed',
+  'python-plain_dense': 'Python, dense',
+  'python-plain_dense-1': 'Python, dense, another seed',
+  'addresses-plain': 'Addresses, experts',
+  'addresses-plain_dense': 'Addresses, dense',
 }
 
 

@@ -11,7 +11,7 @@ import importlib
 import statistics
 from typing import Any
 
-from benchmarks import config_runs, results, time_to_loss
+from benchmarks import config_runs, recipe, results, time_to_loss
 from benchmarks.peers import ROOT
 
 Curve = list[tuple[float, float]]  # Minutes since the start, nats a character.
@@ -19,12 +19,12 @@ Curve = list[tuple[float, float]]  # Minutes since the start, nats a character.
 
 def curves() -> dict[str, Curve]:
   """Of what has been measured."""
-  recipe = (results.read('recipe') or {'runs': {}})['runs']
+  runs = (results.read('recipe') or {'runs': {}})['runs']
   base = results.read('base')
   race = results.read('time_to_loss-nano-moe-jax')
   found = {
-    'shakespeare.py': recipe.get('recipe-0'),
-    'shakespeare.py, dense': recipe.get('dense-0'),
+    'shakespeare.py': runs.get('recipe-0'),
+    'shakespeare.py, dense': runs.get('dense-0'),
     'base.py': base,
   }
   drawn = {
@@ -39,8 +39,7 @@ def curves() -> dict[str, Curve]:
 
 def seeds(name: str) -> list[Curve]:
   """Runs of benchmarks/recipe.py, each at the minutes of their median."""
-  recipe = (results.read('recipe') or {'runs': {}})['runs']
-  runs = [run for key, run in recipe.items() if key.startswith(name)]
+  runs = recipe.seeds_of(results.read('recipe') or {'runs': {}}, name)
   minutes = statistics.median(map(config_runs.minutes, runs)) if runs else 0.0
   return [of_run(run, minutes) for run in runs]
 
@@ -77,8 +76,8 @@ def main() -> None:
     ylim=(1.4, 2.3),
   )
   for color, name, label in (
-    ('C0', 'recipe', 'shakespeare.py'),
-    ('C1', 'dense', 'shakespeare.py, dense'),
+    ('C0', 'plain', 'shakespeare.py without the penalty'),
+    ('C1', 'plain_dense', 'the same, dense'),
   ):
     for curve in seeds(f'addresses-{name}'):
       points = zip(*curve, strict=True)

@@ -1,8 +1,9 @@
 """python -m benchmarks.recipe --workdir=DIR [--table]
 
 configs/shakespeare.py on three seeds; the same without experts, for as many
-minutes; both with half of the steps; both, unchanged, on other texts; and in a
-quarter of its steps, with one thing taken out at a time. benchmarks/sweep.py
+minutes; and without its penalty of confident predictions: both again, with half
+of the steps, on other texts, and in a quarter of its steps with one thing taken
+out at a time. benchmarks/sweep.py
 says how it goes on; `python -m benchmarks.report` puts the tables into
 docs/recipe.md.
 """
@@ -54,9 +55,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     'two of four experts, for four of eight of half the width',
     {'moe.num_experts': 8, 'moe.top_k': 4, 'moe.d_ff': 256},
   ),
+  'confidence': (
+    'no penalty of confident predictions, for one',
+    {'confidence_weight': 0.1},
+  ),
 }
 # Those that are trained on more than the first seed.
-TELLING = ('nothing', 'minutes', 'convolution', 'muon', 'zeros', 'context')
+TELLING = (
+  *('nothing', 'minutes', 'convolution', 'muon', 'zeros', 'context'),
+  'confidence',
+)
 SHORT = {**PLAIN, 'num_train_steps': 600, 'eval_interval': 200}
 
 RECIPE = {
@@ -72,7 +80,7 @@ OTHER_TEXTS = {
   )
   for text, num_seeds in NUM_SEEDS.items()
   for seed in SEEDS[:num_seeds]
-  for name in ('plain', 'plain_dense')
+  for name in ('plain', 'plain_dense', *(() if seed else ('recipe',)))
 }
 ABLATION = {
   f'short-{name}-{seed}': Run(CONFIG, {**SHORT, **changes}, seed)
@@ -84,11 +92,12 @@ RUNS = {**RECIPE, **OTHER_TEXTS, **ABLATION}
 
 # {(with experts, dense): which text, and how much of the recipe}.
 PAIRS = {
-  ('short-nothing', 'short-minutes'): 'Tiny Shakespeare, quarter of the steps',
-  ('half', 'half_dense'): 'Tiny Shakespeare, half of the steps',
   ('recipe', 'dense'): 'Tiny Shakespeare',
+  ('plain', 'plain_dense'): 'Tiny Shakespeare, without the penalty',
+  ('short-nothing', 'short-minutes'): 'the same, a quarter of the steps',
+  ('half', 'half_dense'): 'the same, half of the steps',
   **{
-    (f'{text}-recipe', f'{text}-dense'): what
+    (f'{text}-plain', f'{text}-plain_dense'): what
     for text, what in texts.TEXTS.items()
   },
 }
@@ -100,17 +109,24 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def whole(figures: dict[str, Any]) -> str:
-  """Markdown: the recipe, and what it is of."""
-  runs = _seeds(figures, 'recipe')
-  result = runs[0]['result']
-  minutes = statistics.median(map(config_runs.minutes, runs))
+  """Markdown: the recipe, unchanged, text by text."""
   lines = [
-    '| | val cross-entropy | parameters (for a token) | steps | minutes |',
-    '|---|---:|---:|---:|---:|',
-    f'| `{CONFIG}` | {tell(map(config_runs.loss, runs))} '
-    f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
-    f'| {result["step"]} | {minutes:.1f} |',
+    f'| `{CONFIG}` on | val cross-entropy | seeds | parameters (for a token) '
+    '| steps | minutes |',
+    '|---|---:|---:|---:|---:|---:|',
   ]
+  names = {'recipe': 'Tiny Shakespeare'}
+  names |= {f'{text}-recipe': what for text, what in texts.TEXTS.items()}
+  for name, what in names.items():
+    runs = seeds_of(figures, name)
+    if runs:
+      result = runs[0]['result']
+      minutes = statistics.median(map(config_runs.minutes, runs))
+      lines.append(
+        f'| {what} | {tell(map(config_runs.loss, runs))} | {len(runs)} '
+        f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
+        f'| {result["step"]} | {minutes:.1f} |'
+      )
   return '\n'.join([*lines, '', results.describe(figures['machine'])])
 
 
@@ -122,7 +138,7 @@ def pairs(figures: dict[str, Any]) -> str:
     '|---|---:|---:|---:|---:|---|---:|---:|',
   ]
   for names, what in PAIRS.items():
-    both = [_seeds(figures, name) for name in names]
+    both = [seeds_of(figures, name) for name in names]
     if not all(both):
       continue
     losses = [[*map(config_runs.loss, runs)] for runs in both]
@@ -143,7 +159,7 @@ def pairs(figures: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _seeds(figures: dict[str, Any], variant: str) -> list[dict[str, Any]]:
+def seeds_of(figures: dict[str, Any], variant: str) -> list[dict[str, Any]]:
   """Figures of the runs named VARIANT or VARIANT-SEED."""
   return [
     run
