@@ -8,7 +8,7 @@ and keys, RMSNorm, RoPE, no biases, windows of 256 characters, half the dropout,
 a penalty of confident predictions.
 docs/recipe.md says how that is measured, and what was tried.
 
-Measured: val cross-entropy 1.4456, 2300 steps in 10 minutes on 2 cores.
+Measured: val cross-entropy 1.4247, 2300 steps in 6 minutes on 2 cores.
 """
 
 from ml_collections import ConfigDict
