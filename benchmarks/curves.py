@@ -25,7 +25,6 @@ def curves() -> dict[str, Curve]:
   found = {
     'shakespeare.py': runs.get('recipe-0'),
     'shakespeare.py, dense': runs.get('dense-0'),
-    'base.py': base,
   }
   drawn = {
     name: of_run(run, config_runs.minutes(run))
@@ -33,7 +32,8 @@ def curves() -> dict[str, Curve]:
     if run
   }
   if base and race:
-    drawn['nano-moe-jax'] = of_peer(base, race['theirs'])
+    drawn['base.py'] = at_cost(base, race['base'])
+    drawn['nano-moe-jax'] = at_cost(base, race['theirs'])
   return drawn
 
 
@@ -50,8 +50,8 @@ def of_run(run: Mapping[str, Any], minutes: float) -> Curve:
   return [(r['step'] * each, r['val/cross_entropy']) for r in run['rows']]
 
 
-def of_peer(base: Mapping[str, Any], costs: Mapping[str, Any]) -> Curve:
-  """base.py's losses, which are of the same recipe, at the peer's cost."""
+def at_cost(base: Mapping[str, Any], costs: Mapping[str, Any]) -> Curve:
+  """base.py's losses, which are nano-moe-jax's too, at a measured cost."""
   step, batch = (costs[k]['median_sec'] for k in ('step', 'evaluation'))
   evaluation = time_to_loss.PEER_BATCHES * batch
   return [

@@ -4,7 +4,8 @@ Seconds from the command to a validation cross-entropy of 1.618, which is what
 nano-moe-jax's recipe comes to in 5000 steps. Ours: configs/shakespeare.py with
 as many steps as that takes, its schedule the shorter, as a process, evaluated
 on the whole split. Theirs: its steps and its evaluations, at what each costs
-beside ours here. Writes benchmarks/results/time_to_loss-PEER.json.
+here, in turn with base.py's, which benchmarks/curves.py draws by. Writes
+benchmarks/results/time_to_loss-PEER.json.
 """
 
 import json
@@ -70,16 +71,20 @@ def _evaluations(workdir: pathlib.Path) -> list[tuple[int, float]]:
   return [(r['step'], r[key]) for r in rows if key in r and r['step']]
 
 
-def theirs(peer: str) -> dict[str, Any]:
-  """Medians, and the whole of its recipe at that cost."""
-  with peers.Worker(peer) as worker:
-    both = {
-      what: peers.interleave({peer: worker}, what, blocks=4, n=3)[peer]
+def costs(peer: str) -> dict[str, dict[str, Any]]:
+  """Of base.py, and of the peer: medians, and the whole recipe at these."""
+  with peers.Worker('ours') as ours, peers.Worker(peer) as theirs:
+    workers = {'base': ours, 'theirs': theirs}
+    found = {
+      what: peers.interleave(workers, what, blocks=4, n=3)
       for what in ('step', 'evaluation')
     }
-  step, batch = (both[k]['median_sec'] for k in ('step', 'evaluation'))
-  evaluations = PEER_EVALUATIONS * PEER_BATCHES * batch
-  return {**both, 'sec': PEER_STEPS * step + evaluations}
+  each = {name: {what: found[what][name] for what in found} for name in workers}
+  for cost in each.values():
+    step, batch = (cost[k]['median_sec'] for k in ('step', 'evaluation'))
+    evaluations = PEER_EVALUATIONS * PEER_BATCHES * batch
+    cost['sec'] = PEER_STEPS * step + evaluations
+  return each
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -107,7 +112,7 @@ def main(_: None) -> int:
       'against': _AGAINST.value,
       'steps': _STEPS.value,
       'ours': ours(directory, _STEPS.value),
-      'theirs': theirs(_AGAINST.value),
+      **costs(_AGAINST.value),
     }
   name = f'time_to_loss-{_AGAINST.value}'
   results.write(name, figures)
