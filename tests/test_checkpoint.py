@@ -107,6 +107,15 @@ def test_directories_are_steps_and_the_newest_is_named(directory):
   assert [path.name for path in directory.iterdir()] == ['7']
 
 
+def test_what_was_never_finished_goes_before_the_next_save(directory):
+  """Writers of a save that failed may leave it there when all is told."""
+  checkpointer = Checkpointer(directory)
+  (directory / '1.orbax-checkpoint-tmp' / 'arrays').mkdir(parents=True)
+  checkpointer.save(2, tree_of(2), {}, None)
+  checkpointer.close()
+  assert [path.name for path in directory.iterdir()] == ['2']
+
+
 def test_saving_a_step_again_replaces_it(directory):
   checkpointer = Checkpointer(directory)
   checkpointer.save(3, tree_of(30), {'note': 'old'}, 3)
