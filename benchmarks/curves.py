@@ -76,7 +76,7 @@ def main() -> None:
     ylim=(1.4, 2.3),
   )
   for color, name, label in (
-    ('C0', 'plain', 'shakespeare.py without the penalty'),
+    ('C0', 'plain', 'the recipe before, without the penalty'),
     ('C1', 'plain_dense', 'the same, dense'),
   ):
     for curve in seeds(f'addresses-{name}'):

@@ -1,10 +1,9 @@
 """python -m benchmarks.recipe --workdir=DIR [--table]
 
-configs/shakespeare.py on three seeds; the same without experts, for as many
-minutes; and without its penalty of confident predictions: both again, with half
-of the steps, on other texts, and in a quarter of its steps with one thing taken
-out at a time. benchmarks/sweep.py says how it goes on; `python -m
-benchmarks.report` puts the tables into docs/recipe.md.
+configs/shakespeare.py on three seeds, and on other texts; the same without
+experts, for as many minutes. The same of what the recipe was before, whose
+parts were taken out one at a time. benchmarks/sweep.py says how it goes on;
+`python -m benchmarks.report` puts the tables into docs/recipe.md.
 """
 
 import math
@@ -19,11 +18,25 @@ CONFIG = 'configs/shakespeare.py'
 SEEDS = (0, 1, 2)
 
 DENSE = {'moe.first_dense_layers': 4}  # As many parameters for a token.
-PLAIN = {'confidence_weight': 0.0}  # Without the penalty, which came last.
+MORE = {'model.dropout_rate': 0.15}
+# The recipe before the last: two of four experts, and less dropout.
+EARLIER = {
+  'num_train_steps': 2300,
+  'eval_interval': 400,
+  'model.dropout_rate': 0.05,
+  'moe.num_shared': 0,
+  'moe.top_k': 2,
+  'moe.router.type': 'TopK',
+}
+PLAIN = {**EARLIER, 'confidence_weight': 0.0}  # And the one before that.
 # So many steps were foreseen to take as long: the tables have what they took.
 FINALS: dict[str, dict[str, Any]] = {
   'recipe': {},
-  'dense': {**DENSE, 'num_train_steps': 2650},
+  'dense': {**DENSE, 'num_train_steps': 3800},
+  'more': MORE,
+  'more_dense': {**MORE, **DENSE, 'num_train_steps': 3800},
+  'earlier': EARLIER,
+  'earlier_dense': {**EARLIER, **DENSE, 'num_train_steps': 2650},
   'plain': PLAIN,
   'plain_dense': {**PLAIN, **DENSE, 'num_train_steps': 2650},
   'half': {**PLAIN, 'num_train_steps': 1200},
@@ -72,7 +85,7 @@ OTHER_TEXTS = {
   )
   for text, num_seeds in NUM_SEEDS.items()
   for seed in SEEDS[:num_seeds]
-  for name in ('plain', 'plain_dense', *(() if seed else ('recipe',)))
+  for name in ('plain', 'plain_dense', *(() if seed else ('recipe', 'dense')))
 }
 ABLATION = {
   f'short-{name}-{seed}': Run(CONFIG, {**SHORT, **changes}, seed)
@@ -85,12 +98,18 @@ RUNS = {**RECIPE, **OTHER_TEXTS, **ABLATION}
 # {(with experts, dense): which text, and how much of the recipe}.
 PAIRS = {
   ('recipe', 'dense'): 'Tiny Shakespeare',
-  ('plain', 'plain_dense'): 'Tiny Shakespeare, without the penalty',
-  ('short-nothing', 'short-minutes'): 'the same, a quarter of the steps',
+  ('more', 'more_dense'): 'the same, a dropout of 0.15',
+  ('earlier', 'earlier_dense'): 'Tiny Shakespeare, the recipe before',
+  ('plain', 'plain_dense'): 'the same, without the penalty',
   ('half', 'half_dense'): 'the same, half of the steps',
+  ('short-nothing', 'short-minutes'): 'the same, a quarter of the steps',
   **{
-    (f'{text}-plain', f'{text}-plain_dense'): what
+    (f'{text}-{experts}', f'{text}-{dense}'): f'{what}{which}'
     for text, what in texts.TEXTS.items()
+    for experts, dense, which in (
+      ('recipe', 'dense', ''),
+      ('plain', 'plain_dense', ', the recipe before without the penalty'),
+    )
   },
 }
 
