@@ -18,8 +18,8 @@ CONFIG = 'configs/shakespeare.py'
 SEEDS = (0, 1, 2)
 
 DENSE = {'moe.first_dense_layers': 4}  # As many parameters for a token.
-MORE = {'model.dropout_rate': 0.15}
-# The recipe before the last: two of four experts, and less dropout.
+MORE = {'model.dropout_rate': 0.15}  # Where experts are ahead.
+# What the recipe was before; docs/recipe.md says why it is not.
 EARLIER = {
   'num_train_steps': 2300,
   'eval_interval': 400,
@@ -28,7 +28,7 @@ EARLIER = {
   'moe.top_k': 2,
   'moe.router.type': 'TopK',
 }
-PLAIN = {**EARLIER, 'confidence_weight': 0.0}  # And the one before that.
+PLAIN = {**EARLIER, 'confidence_weight': 0.0}  # And before that.
 # So many steps were foreseen to take as long: the tables have what they took.
 FINALS: dict[str, dict[str, Any]] = {
   'recipe': {},
