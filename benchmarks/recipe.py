@@ -1,12 +1,11 @@
 """python -m benchmarks.recipe --workdir=DIR [--table]
 
 configs/shakespeare.py on three seeds, and on other texts; the same without
-experts, for as many minutes. The same of what the recipe was before, whose
-parts were taken out one at a time. benchmarks/sweep.py says how it goes on;
+experts, for as many minutes. The same of what the recipe was before.
+benchmarks/sweep.py says how it goes on;
 `python -m benchmarks.report` puts the tables into docs/recipe.md.
 """
 
-import math
 import statistics
 from typing import Any
 
@@ -33,44 +32,28 @@ PLAIN = {**EARLIER, 'confidence_weight': 0.0}  # And before that.
 FINALS: dict[str, dict[str, Any]] = {
   'recipe': {},
   'dense': {**DENSE, 'num_train_steps': 3800},
+  'half': {'num_train_steps': 1650},
+  'half_dense': {**DENSE, 'num_train_steps': 1900},
   'more': MORE,
   'more_dense': {**MORE, **DENSE, 'num_train_steps': 3800},
   'earlier': EARLIER,
   'earlier_dense': {**EARLIER, **DENSE, 'num_train_steps': 2650},
   'plain': PLAIN,
   'plain_dense': {**PLAIN, **DENSE, 'num_train_steps': 2650},
-  'half': {**PLAIN, 'num_train_steps': 1200},
-  'half_dense': {**PLAIN, **DENSE, 'num_train_steps': 1350},
+  'plain_half': {**PLAIN, 'num_train_steps': 1200},
+  'plain_half_dense': {**PLAIN, **DENSE, 'num_train_steps': 1350},
+  'plain_quarter': {
+    **PLAIN,
+    'num_train_steps': 600,
+    'eval_interval': 200,
+  },
+  'plain_quarter_dense': {
+    **PLAIN,
+    **DENSE,
+    'num_train_steps': 690,
+    'eval_interval': 200,
+  },
 }
-
-# {name: (what is taken out, changes)}.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-  'nothing': ('nothing', {}),
-  'convolution': ('convolutions', {'model.conv_width': 1}),
-  'muon': (
-    'Muon, for AdamW at 0.003',
-    {'optimizer.type': 'AdamW', 'optimizer.learning_rate': 3e-3},
-  ),
-  'minutes': (
-    'experts, for dense layers and as many minutes',
-    {**DENSE, 'num_train_steps': 690},
-  ),
-  'zeros': ('outputs that start at zero', {'model.zero_outputs': 'false'}),
-  'context': (
-    'half of the context, for twice as many windows',
-    {'block_size': 128, 'batch_size': 16},
-  ),
-  'qk_norm': ('normalized queries and keys', {'model.qk_norm': 'false'}),
-  'norm': ('RMSNorm, for LayerNorm', {'model.norm': 'LayerNorm'}),
-  'rope': ('RoPE, for learned positions', {'model.position': 'learned'}),
-  'width': (
-    'two of four experts, for four of eight of half the width',
-    {'moe.num_experts': 8, 'moe.top_k': 4, 'moe.d_ff': 256},
-  ),
-}
-# Those that are trained on more than the first seed.
-TELLING = ('nothing', 'minutes', 'convolution', 'muon', 'zeros', 'context')
-SHORT = {**PLAIN, 'num_train_steps': 600, 'eval_interval': 200}
 
 RECIPE = {
   f'{name}-{seed}': Run(CONFIG, changes, seed)
@@ -87,22 +70,17 @@ OTHER_TEXTS = {
   for seed in SEEDS[:num_seeds]
   for name in ('plain', 'plain_dense', *(() if seed else ('recipe', 'dense')))
 }
-ABLATION = {
-  f'short-{name}-{seed}': Run(CONFIG, {**SHORT, **changes}, seed)
-  for seed in SEEDS
-  for name, (_, changes) in VARIANTS.items()
-  if seed == SEEDS[0] or name in TELLING
-}
-RUNS = {**RECIPE, **OTHER_TEXTS, **ABLATION}
+RUNS = {**RECIPE, **OTHER_TEXTS}
 
 # {(with experts, dense): which text, and how much of the recipe}.
 PAIRS = {
   ('recipe', 'dense'): 'Tiny Shakespeare',
-  ('more', 'more_dense'): 'the same, a dropout of 0.15',
+  ('half', 'half_dense'): 'the same, half of the steps',
+  ('more', 'more_dense'): 'Tiny Shakespeare, a dropout of 0.15',
   ('earlier', 'earlier_dense'): 'Tiny Shakespeare, the recipe before',
   ('plain', 'plain_dense'): 'the same, without the penalty',
-  ('half', 'half_dense'): 'the same, half of the steps',
-  ('short-nothing', 'short-minutes'): 'the same, a quarter of the steps',
+  ('plain_half', 'plain_half_dense'): 'the same, half of the steps',
+  ('plain_quarter', 'plain_quarter_dense'): 'the same, a quarter',
   **{
     (f'{text}-{experts}', f'{text}-{dense}'): f'{what}{which}'
     for text, what in texts.TEXTS.items()
@@ -116,7 +94,7 @@ PAIRS = {
 
 def table(figures: dict[str, Any]) -> str:
   """Markdown: all of it."""
-  return '\n\n'.join(make(figures) for make in (whole, pairs, ablation))
+  return '\n\n'.join(make(figures) for make in (whole, pairs))
 
 
 def whole(figures: dict[str, Any]) -> str:
@@ -177,39 +155,6 @@ def seeds_of(figures: dict[str, Any], variant: str) -> list[dict[str, Any]]:
     for name, run in figures['runs'].items()
     if variant in (name, name.rpartition('-')[0])
   ]
-
-
-def ablation(figures: dict[str, Any]) -> str:
-  """Markdown: what each thing is worth, most first."""
-  found = {
-    name.removeprefix('short-'): runs
-    for name, runs in sweep.by_variant(figures, ABLATION).items()
-  }
-  if not found:
-    return ''
-  # Of the same seeds.
-  whole = {r['seed']: config_runs.loss(r) for r in found.get('nothing', ())}
-  more = {
-    name: statistics.fmean(
-      config_runs.loss(r) - whole.get(r['seed'], math.nan) for r in runs
-    )
-    for name, runs in found.items()
-  }
-  lines = [
-    '| without | val cross-entropy | more than with all '
-    '| parameters (for a token) | s a step |',
-    '|---|---:|---:|---:|---:|',
-  ]
-  for name in sorted(more, key=lambda name: -more[name]):
-    runs, result = found[name], found[name][0]['result']
-    seconds = statistics.median(1 / r['result']['steps_per_sec'] for r in runs)
-    lines.append(
-      f'| {VARIANTS[name][0]} | {tell(map(config_runs.loss, runs))} '
-      f'| {"" if name == "nothing" else f"{more[name]:+.4f}"} '
-      f'| {result["num_params"]:,} ({result["num_active_params"]:,}) '
-      f'| {seconds:.3f} |'
-    )
-  return '\n'.join(lines)
 
 
 if __name__ == '__main__':

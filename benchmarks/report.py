@@ -15,6 +15,7 @@ import re
 from absl import app, flags
 
 from benchmarks import (
+  ablation,
   by_position,
   collapse,
   config_runs,
@@ -257,7 +258,7 @@ TABLES = {
   'docs/recipe.md': {
     'recipe': functools.partial(_recipe, recipe.whole),
     'pairs': functools.partial(_recipe, recipe.pairs),
-    'ablation': functools.partial(_recipe, recipe.ablation),
+    'ablation': functools.partial(_study, ablation),
     'race': _race,
     'by_position': functools.partial(_study, by_position),
   },
