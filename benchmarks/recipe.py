@@ -2,8 +2,8 @@
 
 configs/shakespeare.py on three seeds, and on other texts; the same without
 experts, for as many minutes. The same of what the recipe was before.
-benchmarks/sweep.py says how it goes on;
-`python -m benchmarks.report` puts the tables into docs/recipe.md.
+benchmarks/sweep.py says how it goes on; `python -m benchmarks.report` puts the
+tables into docs/recipe.md.
 """
 
 import statistics
