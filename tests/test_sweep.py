@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import (
+  ablation,
   config_runs,
   precision_curves,
   results,
@@ -217,7 +218,7 @@ def test_a_variant_of_routing_has_the_active_parameters_of_all(name):
 
 def test_runs_of_a_study_differ_in_what_they_are_named_after():
   seen = {}
-  for study in (routing_study, precision_curves):
+  for study in (ablation, routing_study, precision_curves):
     for name, run in study.RUNS.items():
       assert name.rpartition('-')[2] == str(run.seed)
       key = json.dumps([run.config, run.changes, run.seed], sort_keys=True)
