@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from benchmarks import results
-from nanomoe import command, experiment, terminal
-from nanomoe import workdir as workdir_lib
-from nanomoe.data import text as text_lib
+from nanomoe import experiment
+from nanomoe.data import pipeline as text_lib
+from nanomoe.run import cli, terminal
+from nanomoe.run import workdir as workdir_lib
 from nanomoe.task import cross_entropy
 
 _FLAGS = flags.FlagValues()
@@ -85,6 +86,4 @@ def main(_: None) -> int:
 
 
 if __name__ == '__main__':
-  command.run(
-    main, lambda argv: command.parse_flags(argv, _FLAGS, str(__doc__))
-  )
+  cli.run(main, lambda argv: cli.parse_flags(argv, _FLAGS, str(__doc__)))

@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks import results
 from configs import base
-from nanomoe import command, terminal
-from nanomoe import config as config_lib
+from nanomoe.config import overrides as config_lib
+from nanomoe.run import cli, terminal
 
 _FLAGS = flags.FlagValues()
 ACTIONS = ('warn', 'raise', 'stop')
@@ -152,6 +152,4 @@ def main(_: None) -> int:
 
 
 if __name__ == '__main__':
-  command.run(
-    main, lambda argv: command.parse_flags(argv, _FLAGS, str(__doc__))
-  )
+  cli.run(main, lambda argv: cli.parse_flags(argv, _FLAGS, str(__doc__)))

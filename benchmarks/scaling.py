@@ -13,7 +13,7 @@ from absl import flags
 from benchmarks import peers, results
 from benchmarks.step_time import seconds
 from benchmarks.variant import Variant
-from nanomoe import command
+from nanomoe.run import cli
 
 _FLAGS = flags.FlagValues()
 _STEPS = flags.DEFINE_integer(
@@ -64,6 +64,4 @@ def main(_: None) -> int:
 
 
 if __name__ == '__main__':
-  command.run(
-    main, lambda argv: command.parse_flags(argv, _FLAGS, str(__doc__))
-  )
+  cli.run(main, lambda argv: cli.parse_flags(argv, _FLAGS, str(__doc__)))

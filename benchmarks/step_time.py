@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import peers, results
 from benchmarks.variant import VOCAB_SIZE, Variant
-from nanomoe import command
+from nanomoe.run import cli
 
 _FLAGS = flags.FlagValues()
 _STEPS = flags.DEFINE_integer(
@@ -221,6 +221,4 @@ def main(_: None) -> int:
 
 
 if __name__ == '__main__':
-  command.run(
-    main, lambda argv: command.parse_flags(argv, _FLAGS, str(__doc__))
-  )
+  cli.run(main, lambda argv: cli.parse_flags(argv, _FLAGS, str(__doc__)))

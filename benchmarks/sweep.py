@@ -20,9 +20,11 @@ from absl import flags
 
 from benchmarks import results, variant
 from benchmarks.peers import ROOT
-from nanomoe import causality, command, experiment
-from nanomoe import config as config_lib
-from nanomoe.config import Config
+from nanomoe import experiment
+from nanomoe.config import overrides as config_lib
+from nanomoe.config.overrides import Config
+from nanomoe.moe import causality
+from nanomoe.run import cli
 
 
 class Run(NamedTuple):
@@ -59,7 +61,7 @@ def train(runs: Mapping[str, Run], directory: pathlib.Path) -> list[str]:
       _tell(log, f'{name}: {" ".join(words)}')
       code = _call(words, log)
       _tell(log, f'{name}: exit code {code}')
-      if code == command.INTERRUPTED:
+      if code == cli.INTERRUPTED:
         raise KeyboardInterrupt
       failed += [name] if code else []
   return failed
@@ -129,7 +131,7 @@ def main(
       print(f'error: {name} failed: {directory}/sweep.log', file=sys.stderr)
     return 1 if failed else 0
 
-  command.run(start, lambda argv: command.parse_flags(argv, values, usage))
+  cli.run(start, lambda argv: cli.parse_flags(argv, values, usage))
 
 
 def _call(words: list[str], log: Any) -> int:

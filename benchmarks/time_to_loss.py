@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import peers, results
-from nanomoe import command
+from nanomoe.run import cli
 
 _FLAGS = flags.FlagValues()
 _AGAINST = flags.DEFINE_enum(
@@ -123,6 +123,4 @@ def main(_: None) -> int:
 
 
 if __name__ == '__main__':
-  command.run(
-    main, lambda argv: command.parse_flags(argv, _FLAGS, str(__doc__))
-  )
+  cli.run(main, lambda argv: cli.parse_flags(argv, _FLAGS, str(__doc__)))

@@ -8,9 +8,9 @@ import numpy as np
 
 from benchmarks import products
 from configs import base
-from nanomoe import config as config_lib
 from nanomoe import experiment, optimizers
-from nanomoe.config import Config
+from nanomoe.config import overrides as config_lib
+from nanomoe.config.overrides import Config
 from trainers import step as step_lib
 from trainers.state import TrainState
 from trainers.task import Task

@@ -14,9 +14,9 @@ from typing import Any
 
 from absl import flags
 
-from nanomoe import command, imports, terminal
-from nanomoe import workdir as workdir_lib
 from nanomoe.data import corpus
+from nanomoe.run import cli, terminal, trusted_imports
+from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 from trainers.files import to_json
 
@@ -43,7 +43,7 @@ _STEP = flags.DEFINE_string(
   'Of the checkpoint: a number, best, or latest.',
   flag_values=_FLAGS,
 )
-_ALLOW_IMPORTS = imports.define_flag(_FLAGS)
+_ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 
 
 def evaluate(
@@ -60,15 +60,16 @@ def evaluate(
     split: of the run's own text, if `data` is None.
     step: a number, best or latest.
     data: the path of another text: all of it is evaluated on.
-    allow_imports: code that the run may name: see nanomoe.imports.
+    allow_imports: code that the run may name: see nanomoe.run.trusted_imports.
 
   Raises:
     UserError: there is no such run, no such checkpoint, or no such text; or
       the text has characters that the run's tokenizer does not know.
   """
   config = workdir_lib.config_of(workdir)
-  imports.check(
-    imports.paths(config.to_dict(), imports.OF_A_MODEL), allow_imports
+  trusted_imports.check(
+    trusted_imports.paths(config.to_dict(), trusted_imports.OF_A_MODEL),
+    allow_imports,
   )
 
   if data is not None:
@@ -77,9 +78,9 @@ def evaluate(
   import jax  # noqa: PLC0415 (it takes seconds)
 
   from nanomoe import experiment  # noqa: PLC0415
-  from nanomoe.data import text as text_lib  # noqa: PLC0415
+  from nanomoe.data import pipeline as text_lib  # noqa: PLC0415
   from nanomoe.data.windows import Windows  # noqa: PLC0415
-  from trainers import identity  # noqa: PLC0415
+  from trainers.checkpoint import compatibility  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
   from trainers.metrics import is_for_files  # noqa: PLC0415
 
@@ -87,7 +88,7 @@ def evaluate(
   run = experiment.restore(config, workdir, step)
   if data is None:
     _, _, dataset = text_lib.read(config, workdir)
-    identity.check(run.identity, {'data': dataset.fingerprint})
+    compatibility.check(run.identity, {'data': dataset.fingerprint})
     of = {'split': split}
   else:
     split = f'--data={data}'
@@ -130,7 +131,7 @@ def evaluate(
 
 
 def _parse(argv: list[str]) -> None:
-  command.parse_flags(argv, _FLAGS, str(__doc__))
+  cli.parse_flags(argv, _FLAGS, str(__doc__))
 
 
 def main(_: None) -> int:
@@ -149,4 +150,4 @@ def main(_: None) -> int:
 
 
 if __name__ == '__main__':
-  command.run(main, _parse)
+  cli.run(main, _parse)

@@ -11,19 +11,7 @@ from clu.periodic_actions import PeriodicAction
 import jax
 import numpy as np
 
-from nanomoe import (
-  board,
-  causality,
-  dispatchers,
-  imports,
-  memory,
-  numerics,
-  optimizers,
-  provenance,
-  schema,
-  workdir,
-)
-from nanomoe.assembly import build_task, layers_with_experts
+from nanomoe import optimizers
 from nanomoe.callbacks import (
   AuxWeight,
   Records,
@@ -31,14 +19,28 @@ from nanomoe.callbacks import (
   TextSample,
   pictures,
 )
-from nanomoe.config import Config
-from nanomoe.data import text as text_lib
+from nanomoe.config import schema
+from nanomoe.config.overrides import Config
+from nanomoe.data import pipeline as text_lib
 from nanomoe.data import tokenizers
-from nanomoe.data.text import VOCABULARY
+from nanomoe.data.pipeline import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
+from nanomoe.model.build import build_task, layers_with_experts
+from nanomoe.moe import causality
+from nanomoe.moe.dispatch import registry
+from nanomoe.ops import matmul
+from nanomoe.run import (
+  charts,
+  memory_hint,
+  provenance,
+  trusted_imports,
+  workdir,
+)
 from nanomoe.task import LanguageModel
-from trainers import callbacks, checkpoint, leaves, saved, spec
+from trainers import callbacks, spec
 from trainers.callbacks.callback import Callbacks
+from trainers.checkpoint import arrays as arrays_lib
+from trainers.checkpoint import checkpointer, reader
 from trainers.errors import UserError
 from trainers.step import Spikes
 from trainers.trainer import Trainer
@@ -126,7 +128,7 @@ def build(
         config, directory, task, tokenizer, str(corpus.text[:1]), facts
       ),
     ],
-    checkpointer=checkpoint.Checkpointer(
+    checkpointer=checkpointer.Checkpointer(
       directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
     ),
     initial=functools.partial(_weights_of, pathlib.Path(config.init_from))
@@ -134,10 +136,10 @@ def build(
     else None,
     writers=build_writers(config, directory),
     workdir=directory,
-    board=board.of(config),
-    memory_hint=functools.partial(memory.hint, config),
+    board=charts.of(config),
+    memory_hint=functools.partial(memory_hint.hint, config),
   )
-  imports.remember(imports.paths(config.to_dict()))
+  trusted_imports.remember(trusted_imports.paths(config.to_dict()))
   if workdir.read_config(directory) is None:
     records.write()
   log.info(
@@ -182,7 +184,7 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   Raises:
     UserError: there is no such checkpoint, or the vocabulary is damaged.
   """
-  arrays, meta = saved.read(directory / 'checkpoints', step)
+  arrays, meta = reader.read(directory / 'checkpoints', step)
   tokenizer = tokenizers.load(
     config.data.tokenizer.to_dict(), directory / VOCABULARY
   )
@@ -192,8 +194,8 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   return Restored(
     task,
     tokenizer,
-    leaves.select(arrays, f'state.{config.eval_weights}', params),
-    leaves.select(arrays, 'state.model_state', model_state),
+    arrays_lib.select(arrays, f'state.{config.eval_weights}', params),
+    arrays_lib.select(arrays, 'state.model_state', model_state),
     meta['step'],
     meta['identity'],
   )
@@ -202,21 +204,21 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
 def decide(config: Config) -> Config:
   """A copy without 'auto': what a resumed run must find decided."""
   config = config.copy_and_resolve_references()
-  config.precision = numerics.resolve_precision(config.precision)
-  config.moe.dispatch = dispatchers.resolve_dispatch(config.moe.dispatch)
+  config.precision = matmul.resolve_precision(config.precision)
+  config.moe.dispatch = registry.resolve_dispatch(config.moe.dispatch)
   return config
 
 
 def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
   """The best params and model_state of the run in `source`."""
-  arrays, meta = saved.read(source / 'checkpoints', 'best')
+  arrays, meta = reader.read(source / 'checkpoints', 'best')
   config = workdir.read_config(source) or {}
   weights = config.get('eval_weights', 'params')  # An older run has no choice.
   log.info('starting from step %d of %s', meta['step'], source)
   try:
     return (
-      leaves.select(arrays, f'state.{weights}', params),
-      leaves.select(arrays, 'state.model_state', model_state),
+      arrays_lib.select(arrays, f'state.{weights}', params),
+      arrays_lib.select(arrays, 'state.model_state', model_state),
     )
   except UserError as error:
     lines = [f'init_from={source}: its weights do not fit this model']

@@ -10,8 +10,8 @@ import sys
 
 from absl import flags
 
-from nanomoe import command, imports, terminal
-from nanomoe import workdir as workdir_lib
+from nanomoe.run import cli, terminal, trusted_imports
+from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -59,7 +59,7 @@ _STEP = flags.DEFINE_string(
   'Of the checkpoint: a number, best, or latest.',
   flag_values=_FLAGS,
 )
-_ALLOW_IMPORTS = imports.define_flag(_FLAGS)
+_ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 
 
 def generate(
@@ -80,13 +80,14 @@ def generate(
 
   Raises:
     UserError: there is no such run or checkpoint, it names code that is not
-      in `allow_imports` (see nanomoe.imports), a prompt is empty, a character
-      of it is unknown, or the model is not causal. All of it before the first
-      piece.
+      in `allow_imports` (see nanomoe.run.trusted_imports), a prompt is empty,
+      a character of it is unknown, or the model is not causal. All of it
+      before the first piece.
   """
   config = workdir_lib.config_of(workdir)
-  imports.check(
-    imports.paths(config.to_dict(), imports.OF_A_MODEL), allow_imports
+  trusted_imports.check(
+    trusted_imports.paths(config.to_dict(), trusted_imports.OF_A_MODEL),
+    allow_imports,
   )
   if not all(prompts):
     raise UserError('--prompt is empty: it must have a character at least')
@@ -98,7 +99,8 @@ def generate(
         f'--prompt={prompt!r}: it is not UTF-8 from character {error.start} on'
       ) from error
 
-  from nanomoe import causality, experiment  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe.moe import causality  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
 
   if reason := causality.objection(config):
@@ -149,7 +151,7 @@ class Text:
 
 
 def _parse(argv: list[str]) -> None:
-  command.parse_flags(argv, _FLAGS, str(__doc__))
+  cli.parse_flags(argv, _FLAGS, str(__doc__))
 
 
 def main(_: None) -> int:
@@ -190,4 +192,4 @@ def _show(text: str) -> None:
 
 
 if __name__ == '__main__':
-  command.run(main, _parse)
+  cli.run(main, _parse)

@@ -11,11 +11,12 @@ import shlex
 
 from absl import flags
 
-from nanomoe import command, imports, schema, terminal
-from nanomoe import config as config_lib
-from nanomoe import workdir as workdir_lib
+from nanomoe.config import overrides as config_lib
+from nanomoe.config import schema
 from nanomoe.data import corpus
-from nanomoe.terminal import RESULT
+from nanomoe.run import cli, terminal, trusted_imports
+from nanomoe.run import workdir as workdir_lib
+from nanomoe.run.terminal import RESULT
 from trainers.errors import UserError
 
 log = logging.getLogger('nanomoe.main')
@@ -49,7 +50,7 @@ _INIT_FROM = flags.DEFINE_string(
   'as --config.init_from.',
   flag_values=_FLAGS,
 )
-_ALLOW_IMPORTS = imports.define_flag(_FLAGS)
+_ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 
 _ALLOW_CHANGED = flags.DEFINE_list(
   'allow_changed',
@@ -65,14 +66,14 @@ EXIT_CODES = {
   'diverged': STOPPED,
   'collapsed': STOPPED,
   'unsaved': 4,
-  'interrupted': command.INTERRUPTED,
+  'interrupted': cli.INTERRUPTED,
 }
 
 
 def _parse(argv: list[str]) -> list[config_lib.Override]:
   """The overrides. Absl does not know the config's keys: it gets the rest."""
   argv, overrides = config_lib.split_arguments(argv)
-  command.parse_flags(argv, _FLAGS, str(__doc__), lambda: _keys_help(argv))
+  cli.parse_flags(argv, _FLAGS, str(__doc__), lambda: _keys_help(argv))
   for name in _ALLOW_CHANGED.value:
     if name not in workdir_lib.ALLOWABLE:
       raise UserError(
@@ -120,8 +121,8 @@ def wanted(
   config = _checked(config, overrides, workdir, is_new=old is None)
   if not _CONFIG.value:
     given = {value for key, value in overrides if key.endswith('.type')}
-    named = imports.paths(config.to_dict())
-    imports.check(named - given, _ALLOW_IMPORTS.value)
+    named = trusted_imports.paths(config.to_dict())
+    trusted_imports.check(named - given, _ALLOW_IMPORTS.value)
   return config, old
 
 
@@ -154,7 +155,7 @@ def main(overrides: list[config_lib.Override]) -> int:
 
     trainer.callbacks.append(LiveProgress(console))
   status = trainer.fit()
-  _report(trainer, workdir, imports.paths(config.to_dict()))
+  _report(trainer, workdir, trusted_imports.paths(config.to_dict()))
   return exit_code(status)
 
 
@@ -219,4 +220,4 @@ def _report(trainer, workdir: pathlib.Path, named: set[str]) -> None:
 
 
 if __name__ == '__main__':
-  command.run(main, _parse)
+  cli.run(main, _parse)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from nanomoe import schema
-from nanomoe.config import Config
+from nanomoe.config import schema
+from nanomoe.config.overrides import Config
 from nanomoe.schedules import SCHEDULES
 from trainers import spec
 from trainers.errors import UserError

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe.model import Past
+from nanomoe.model.transformer import Past
 
 Logits = Callable[..., tuple[jax.Array, Past]]
 

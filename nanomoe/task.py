@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe import tally
-from nanomoe.balance import BALANCE
-from nanomoe.model import Past
-from nanomoe.moe import MoEAux
+from nanomoe.model.transformer import Past
+from nanomoe.moe import statistics as statistics_lib
+from nanomoe.moe.layer import MoEAux
+from nanomoe.moe.losses import BALANCE
 from trainers.metrics import (
   Entropy,
   Last,
@@ -184,7 +184,7 @@ class LanguageModel:
       'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
       'load_entropy': Entropy(load),
       'max_over_mean_load': MaxOverMean(load),
-      'max_vio': tally.max_vio(load),
+      'max_vio': statistics_lib.max_vio(load),
       'dead_experts': ShareOfZeros(load),
       **aux.metrics,
     }
@@ -199,12 +199,12 @@ class LanguageModel:
     num_experts = aux.load.shape[-1]
     metrics: Metrics = {}
     if aux.token is None:  # Where experts choose, no choice is a token's first.
-      pairs = tally.first_choices(aux.expert, num_experts)
+      pairs = statistics_lib.first_choices(aux.expert, num_experts)
       metrics['co_activation'] = MutualInformation(pairs)
       metrics |= {} if train else {'first_choices': Sum(pairs)}
     if self.watched.size and not train:
       watched = jnp.asarray(self.watched)
-      counts = tally.of_tokens(
+      counts = statistics_lib.of_tokens(
         aux.expert, aux.token, inputs, watched, num_experts
       )
       metrics['token_experts'] = Sum(counts)

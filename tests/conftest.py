@@ -31,7 +31,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import base  # noqa: E402
-from nanomoe import config as config_lib  # noqa: E402
+from nanomoe.config import overrides as config_lib  # noqa: E402
 from tests.shrunk import ROOT, TINY  # noqa: E402
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from trainers.checkpoint import Checkpointer
+from trainers.checkpoint.checkpointer import Checkpointer
 from trainers.metrics import Mean
 from trainers.task import Aux, Total
 from trainers.trainer import Trainer

@@ -4,9 +4,10 @@ import functools
 
 import jax
 
-from nanomoe import dispatchers, experts
-from nanomoe.moe import MoE
-from nanomoe.routers import ROUTERS
+from nanomoe.moe import experts
+from nanomoe.moe.dispatch import registry
+from nanomoe.moe.layer import MoE
+from nanomoe.moe.routers import ROUTERS
 
 # What runs once: compiling it well takes longer than running it badly.
 QUICKLY = functools.partial(
@@ -45,7 +46,7 @@ def layer(variant, dispatch, capacity_factor=NUM_EXPERTS):
       activation='gelu',
       use_bias=True,
     ),
-    dispatch=dispatchers.build(
+    dispatch=registry.build(
       dispatch, {'capacity_factor': float(capacity_factor)}
     ),
     precision='float32',

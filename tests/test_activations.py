@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanomoe.activations import ACTIVATIONS, gelu
+from nanomoe.ops.activations import ACTIVATIONS, gelu
 
 
 def test_gelu_is_jax_s_in_value_and_gradient(rng):

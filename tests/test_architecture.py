@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks import variant
 from configs import base
-from nanomoe import config as config_lib
-from nanomoe import experiment, schema
+from nanomoe import experiment
+from nanomoe.config import overrides as config_lib
+from nanomoe.config import schema
 from tests.shrunk import ROOT, TINY
 
 CONFIGS = sorted(

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.attention import Attention, _attend_in_parts
-from nanomoe.norms import NORMS, identity
-from nanomoe.positions import POSITIONS
+from nanomoe.model.attention import Attention, _attend_in_parts
+from nanomoe.model.norms import NORMS, identity
+from nanomoe.model.positions import POSITIONS
 
 D_MODEL, HEADS, TIME = 16, 4, 6
 

@@ -12,16 +12,17 @@ from regression import Rows, bits, host, make_trainer, mean_square
 from test_trainer import At
 
 from configs import base
-from nanomoe import config as config_lib
 from nanomoe import evaluate as evaluate_lib
 from nanomoe import experiment
 from nanomoe import generate as generate_lib
-from nanomoe import workdir as workdir_lib
-from nanomoe.data import text as text_lib
+from nanomoe.config import overrides as config_lib
+from nanomoe.data import pipeline as text_lib
+from nanomoe.run import workdir as workdir_lib
 from nanomoe.sampling import Generator, Sampling
 from tests.shrunk import TINY
-from trainers import leaves, saved
 from trainers.callbacks import Callback
+from trainers.checkpoint import arrays as arrays_lib
+from trainers.checkpoint import reader
 from trainers.errors import UserError
 from trainers.evaluator import Evaluator
 from trainers.state import TrainState
@@ -131,13 +132,13 @@ def by_hand(averaged, corpus):
   """{weights: (cross-entropy, text)} of the last checkpoint."""
   config, directory = averaged
   run = experiment.restore(config, directory, 'latest')
-  arrays, _ = saved.read(directory / 'checkpoints', 'latest')
+  arrays, _ = reader.read(directory / 'checkpoints', 'latest')
   _, _, dataset = text_lib.read(config, directory)
   batches = list(dataset.eval_batches('val', slice(0, config.batch_size)))
   prompt = run.tokenizer.encode(corpus.read_text()[:1]).tolist()
   evaluator, found = Evaluator(run.task), {}
   for weights in ('params', 'average'):
-    params = leaves.select(arrays, f'state.{weights}', run.params)
+    params = arrays_lib.select(arrays, f'state.{weights}', run.params)
     loss = evaluator(params, run.model_state, batches)['cross_entropy']
     trained = params, run.model_state
     generator = Generator(run.task.logits, trained, config.block_size)
@@ -169,9 +170,9 @@ def test_the_commands_use_what_the_config_says(
   averaged, by_hand, corpus, tmp_path, weights
 ):
   directory = shutil.copytree(averaged[1], tmp_path / 'run')
-  saved = json.loads((directory / 'config.json').read_text())
+  reader = json.loads((directory / 'config.json').read_text())
   workdir_lib.write_json(
-    directory / 'config.json', {**saved, 'eval_weights': weights}
+    directory / 'config.json', {**reader, 'eval_weights': weights}
   )
   loss, text = by_hand[weights]
   result = evaluate_lib.evaluate(directory, 'val', 'latest')
@@ -217,7 +218,7 @@ def test_an_interrupted_run_goes_on_exactly(averaged, tmp_path):
   assert first.step == 5
   assert experiment.build(config, tmp_path).fit() == 'done'
   ours, theirs = (
-    saved.read(d / 'checkpoints', 'latest')[0] for d in (tmp_path, directory)
+    reader.read(d / 'checkpoints', 'latest')[0] for d in (tmp_path, directory)
   )
   assert any(name.startswith('state.average.') for name in theirs)
   assert bits(ours) == bits(theirs)

@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import balance
+from nanomoe.moe import losses
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, make
 
 E, K = NUM_EXPERTS, TOP_K
 BATCH, TIME, D_MODEL = 3, 8, 5
-LOSSES = [*balance.BALANCE, 'z_loss', 'router_entropy']
+LOSSES = [*losses.BALANCE, 'z_loss', 'router_entropy']
 
 
-@pytest.mark.parametrize('name', balance.BALANCE)
+@pytest.mark.parametrize('name', losses.BALANCE)
 def test_balance_is_1_if_uniform(name):
   expert = jnp.stack([jnp.arange(8) % 4, (jnp.arange(8) + 1) % 4], axis=1)
   probs = jnp.full((8, 4), 0.25)
-  loss = balance.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
+  loss = losses.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
   np.testing.assert_allclose(loss, 1.0)
 
 
@@ -30,7 +30,7 @@ def test_balance_if_collapsed(name, worst):
   probs = jax.nn.one_hot(expert, 4).mean(axis=1)
   if name == 'documented':
     probs = jax.nn.one_hot(expert[:, 0], 4)
-  loss = balance.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
+  loss = losses.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
   np.testing.assert_allclose(loss, worst)
 
 
@@ -39,27 +39,27 @@ def test_sequences_that_are_even_together_alone():
   expert = jnp.array([[0]] * 4 + [[1]] * 4)
   probs = jax.nn.one_hot(expert[:, 0], 2)
   mask = jnp.ones((2, 4), bool)
-  assert balance.balance_of_all_choices(expert, probs, mask) == 1
-  assert balance.balance_of_sequences(expert, probs, mask) == 2
+  assert losses.balance_of_all_choices(expert, probs, mask) == 1
+  assert losses.balance_of_sequences(expert, probs, mask) == 2
   # By expert, in any order, and of other lengths.
   token = jnp.array([5, 0, 7, 1, 6, 2, 4, 3])
   by_expert = expert[token], probs, mask.at[1, 2:].set(False), token
-  assert balance.balance_of_sequences(*by_expert) == 2
+  assert losses.balance_of_sequences(*by_expert) == 2
 
 
 def test_how_layers_are_joined():
   layers = jnp.array([1.0, 2.0])
-  joined = {name: b.join(layers) for name, b in balance.BALANCE.items()}
+  joined = {name: b.join(layers) for name, b in losses.BALANCE.items()}
   assert joined == {'documented': 3.0, 'mean': 1.5, 'sequence': 1.5}
 
 
 def test_entropy_of_the_uniform_and_of_the_certain():
   mask = jnp.ones(5, bool)
-  uniform = balance.entropy(jnp.full((5, 4), 0.25), mask)
+  uniform = losses.entropy(jnp.full((5, 4), 0.25), mask)
   np.testing.assert_allclose(uniform.compute(), np.log(4), rtol=1e-6)
   certain = jax.nn.one_hot(jnp.arange(5) % 4, 4)
-  assert balance.entropy(certain, mask).compute() == 0
-  gradient = jax.grad(lambda p: balance.entropy(p, mask).total)(certain)
+  assert losses.entropy(certain, mask).compute() == 0
+  gradient = jax.grad(lambda p: losses.entropy(p, mask).total)(certain)
   assert np.isfinite(gradient).all()
 
 
@@ -79,9 +79,9 @@ def case(rng):
 def test_value_and_gradient_are_those_by_hand(loss, variant, case):
   """Of the router's kernel, in float64; what is selected is constant."""
   x, mask, kernel = case
-  name = loss if loss in balance.BALANCE else 'mean'
+  name = loss if loss in losses.BALANCE else 'mean'
   router = make(variant, name)
-  key = 'balance' if loss in balance.BALANCE else loss
+  key = 'balance' if loss in losses.BALANCE else loss
 
   def of(kernel, x, mask):
     params = {'params': {'kernel': kernel, 'noise': jnp.zeros_like(kernel)}}

@@ -15,7 +15,7 @@ from regression import Rows, bits, host, make_trainer
 from tests.runs import lines_of, result_of
 from trainers import callbacks
 from trainers.callbacks import Callback
-from trainers.checkpoint import Checkpointer, SaveError
+from trainers.checkpoint.checkpointer import Checkpointer, SaveError
 from trainers.errors import UserError
 from trainers.metrics import Score
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import causality, experiment, generate
-from nanomoe.dispatchers import DISPATCH
-from nanomoe.routers import ROUTERS
-from nanomoe.routing import Given
+from nanomoe import experiment, generate
+from nanomoe.moe import causality
+from nanomoe.moe.dispatch.registry import DISPATCH
+from nanomoe.moe.routers import ROUTERS
+from nanomoe.moe.routing import Given
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, layer
 from trainers.errors import UserError
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from regression import bits
 
-from trainers.checkpoint import Checkpointer
+from trainers.checkpoint.checkpointer import Checkpointer
 from trainers.errors import UserError
 
 
@@ -202,7 +202,9 @@ def test_an_older_checkpoint_serves_when_the_newest_is_damaged(
   assert saved.meta['note'] == 'of 1'
   assert bits(saved.tree) == bits(tree_of(1))
   warnings = [
-    r.getMessage() for r in caplog.records if r.name == 'trainers.checkpoint'
+    r.getMessage()
+    for r in caplog.records
+    if r.name == 'trainers.checkpoint.checkpointer'
   ]
   assert len(warnings) == 1
   assert 'checkpoint 2' in warnings[0]

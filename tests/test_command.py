@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from nanomoe import command, evaluate, generate, main
+from nanomoe import evaluate, generate, main
+from nanomoe.run import cli
 from tests.shrunk import ROOT
 
 # A command that compiles one program, and tells whether it had to.
@@ -58,7 +59,7 @@ def test_a_cache_that_is_set_stands(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   for value in ('', '/elsewhere'):
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', value)
-    command._keep_compiled_programs()
+    cli._keep_compiled_programs()
     assert os.environ['JAX_COMPILATION_CACHE_DIR'] == value
   assert not list(tmp_path.iterdir())
 
@@ -67,7 +68,7 @@ def test_no_cache_where_nothing_can_be_written(monkeypatch, tmp_path):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
   (tmp_path / 'file').touch()
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
-  command._keep_compiled_programs()
+  cli._keep_compiled_programs()
   assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ
 
 

@@ -11,7 +11,7 @@ import pytest
 from nanomoe import evaluate as evaluate_lib
 from nanomoe import experiment
 from nanomoe import generate as generate_lib
-from nanomoe import workdir as workdir_lib
+from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 
 

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 import pytest
 
 from configs import base
-from nanomoe import config as config_lib
-from nanomoe import experiment, schema
-from nanomoe import workdir as workdir_lib
+from nanomoe import experiment
+from nanomoe.config import overrides as config_lib
+from nanomoe.config import schema
+from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 from trainers.files import to_json
 
@@ -747,10 +748,10 @@ def test_the_command_that_started_a_run_goes_on_with_it(
 
 
 def test_changes_are_logged(caplog):
-  logger = logging.getLogger('nanomoe.workdir')
+  logger = logging.getLogger('nanomoe.run.workdir')
   logger.addHandler(caplog.handler)
   try:
-    with caplog.at_level(logging.INFO, logger='nanomoe.workdir'):
+    with caplog.at_level(logging.INFO, logger='nanomoe.run.workdir'):
       new = decided(('eval_iters', '17'))
       workdir_lib.continued(decided(), new, ['eval_iters'])
   finally:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.convolution import ShortConvolution, convolve
+from nanomoe.model.convolution import ShortConvolution, convolve
 
 
 def _loop(x, kernel):

@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks import products
-from nanomoe import (
-  capacity,
-  dispatch,
-  dispatchers,
-  experiment,
-  grouped,
-  pieces,
-  schema,
-)
-from nanomoe import experts as experts_lib
-from nanomoe.activations import ACTIVATIONS
-from nanomoe.dispatchers import DISPATCH
-from nanomoe.routers import Routing
+from nanomoe import experiment
+from nanomoe.config import schema
+from nanomoe.moe import experts as experts_lib
+from nanomoe.moe.dispatch import capacity, dropless, grouped, pieces, registry
+from nanomoe.moe.dispatch.registry import DISPATCH
+from nanomoe.moe.routers import Routing
+from nanomoe.ops.activations import ACTIVATIONS
 
 SPARSE = [name for name in DISPATCH if name != 'dense']
 NUM_EXPERTS, D_MODEL, D_FF = 5, 8, 12
@@ -29,7 +23,7 @@ NUM_EXPERTS, D_MODEL, D_FF = 5, 8, 12
 def _combine(name, capacity_factor=NUM_EXPERTS):
   """By default no expert is ever full."""
   keys = {'capacity_factor': float(capacity_factor)}
-  return dispatchers.build(name, keys)
+  return registry.build(name, keys)
 
 
 @functools.cache
@@ -155,7 +149,7 @@ def test_dense_equals_a_loop_over_tokens(rng):
   routing = _routing(_choices('padding', 2, rng), rng)
   experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
-  y, _ = dispatch.dense(x, routing, experts, 'float32')
+  y, _ = dropless.dense(x, routing, experts, 'float32')
   w_in, b_in, w_out, b_out = (
     np.float64(w)
     for w in (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
@@ -182,7 +176,7 @@ def test_bfloat16_is_close(name, rng):
   routing = _routing(_choices('random', 2, rng), rng)
   experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
-  exact, _ = dispatch.dense(x, routing, experts, 'float32')
+  exact, _ = dropless.dense(x, routing, experts, 'float32')
   combine = jax.jit(_combine(name), static_argnums=3)
   rounded, _ = combine(x, routing, experts, 'bfloat16')
   error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
@@ -203,7 +197,7 @@ def test_bfloat16_gradients_are_close(kind, at_once, rng, monkeypatch):
 
   def loss(x, weight, experts):
     routed = routing._replace(weight=weight)
-    y, _ = dispatch.dropless(x, routed, experts, 'bfloat16')
+    y, _ = dropless.dropless(x, routed, experts, 'bfloat16')
     return jnp.sum(y * direction)
 
   grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
@@ -231,7 +225,7 @@ def test_computes_the_chosen_experts_only(name, num_experts, rng):
   x = jnp.ones((n, d_model))
   trips, over = None, 0
   if name == 'dropless':
-    overflow = dispatch.make_plan(routing.expert, num_experts).overflow
+    overflow = dropless.make_plan(routing.expert, num_experts).overflow
     trips = int(overflow.num_trips)
     over = trips * overflow.assignment[0].size
     assert 0 < over < 0.27 * n * top_k
@@ -255,7 +249,7 @@ def test_plan_gives_each_assignment_a_row_of_its_expert(kind, num_tokens, rng):
   expert = rng.integers(0, NUM_EXPERTS + 1, (num_tokens, 3))
   if kind == 'one expert':
     expert[:] = 2
-  make_plan = jax.jit(dispatch.make_plan, static_argnums=1)
+  make_plan = jax.jit(dropless.make_plan, static_argnums=1)
   plan = jax.device_get(make_plan(jnp.int32(expert), NUM_EXPERTS))
   placed = []
   for slot, assignment in enumerate(plan.assignment_of_slot):
@@ -287,7 +281,7 @@ def test_as_many_trips_as_what_is_over_an_even_load_needs(heaviest, trips):
   """128 rows at a time, of 4096 assignments to 4 experts."""
   others = np.arange(4096 - heaviest) % 3 + 1
   expert = jnp.asarray([0] * heaviest + list(others), jnp.int32)
-  plan = dispatch.make_plan(expert.reshape(-1, 2), 4)
+  plan = dropless.make_plan(expert.reshape(-1, 2), 4)
   assert plan.overflow.num_trips == trips
 
 
@@ -379,8 +373,8 @@ def test_every_dispatch_can_be_chosen():
 )
 def test_auto_depends_on_the_backend_alone(backend, expected, monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  assert dispatchers.resolve_dispatch('auto') == expected
-  assert dispatchers.resolve_dispatch('dense') == 'dense'
+  assert registry.resolve_dispatch('auto') == expected
+  assert registry.resolve_dispatch('dense') == 'dense'
 
 
 @pytest.mark.slow

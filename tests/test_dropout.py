@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.dropout import Dropout, keep_mask
+from nanomoe.ops.dropout import Dropout, keep_mask
 
 
 @pytest.mark.parametrize('rate', [0.1, 0.5])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanomoe import experiment
-from nanomoe.heads import softcap
+from nanomoe.model.heads import softcap
 
 
 def test_the_gradient_of_a_tied_embedding_is_the_sum_of_both(tiny, rng):

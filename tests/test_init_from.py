@@ -8,7 +8,7 @@ import pytest
 
 from nanomoe import evaluate as evaluate_lib
 from nanomoe import experiment, main
-from trainers import saved
+from trainers.checkpoint import reader
 from trainers.errors import UserError
 
 # Steps that move nothing: what is evaluated is what the run started from.
@@ -50,8 +50,8 @@ def test_weights_and_vocabulary_come_from_the_best_checkpoint(
     for d in (source, workdir)
   ]
   assert vocabularies[0] == vocabularies[1]
-  theirs, _ = saved.read(source / 'checkpoints', 'best')
-  ours, _ = saved.read(workdir / 'checkpoints', 'latest')
+  theirs, _ = reader.read(source / 'checkpoints', 'best')
+  ours, _ = reader.read(workdir / 'checkpoints', 'latest')
   params = [name for name in theirs if name.startswith('state.params')]
   assert params
   for name in params:

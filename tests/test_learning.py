@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nanomoe import experiment, optimizers
-from nanomoe.data import text as text_lib
+from nanomoe.data import pipeline as text_lib
 from trainers import callbacks
 from trainers.trainer import Trainer
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.runs import lines_of, metrics_of, result_of
 from tests.shrunk import ROOT
-from trainers import saved
+from trainers.checkpoint import reader
 
 RESULT_KEYS = {
   'status',
@@ -168,7 +168,7 @@ def test_neither_tensorflow_nor_torch_is_imported(finished):
 def test_a_finished_run_has_nothing_to_do(finished, run):
   workdir, _ = finished
   metrics, result = lines_of(workdir), result_of(workdir)
-  _, meta = saved.read(workdir / 'checkpoints', 'latest')
+  _, meta = reader.read(workdir / 'checkpoints', 'latest')
   begun = time.monotonic()
   again = run([sys.executable, '-m', 'nanomoe.main', f'--workdir={workdir}'])
   seconds = time.monotonic() - begun

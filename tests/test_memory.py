@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import command as command_lib
 from nanomoe import experiment
-from nanomoe import memory as hints
+from nanomoe.run import cli as command_lib
+from nanomoe.run import memory_hint as hints
 from tests import regression
 from trainers import memory as memory_lib
 from trainers.callbacks import Callback

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from configs import base
-from nanomoe import experiment, experts, provenance
-from nanomoe.balance import BALANCE
-from nanomoe.dropout import Dropout
-from nanomoe.routing import Given
+from nanomoe import experiment
+from nanomoe.moe import experts
+from nanomoe.moe.losses import BALANCE
+from nanomoe.moe.routing import Given
+from nanomoe.ops.dropout import Dropout
+from nanomoe.run import provenance
 from tests.shrunk import MODERN
 from trainers.step import Spikes
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.ngrams import Ngrams, row
+from nanomoe.model.ngrams import Ngrams, row
 
 VOCAB, WIDTH = 5, 3
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.norms import EPSILON, NORMS, LayerNorm
+from nanomoe.model.norms import EPSILON, NORMS, LayerNorm
 
 
 def _rms_norm(x, scale):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import numerics
+from nanomoe.ops import matmul
 
 SUBSCRIPTS = {
   'nd,df->nf': ({'n': 33, 'd': 8, 'f': 12}),
@@ -29,14 +29,14 @@ def _operands(subscripts, sizes, rng):
   return draw(x), draw(w)
 
 
-@pytest.mark.parametrize('precision', numerics.PRECISIONS)
+@pytest.mark.parametrize('precision', matmul.PRECISIONS)
 @pytest.mark.parametrize('subscripts', SUBSCRIPTS)
 def test_value_and_gradients_equal_float64(subscripts, precision, rng):
   x, w = _operands(subscripts, SUBSCRIPTS[subscripts], rng)
   expected = np.einsum(subscripts, np.float64(x), np.float64(w))
   g = jnp.asarray(rng.integers(-8, 9, expected.shape), jnp.float32)
 
-  y, vjp = jax.vjp(lambda x, w: numerics.dot(subscripts, x, w, precision), x, w)
+  y, vjp = jax.vjp(lambda x, w: matmul.dot(subscripts, x, w, precision), x, w)
   dx, dw = vjp(g)
 
   operands, out = subscripts.split('->')
@@ -58,7 +58,7 @@ def test_every_size_compiles_in_bfloat16(size, rng):
 
   @jax.jit
   def loss(x, w):
-    return jnp.sum(numerics.dot('gnd,gdf->gnf', x, w, 'bfloat16') ** 2)
+    return jnp.sum(matmul.dot('gnd,gdf->gnf', x, w, 'bfloat16') ** 2)
 
   dx, dw = jax.grad(loss, argnums=(0, 1))(x, x)
   y = np.einsum('gnd,gdf->gnf', x, x)
@@ -70,8 +70,8 @@ def test_every_size_compiles_in_bfloat16(size, rng):
 def test_bfloat16_rounds_operands_and_float32_does_not():
   x = jnp.float32([[1 + 2**-12]])
   one = jnp.ones((1, 1))
-  assert numerics.dot('nd,df->nf', x, one, 'float32')[0, 0] == x[0, 0]
-  assert numerics.dot('nd,df->nf', x, one, 'bfloat16')[0, 0] == 1
+  assert matmul.dot('nd,df->nf', x, one, 'float32')[0, 0] == x[0, 0]
+  assert matmul.dot('nd,df->nf', x, one, 'bfloat16')[0, 0] == 1
 
 
 def test_auto_follows_the_machine(monkeypatch):
@@ -80,25 +80,25 @@ def test_auto_follows_the_machine(monkeypatch):
     ({'avx2', 'amx_bf16'}, 'bfloat16'),
     (set(), 'float32'),
   ]:
-    monkeypatch.setattr(numerics, '_cpu_flags', lambda f=flags: f)
-    assert numerics.resolve_precision('auto') == expected
-    assert numerics.resolve_precision('float32') == 'float32'
+    monkeypatch.setattr(matmul, '_cpu_flags', lambda f=flags: f)
+    assert matmul.resolve_precision('auto') == expected
+    assert matmul.resolve_precision('float32') == 'float32'
 
 
-@pytest.mark.parametrize('precision', numerics.PRECISIONS)
+@pytest.mark.parametrize('precision', matmul.PRECISIONS)
 def test_bias_and_its_gradient(precision, rng):
   x, w = _operands('gnd,gdf->gnf', {'g': 3, 'n': 16, 'd': 8, 'f': 12}, rng)
   bias = jnp.asarray(rng.integers(-8, 9, (3, 12)), jnp.float32)
   g = jnp.asarray(rng.integers(-8, 9, (3, 16, 12)), jnp.float32)
   y, vjp = jax.vjp(
-    lambda bias: numerics.dot('gnd,gdf->gnf', x, w, precision, bias), bias
+    lambda bias: matmul.dot('gnd,gdf->gnf', x, w, precision, bias), bias
   )
   expected = np.einsum('gnd,gdf->gnf', x, w) + bias[:, None]
   np.testing.assert_array_equal(y, expected)
   np.testing.assert_array_equal(vjp(g)[0], g.sum(axis=1))
 
 
-@pytest.mark.parametrize('precision', numerics.PRECISIONS)
+@pytest.mark.parametrize('precision', matmul.PRECISIONS)
 @pytest.mark.parametrize('sizes', [[16], [5, 0, 10, 1], [0, 0, 16]])
 def test_ragged_product_is_each_groups_own(sizes, precision, rng):
   """Exactly, and its gradients: of rows, weights and biases."""
@@ -120,7 +120,7 @@ def test_ragged_product_is_each_groups_own(sizes, precision, rng):
 
   @jax.jit
   def ragged(x, w, bias):
-    return numerics.ragged_dot(x, w, bias, jnp.asarray(sizes), precision)
+    return matmul.ragged_dot(x, w, bias, jnp.asarray(sizes), precision)
 
   y, vjp = jax.vjp(ragged, *operands)
   expected, expected_vjp = jax.vjp(by_group, *operands)
@@ -135,10 +135,10 @@ def test_ragged_product_is_each_groups_own(sizes, precision, rng):
   reason='other names of flags',
 )
 def test_what_this_cpu_can_is_read():
-  assert {'fpu', 'sse2'} <= numerics._cpu_flags()
+  assert {'fpu', 'sse2'} <= matmul._cpu_flags()
 
 
 def test_elsewhere_than_on_cpus_auto_is_bfloat16(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  monkeypatch.setattr(numerics, '_cpu_flags', set)
-  assert numerics.resolve_precision('auto') == 'bfloat16'
+  monkeypatch.setattr(matmul, '_cpu_flags', set)
+  assert matmul.resolve_precision('auto') == 'bfloat16'

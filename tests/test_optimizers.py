@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from configs import base
-from nanomoe import config as config_lib
-from nanomoe import experiment, optimizers, schedules, schema
+from nanomoe import experiment, optimizers, schedules
+from nanomoe.config import overrides as config_lib
+from nanomoe.config import schema
 from trainers.errors import UserError
 
 PEAK = 0.5

@@ -6,10 +6,15 @@ import types
 import numpy as np
 import pytest
 
-from nanomoe.callbacks import CoActivation, LoadHistory, Specialization, choices
-from nanomoe.callbacks.picture import colored
-from nanomoe.data import text as text_lib
-from trainers.tensorboard import _png
+from nanomoe.callbacks import (
+  CoActivation,
+  LoadHistory,
+  Specialization,
+  specialization,
+)
+from nanomoe.callbacks.heatmap import colored
+from nanomoe.data import pipeline as text_lib
+from trainers.writers.tensorboard import _png
 
 
 class Loop(types.SimpleNamespace):
@@ -95,7 +100,7 @@ def test_lift_is_the_quotient_of_two_probabilities(rng):
   counts[:, :, 4] = 0  # A token that does not occur.
   counts[1, 2] = 0  # A dead expert.
   share = counts.sum(axis=2) / counts.sum(axis=(1, 2))[:, None]
-  found = choices.lift(counts, share[..., None])
+  found = specialization.lift(counts, share[..., None])
   for layer, expert, token in np.ndindex(counts.shape):
     all_of_token = counts[layer, :, token].sum()
     value = found[layer, expert, token]
@@ -160,8 +165,8 @@ def test_bytes_are_few_whatever_the_model(shape, rng):
   pairs = rng.random((num_layers, num_experts, num_experts))
   images = [
     history.draw(),
-    choices.draw(choices.lift(tokens, share)),
-    choices.draw(choices.with_layer_before(pairs)),
+    specialization.draw(specialization.lift(tokens, share)),
+    specialization.draw(specialization.with_layer_before(pairs)),
   ]
   for image in images[: 2 if num_experts > 512 else 3]:
     assert max(image.shape[:2]) <= 1100

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanomoe import pieces
+from nanomoe.moe.dispatch import pieces
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import config as config_lib
-from nanomoe import experiment, optimizers, schema
-from nanomoe.data import text as text_lib
+from nanomoe import experiment, optimizers
+from nanomoe.config import overrides as config_lib
+from nanomoe.config import schema
+from nanomoe.data import pipeline as text_lib
 from nanomoe.data import tokenizers
 from tests.routed import QUICKLY
 from tests.shrunk import ROOT

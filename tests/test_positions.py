@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from nanomoe.positions import POSITIONS, THETA
+from nanomoe.model.positions import POSITIONS, THETA
 
 rope = POSITIONS['rope'](99)
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import experts
-from nanomoe.dispatch import dense
-from nanomoe.dispatchers import DISPATCH
-from nanomoe.moe import by_row
-from nanomoe.routing import Given
+from nanomoe.moe import experts
+from nanomoe.moe.dispatch.dropless import dense
+from nanomoe.moe.dispatch.registry import DISPATCH
+from nanomoe.moe.layer import by_row
+from nanomoe.moe.routing import Given
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
 from tests.routed import layer as make_moe
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import config as config_lib
-from nanomoe import experiment, optimizers, workdir
+from nanomoe import experiment, optimizers
 from nanomoe.callbacks import AuxWeight
+from nanomoe.config import overrides as config_lib
+from nanomoe.run import workdir
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, make
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from nanomoe import config as config_lib
 from nanomoe import experiment
+from nanomoe.config import overrides as config_lib
 from nanomoe.sampling import Generator, Sampling, draw
 from tests.routed import QUICKLY
 from tests.shrunk import MODERN, TINY

@@ -21,8 +21,10 @@ from benchmarks import (
   sweep,
 )
 from benchmarks.sweep import Run
-from nanomoe import config as config_lib
-from nanomoe import experiment, provenance, schema
+from nanomoe import experiment
+from nanomoe.config import overrides as config_lib
+from nanomoe.config import schema
+from nanomoe.run import provenance
 from tests.shrunk import TINY
 
 # Stands for nanomoe.main: each start of it has the next exit code.

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import tally
-from nanomoe.model import _stack
-from nanomoe.moe import MoEAux
-from nanomoe.routing import Given, make_routing
+from nanomoe.model.transformer import _stack
+from nanomoe.moe import statistics
+from nanomoe.moe.layer import MoEAux
+from nanomoe.moe.routing import Given, make_routing
 from nanomoe.task import LanguageModel
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, layer, make
 from trainers import metrics as metrics_lib
@@ -206,7 +206,7 @@ def test_every_router_reports(variant, rng):
 
   routing = run()
   one = jax.tree.map(lambda a: a[None], (routing.expert, routing.token))
-  counts = tally.of_tokens(*one, tokens, jnp.arange(VOCAB), NUM_EXPERTS)[0]
+  counts = statistics.of_tokens(*one, tokens, jnp.arange(VOCAB), NUM_EXPERTS)[0]
   wanted, gates = np.zeros((NUM_EXPERTS, VOCAB)), []
   rows = range(len(routing.expert))
   for row, token in zip(

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import products
 from configs import base
 from nanomoe import experiment, optimizers
-from nanomoe.numerics import PRECISIONS
+from nanomoe.ops.matmul import PRECISIONS
 from nanomoe.task import cross_entropy
 from tests.routed import QUICKLY
 from trainers import metrics as metrics_lib

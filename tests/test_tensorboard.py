@@ -19,13 +19,13 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.util import tensor_util
 
 from configs import base
-from nanomoe import config as config_lib
 from nanomoe import experiment
-from nanomoe.attention import Cache
 from nanomoe.callbacks import TextSample
 from nanomoe.callbacks.expert_loads import draw
+from nanomoe.config import overrides as config_lib
 from nanomoe.data.tokenizers import Characters
-from nanomoe.model import Layer, Past
+from nanomoe.model.attention import Cache
+from nanomoe.model.transformer import Layer, Past
 from tests.shrunk import ROOT, TINY
 from trainers.clock import Clock
 

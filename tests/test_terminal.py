@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from nanomoe import terminal
+from nanomoe.run import terminal
 from tests.shrunk import ROOT
 
 COLOUR = re.compile(r'\x1b\[[0-9;]*3[0-9][0-9;]*m')

@@ -19,7 +19,7 @@ from tests.runs import At, Reports, metrics_of
 from trainers import callbacks
 from trainers.callbacks import Callback
 from trainers.errors import UserError
-from trainers.tensorboard import SummaryWriter
+from trainers.writers.tensorboard import SummaryWriter
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOOKS = [name for name in vars(Callback) if name.startswith('on_')]

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import peers
 from configs import base
 from nanomoe import experiment
-from nanomoe.routing import Given
+from nanomoe.moe.routing import Given
 
 pytestmark = pytest.mark.slow
 

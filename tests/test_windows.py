@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nanomoe.data import text as text_lib
+from nanomoe.data import pipeline as text_lib
 from nanomoe.data.windows import Windows
 from trainers.errors import UserError
 

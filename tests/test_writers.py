@@ -12,9 +12,9 @@ from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.util import tensor_util
 
-from trainers.board import Board, Chart, RunWriter
-from trainers.tensorboard import SummaryWriter
-from trainers.writers import Guarded, MetricsFile, Writers
+from trainers.writers.run_writer import Board, Chart, RunWriter
+from trainers.writers.tensorboard import SummaryWriter
+from trainers.writers.writers import Guarded, MetricsFile, Writers
 
 PLUGINS = ('scalars', 'histograms', 'images', 'text')
 

@@ -3,6 +3,6 @@
 Importing it makes CLU's writers work without TensorFlow (see clu_writers).
 """
 
-from trainers import clu_writers
+from trainers.writers import clu_without_tensorflow
 
-clu_writers.install()
+clu_without_tensorflow.install()

@@ -16,7 +16,7 @@ from trainers.metrics import Metrics, Score
 from trainers.signals import Interrupt
 from trainers.state import Params, TrainState
 from trainers.task import Dataset, Task
-from trainers.writers import Writers
+from trainers.writers.writers import Writers
 
 
 class Loop:

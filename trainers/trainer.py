@@ -11,21 +11,21 @@ from clu import metric_writers, periodic_actions
 import jax
 import optax
 
-from trainers import identity
 from trainers import memory as memory_lib
 from trainers import step as step_lib
-from trainers.board import Board
 from trainers.callbacks.callback import Callback, Callbacks
-from trainers.checkpoint import Checkpointer, SaveError
+from trainers.checkpoint import compatibility
+from trainers.checkpoint.checkpointer import Checkpointer, SaveError
+from trainers.checkpoint.reader import Saved
 from trainers.errors import Interrupted, RollBack, UserError
 from trainers.loop import Loop
 from trainers.metrics import Score
 from trainers.prefetch import prefetched
-from trainers.saved import Saved
 from trainers.state import ModelState, Params, TrainState
 from trainers.task import Batch, Dataset, Task
 from trainers.updater import Updater
-from trainers.writers import Writers
+from trainers.writers.run_writer import Board
+from trainers.writers.writers import Writers
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ class Trainer(Loop):
 
   def _resume(self, saved: Saved) -> None:
     tree, meta = saved
-    identity.check(meta['identity'], self._identity, self._allow_changed)
+    compatibility.check(meta['identity'], self._identity, self._allow_changed)
     self.state, self._updater.running = tree['state'], tree['running']
     self.metrics = tree['metrics']
     self.step, self.num_rollbacks = meta['step'], meta['num_rollbacks']

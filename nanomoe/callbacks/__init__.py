@@ -1,10 +1,10 @@
 """Callbacks that know language models."""
 
 from nanomoe.callbacks.aux_weight import AuxWeight
-from nanomoe.callbacks.choices import CoActivation, Specialization
 from nanomoe.callbacks.expert_loads import ExpertLoads, LoadHistory
-from nanomoe.callbacks.records import Records
 from nanomoe.callbacks.routing_alarm import RoutingAlarm
+from nanomoe.callbacks.run_files import Records
+from nanomoe.callbacks.specialization import CoActivation, Specialization
 from nanomoe.callbacks.text_sample import TextSample
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.task import LanguageModel

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float, UInt8
 import numpy as np
 
-from nanomoe.callbacks import picture
+from nanomoe.callbacks import heatmap
 from trainers.callbacks import Callback
 
 
@@ -28,7 +28,7 @@ class ExpertLoads(Callback):
     loop.writer.write_images(loop.step, {name: image})
 
 
-def draw(load: Float[np.ndarray, 'layers experts']) -> picture.Image:
+def draw(load: Float[np.ndarray, 'layers experts']) -> heatmap.Image:
   """Blue: idle; white: the mean of its layer; red: twice that or more.
 
   The first layer is on top. A kilobyte or two, as PNG, and about 480 pixels
@@ -37,7 +37,7 @@ def draw(load: Float[np.ndarray, 'layers experts']) -> picture.Image:
   num_layers, num_experts = load.shape
   width = max(480 // num_experts, 4)
   height = min(max(320 // num_layers, 6), width, 48)
-  return picture.grid(np.nan_to_num(relative(load)), (height, width))
+  return heatmap.grid(np.nan_to_num(relative(load)), (height, width))
 
 
 def relative(
@@ -68,7 +68,7 @@ class LoadHistory(Callback):
   def on_log(self, loop, metrics):
     load = np.asarray(metrics['train/expert_load'])
     self._num_experts = load.shape[1]
-    load = load[picture.some_layers(*load.shape)]
+    load = load[heatmap.some_layers(*load.shape)]
     level = np.clip(np.nan_to_num(relative(load)), 0, 2) * self.EVEN
     self._add(loop.step, level.round().astype(np.uint8).reshape(1, -1))
 
@@ -88,13 +88,13 @@ class LoadHistory(Callback):
     if self.ends:
       loop.writer.write_images(loop.step, {'train/load_history': self.draw()})
 
-  def draw(self) -> picture.Image:
+  def draw(self) -> heatmap.Image:
     """All that is remembered; a column is as wide as its steps are many."""
     steps = (np.arange(self.WIDTH) + 0.5) / self.WIDTH * self.ends[-1]
     columns = np.searchsorted(self.ends, steps)
     share = self.levels[columns].T / self.EVEN
     height = min(max(320 // len(share), 1), 16)
-    return picture.grid(share, (height, 1), self._num_experts)
+    return heatmap.grid(share, (height, 1), self._num_experts)
 
   def state_dict(self):
     if not self.ends:

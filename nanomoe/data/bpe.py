@@ -9,8 +9,8 @@ from jaxtyping import Int
 import numpy as np
 import tokenizers as library
 
-from nanomoe.data import large
-from nanomoe.data.large import LargeText
+from nanomoe.data import large_text
+from nanomoe.data.large_text import LargeText
 from nanomoe.data.tokenizer import Tokenizer
 from trainers.errors import UserError
 
@@ -53,7 +53,7 @@ class BPE(Tokenizer):
       show_progress=False,
       initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(large.pieces(texts['train']), trainer)
+    tokenizer.train_from_iterator(large_text.pieces(texts['train']), trainer)
     self._set(tokenizer)
 
   def _read(self, texts: Mapping[str, str | LargeText]) -> None:
@@ -64,7 +64,7 @@ class BPE(Tokenizer):
       lossless = all(
         self.decode(self.encode(piece)) == piece
         for text in texts.values()
-        for piece in large.pieces(text)
+        for piece in large_text.pieces(text)
       )
       if not lossless:
         raise ValueError('it does not give the text back as it was')

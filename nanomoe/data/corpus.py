@@ -13,8 +13,8 @@ import time
 from typing import NamedTuple
 import urllib.request
 
-from nanomoe.data import large
-from nanomoe.data.large import LargeText
+from nanomoe.data import large_text
+from nanomoe.data.large_text import LargeText
 from trainers.errors import UserError
 from trainers.files import write_atomically
 
@@ -130,12 +130,12 @@ def read(path: str, key: str = 'data.path') -> Corpus:
     raise UserError(lines)
   file, where = pathlib.Path(path), f'{key}={path!r}'
   if file.stat().st_size > IN_MEMORY_BYTES:
-    return Corpus(file.name, *large.scan(file, where))
-  raw = large.read_whole(file, where)
+    return Corpus(file.name, *large_text.scan(file, where))
+  raw = large_text.read_whole(file, where)
   try:
     return Corpus(file.name, raw.decode(), _sha256(raw))
   except UnicodeDecodeError as error:
-    raise large.not_utf8(where, error.start, error) from error
+    raise large_text.not_utf8(where, error.start, error) from error
 
 
 def _sha256(raw: bytes) -> str:

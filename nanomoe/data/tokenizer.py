@@ -25,8 +25,8 @@ class Tokenizer:
   def fit(self, texts: Mapping[str, Any]) -> None:
     """Learns the vocabulary from the text of each split: a str.
 
-    With `fits_pieces`, a str or a `nanomoe.data.large.LargeText`: `pieces` are
-    of either.
+    With `fits_pieces`, a str or a `nanomoe.data.large_text.LargeText`:
+    `pieces` are of either.
     """
 
   def encode(self, text: str) -> Int[np.ndarray, ' length']:

@@ -9,10 +9,10 @@ from typing import Any
 from jaxtyping import Int, UInt32
 import numpy as np
 
-from nanomoe import schema
-from nanomoe.data import large
+from nanomoe.config import schema
+from nanomoe.data import large_text
 from nanomoe.data.bpe import BPE
-from nanomoe.data.large import LargeText
+from nanomoe.data.large_text import LargeText
 from nanomoe.data.tokenizer import Tokenizer
 from trainers import spec
 from trainers.errors import UserError
@@ -29,7 +29,7 @@ class Characters(Tokenizer):
   def fit(self, texts: Mapping[str, str | LargeText]) -> None:
     is_there = np.zeros(sys.maxunicode + 1, bool)
     for text in texts.values():
-      for piece in large.pieces(text):
+      for piece in large_text.pieces(text):
         is_there[_code_points(piece)] = True
     self._set(''.join(map(chr, np.flatnonzero(is_there))))
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.runs import metrics_of, result_of
 from tests.shrunk import ROOT, TINY
-from trainers import saved
+from trainers.checkpoint import reader
 
 MAIN = [sys.executable, '-m', 'nanomoe.main']
 
@@ -127,7 +127,7 @@ def steps_of(workdir: pathlib.Path) -> list[int]:
 def same_end(workdir, expected) -> None:
   """The last state bitwise, each metric, and the text."""
   found, wanted = (
-    saved.read(directory / 'checkpoints', '12')[0]
+    reader.read(directory / 'checkpoints', '12')[0]
     for directory in (workdir, expected)
   )
   assert found.keys() == wanted.keys()

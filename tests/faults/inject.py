@@ -16,7 +16,8 @@ from typing import Any
 
 from nanomoe import experiment
 from nanomoe.callbacks import text_sample
-from trainers import checkpoint, evaluator, trainer, updater
+from trainers import evaluator, trainer, updater
+from trainers.checkpoint import checkpointer
 
 
 def replace(owner: Any, name: str, make: Callable) -> None:
@@ -120,9 +121,9 @@ PLACES: dict[str, Callable] = {
   'step': after(updater.Updater, '__call__'),
   'evaluation': evaluating,
   # It has begun, and goes on in the background.
-  'save': after(checkpoint.Checkpointer, 'save'),
+  'save': after(checkpointer.Checkpointer, 'save'),
   # What the manifest will name is on the disk.
-  'manifest': before(checkpoint.Checkpointer, '_write_manifest'),
+  'manifest': before(checkpointer.Checkpointer, '_write_manifest'),
   'collection': collecting,
   'sample': within(text_sample.Generator, '__call__'),
   'end': before(trainer.Trainer, '_close'),

@@ -21,9 +21,11 @@ from regression import Rows, bits, host, make_trainer
 from faults.conftest import same_end, steps_of
 from tests.runs import At, metrics_of, result_of
 from tests.shrunk import ROOT
-from trainers import callbacks, leaves, saved
+from trainers import callbacks
 from trainers.callbacks import Callback
-from trainers.checkpoint import Checkpointer
+from trainers.checkpoint import arrays as arrays_lib
+from trainers.checkpoint import reader
+from trainers.checkpoint.checkpointer import Checkpointer
 from trainers.errors import UserError
 from trainers.metrics import Score
 
@@ -146,8 +148,8 @@ def test_a_reader_finds_a_flipped_bit_too(tmp_path, warnings, happened):
   ((path, offset),) = files_with(directory / '2', content)
   flip(path, offset)
   with pytest.raises(UserError, match=r'checkpoint 2 is damaged: params\.w'):
-    saved.read(directory, '2')
-  arrays, meta = saved.read(directory, 'latest')
+    reader.read(directory, '2')
+  arrays, meta = reader.read(directory, 'latest')
   assert meta['step'] == 1
   np.testing.assert_array_equal(arrays['params.w'], noise(1)['params']['w'])
   assert 'using 1' in warnings()[0]
@@ -192,16 +194,16 @@ def test_a_fingerprint_changes_with_any_bit_and_place(dtype):
   random = np.random.default_rng(0)
   raw = random.integers(0, 2 if dtype == 'bool' else 250, size=24)
   values = raw.astype(jnp.dtype(dtype))
-  seen = {leaves.fingerprints({'x': values})['x']}
+  seen = {arrays_lib.fingerprints({'x': values})['x']}
   num_bits = 1 if dtype == 'bool' else 8 * values.dtype.itemsize
   for i in range(24):
     for bit in range(num_bits):
       flipped = values.copy().view(f'uint{8 * values.dtype.itemsize}')
       flipped[i] ^= 1 << bit
       other = flipped.view(values.dtype)
-      seen.add(leaves.fingerprints({'x': other})['x'])
+      seen.add(arrays_lib.fingerprints({'x': other})['x'])
   assert len(seen) == 1 + 24 * num_bits
-  rolled = leaves.fingerprints({'x': np.roll(values, 1)})['x']
+  rolled = arrays_lib.fingerprints({'x': np.roll(values, 1)})['x']
   assert rolled not in seen
 
 
@@ -213,9 +215,9 @@ def test_a_device_finds_the_same_fingerprints(monkeypatch):
     'b': jnp.asarray([True, False]),
     'u': jnp.arange(5, dtype=jnp.uint8),
   }
-  on_host = leaves.fingerprints(arrays)
+  on_host = arrays_lib.fingerprints(arrays)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert leaves.fingerprints(arrays) == on_host
+  assert arrays_lib.fingerprints(arrays) == on_host
 
 
 @pytest.mark.fault(
@@ -322,7 +324,7 @@ def test_other_names_are_left_alone(workdir, whole, warnings, happened):
   trainer = make(workdir)
   assert trainer.fit() == 'done'
   assert bits(host(trainer.state)) == whole[1]
-  assert saved.read(directory, 'latest')[1]['step'] == 12
+  assert reader.read(directory, 'latest')[1]['step'] == 12
   assert (directory / 'notes.txt').read_text() == 'mine'
   assert (directory / '7').read_text() == 'a file'
   assert not warnings()
@@ -434,11 +436,11 @@ def full_disk():
       time.sleep(0.01)
 
   def fill(loop=None):
-    saved(loop)
+    reader(loop)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
   def empty(loop=None):
-    saved(loop)
+    reader(loop)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
   yield fill, empty
@@ -513,7 +515,7 @@ def test_a_replacement_that_fails(tmp_path, happened, full_disk):
   checkpointer.save(5, noise(5), {}, best=3)
   checkpointer.wait()
   assert steps_of(tmp_path) == [3, 5]
-  found = saved.read(directory, '3')[0]
+  found = reader.read(directory, '3')[0]
   np.testing.assert_array_equal(found['params.w'], noise(3)['params']['w'])
   checkpointer.close()
   happened('step 3 is as it was, and 5 is saved beside it')
@@ -535,7 +537,7 @@ def test_a_disk_that_stays_full(tmp_path, warnings, happened, full_disk):
   empty()
   assert 'step 9' in trainer.stop_reason
   assert steps_of(tmp_path) == [4]
-  assert saved.read(tmp_path / 'checkpoints', '4')[1]['step'] == 4
+  assert reader.read(tmp_path / 'checkpoints', '4')[1]['step'] == 4
   happened(f'unsaved: {trainer.stop_reason[:50]}...; step 4 is intact')
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from configs import base
 from faults.conftest import MAIN
-from nanomoe import config as config_lib
 from nanomoe import main as main_lib
-from nanomoe import schema
-from nanomoe import workdir as workdir_lib
+from nanomoe.config import overrides as config_lib
+from nanomoe.config import schema
 from nanomoe.data import bpe
+from nanomoe.run import workdir as workdir_lib
 from tests.shrunk import ROOT
 from trainers import spec
 from trainers.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 
 from faults.conftest import same_end, steps_of
 from tests.runs import metrics_of, result_of
-from trainers import saved
+from trainers.checkpoint import reader
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_a_finished_run(start, workdir, tmp_path, finished, happened):
   process = start(whole, changes={'num_train_steps': 16})
   assert process.end() == 0, process.output[-2000:]
   found, wanted = (
-    saved.read(directory / 'checkpoints', '16')[0]
+    reader.read(directory / 'checkpoints', '16')[0]
     for directory in (workdir, whole)
   )
   for name, leaf in wanted.items():

@@ -17,15 +17,16 @@ import pytest
 
 from configs import base
 from faults.conftest import MAIN, fault
-from nanomoe import generate, workdir
+from nanomoe import generate
 from nanomoe import main as main_lib
 from nanomoe.data import corpus as corpus_lib
-from nanomoe.data import large, tokenizers
-from nanomoe.data import text as text_lib
+from nanomoe.data import large_text, tokenizers
+from nanomoe.data import pipeline as text_lib
 from nanomoe.data.bpe import BPE
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.data.tokenizers import Bytes, Characters
 from nanomoe.data.windows import Windows
+from nanomoe.run import workdir
 from tests.runs import metrics_of, result_of
 from tests.shrunk import ROOT
 from trainers.errors import UserError
@@ -103,7 +104,7 @@ def test_not_utf8(tmp_path, monkeypatch, happened, raw, at, byte, in_memory):
   """The same line whether it is read whole or in pieces."""
   if not in_memory:
     monkeypatch.setattr(corpus_lib, 'IN_MEMORY_BYTES', 0)
-    monkeypatch.setattr(large, 'PIECE_BYTES', 997)
+    monkeypatch.setattr(large_text, 'PIECE_BYTES', 997)
   path = tmp_path / 'text.txt'
   path.write_bytes(raw)
   line = one_line(corpus_lib.read, str(path))
@@ -127,7 +128,7 @@ def test_line_endings(tmp_path, monkeypatch, happened, kind, in_memory):
   if not in_memory:
     monkeypatch.setattr(corpus_lib, 'IN_MEMORY_BYTES', 0)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(large, 'PIECE_BYTES', 100)
+    monkeypatch.setattr(large_text, 'PIECE_BYTES', 100)
   raw = '\ufeffone\r\ntwo\rthree\n\r\n★ '.encode() * 40
   path = tmp_path / 'text.txt'
   path.write_bytes(raw)
@@ -147,7 +148,7 @@ def test_line_endings(tmp_path, monkeypatch, happened, kind, in_memory):
 @contextlib.contextmanager
 def edited_at_call(monkeypatch, number, edit):
   """edit() comes just before the status of a file is asked for that time."""
-  real, calls = large._status, []
+  real, calls = large_text._status, []
 
   def status(file):
     calls.append(file)
@@ -156,7 +157,7 @@ def edited_at_call(monkeypatch, number, edit):
     return real(file)
 
   with monkeypatch.context() as patch:
-    patch.setattr(large, '_status', status)
+    patch.setattr(large_text, '_status', status)
     yield
 
 
@@ -270,7 +271,7 @@ def test_a_token_of_a_dataset(happened, name, token):
 @pytest.fixture
 def in_pieces(monkeypatch, tmp_path):
   monkeypatch.setattr(corpus_lib, 'IN_MEMORY_BYTES', 0)
-  monkeypatch.setattr(large, 'PIECE_BYTES', 7)
+  monkeypatch.setattr(large_text, 'PIECE_BYTES', 7)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   return tmp_path / 'cache' / 'nanomoe'
 
@@ -287,11 +288,11 @@ _texts = st.text(
 def test_a_large_text_is_as_the_str(text, i, j):
   """Its length, its slices, its characters; and its pieces are it again."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(large, 'PIECE_BYTES', 5)
+    patch.setattr(large_text, 'PIECE_BYTES', 5)
     with tempfile.TemporaryDirectory() as directory:
       path = pathlib.Path(directory, 'text.txt')
       path.write_bytes(text.encode())
-      whole, _ = large.scan(path, 'x')
+      whole, _ = large_text.scan(path, 'x')
       part = whole[i:j]
       for found, wanted in [
         (whole, text),
@@ -312,7 +313,7 @@ def test_tokens_of_pieces_are_those_of_the_whole(tmp_path, in_pieces, kind):
   path = tmp_path / 'text.txt'
   path.write_bytes(text.encode())
   corpus = corpus_lib.read(str(path))
-  assert isinstance(corpus.text, large.LargeText)
+  assert isinstance(corpus.text, large_text.LargeText)
   assert corpus.fingerprint == corpus_lib._sha256(text.encode())
   tokenizer, other = kind(), kind()
   tokenizer.fit(text_lib.split(corpus.text))
@@ -479,7 +480,7 @@ def test_a_plug_in_s_tokenizer_fits_a_str_of_any_text(
   module.Plain = Plain
   config = tiny({'data.tokenizer.type': f'{__name__}.Plain'})
   corpus, _, dataset = text_lib.read(config, tmp_path)
-  assert isinstance(corpus.text, large.LargeText)
+  assert isinstance(corpus.text, large_text.LargeText)
   assert dataset.train_batch(0, slice(0, 4))['inputs'].shape == (4, 16)
 
 

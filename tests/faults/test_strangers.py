@@ -11,12 +11,13 @@ import pytest
 
 from configs import base
 from faults.conftest import MAIN
-from nanomoe import config as config_lib
-from nanomoe import evaluate, generate, imports, workdir
+from nanomoe import evaluate, generate
 from nanomoe import main as main_lib
+from nanomoe.config import overrides as config_lib
 from nanomoe.data import bpe, tokenizers
+from nanomoe.run import trusted_imports, workdir
 from tests.shrunk import ROOT
-from trainers import saved
+from trainers.checkpoint import reader
 from trainers.errors import UserError
 
 POLICY = (
@@ -146,7 +147,7 @@ def test_what_this_user_has_named_before(tmp_path, state, code):
   assert train(
     '--config=configs/base.py', '--config.moe.router.type=mine.Router'
   )
-  imports.remember({'mine.Router'})  # As experiment.build does.
+  trusted_imports.remember({'mine.Router'})  # As experiment.build does.
   assert train(f'--workdir={other}')
   with pytest.raises(UserError, match=r'strange\.Other') as error:
     train(f'--workdir={stranger(run, "writers.y", "strange.Other")}')
@@ -190,7 +191,7 @@ def test_a_step_is_a_number(tmp_path, happened, step):
   for name in ('7', '007', '3'):
     (tmp_path / 'checkpoints' / name).mkdir(parents=True)
   with pytest.raises(UserError) as error:
-    saved.read(tmp_path / 'checkpoints', step)
+    reader.read(tmp_path / 'checkpoints', step)
   assert 'there is no such checkpoint' in error.value.problems[0]
   happened(error.value.problems[0].replace(str(tmp_path), '...')[:120])
 

@@ -14,10 +14,11 @@ from test_writers import tensors
 
 from faults.conftest import fault
 from tests.runs import result_of
-from trainers import callbacks, writers
+from trainers import callbacks
 from trainers.callbacks import Callback
-from trainers.tensorboard import SummaryWriter
-from trainers.writers import Guarded, MetricsFile, Writer, Writers
+from trainers.writers import writers
+from trainers.writers.tensorboard import SummaryWriter
+from trainers.writers.writers import Guarded, MetricsFile, Writer, Writers
 
 
 @pytest.fixture
@@ -169,11 +170,11 @@ def test_a_stopped_process_is_no_hanging_writer(happened, monkeypatch):
       release.set()
     return real(futures_, seconds if release.is_set() else 0)
 
-  from trainers import patience  # noqa: PLC0415
+  from trainers.writers import worker_thread  # noqa: PLC0415
 
-  real = patience.futures.wait
-  monkeypatch.setattr(patience.futures, 'wait', wait)
-  thread = patience.OwnThread('x')
+  real = worker_thread.futures.wait
+  monkeypatch.setattr(worker_thread.futures, 'wait', wait)
+  thread = worker_thread.OwnThread('x')
   assert thread(lambda: release.wait() and 'answer', 5) == 'answer'
   thread.end()
   assert waited == [1] * 4
@@ -314,7 +315,7 @@ def test_room_comes_back(tmp_path, warnings, happened, monkeypatch):
   ],
 )
 def test_what_is_in_the_way(tmp_path, warnings, happened, name, make, part):
-  from trainers.board import Board  # noqa: PLC0415
+  from trainers.writers.run_writer import Board  # noqa: PLC0415
 
   (tmp_path / 'run').mkdir()
   make(tmp_path / 'run' / name)

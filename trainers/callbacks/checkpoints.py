@@ -3,7 +3,7 @@
 import logging
 
 from trainers.callbacks.callback import Callback
-from trainers.checkpoint import SaveError
+from trainers.checkpoint.checkpointer import SaveError
 
 log = logging.getLogger(__name__)
 

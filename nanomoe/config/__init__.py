@@ -1,0 +1,1 @@
+"""Config keys, overrides and the resume policy."""

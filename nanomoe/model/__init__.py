@@ -1,0 +1,1 @@
+"""The transformer: its parts, and how a config puts them together."""

@@ -1,0 +1,1 @@
+"""Ways in which tokens reach their experts."""

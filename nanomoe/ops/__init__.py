@@ -1,0 +1,1 @@
+"""Array functions that models share."""

@@ -1,0 +1,1 @@
+"""The directory, the log and the command line of a run."""

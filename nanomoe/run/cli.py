@@ -1,0 +1,182 @@
+"""What every command does: flags, one line for a mistake, exit codes."""
+
+from collections.abc import Callable
+import contextlib
+import errno
+import hashlib
+import io
+import logging
+import os
+import pathlib
+import platform
+import signal
+import sys
+from typing import Any
+import warnings
+
+from absl import app, flags
+
+from nanomoe.data import corpus
+from nanomoe.run import terminal
+from trainers.errors import UserError, is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+USER_ERROR = 2
+# Full, too large, read-only, broken: no bug of ours.
+_DISK = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EIO,
+)
+INTERRUPTED = 75
+
+
+def parse_flags(
+  argv: list[str],
+  values: flags.FlagValues,
+  usage: str,
+  more_help: Callable[[], str] = str,
+) -> None:
+  """Sets a command's own flags from argv, which must hold nothing else.
+
+  --help prints `usage`, the flags and `more_help()`, and exits.
+
+  Raises:
+    UserError: an unknown flag, a bad value, or a stray word.
+  """
+  if {'--help', '-help', '-h'} & set(argv):
+    parts = usage.strip(), _flags_help(values), more_help()
+    print('\n\n'.join(part for part in parts if part))
+    sys.exit(0)
+  try:
+    rest = values(argv)
+  except flags.Error as error:
+    raise UserError(str(error)) from error
+  if rest[1:]:
+    raise UserError(f'what is {rest[1]!r}? Options are --name=value')
+
+
+def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
+  """Exits with main(parse(sys.argv)), or with 2 and a line for each mistake.
+
+  A command has FlagValues of its own: absl's global ones cannot hold those of
+  two commands, and a notebook imports several.
+  """
+  _exec_with_huge_pages()
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # None, if it is closed.
+      # What its encoding lacks is escaped: a line with a ★ is not lost.
+      stream.reconfigure(errors='backslashreplace')
+  sys.unraisablehook = _tell_unraisable
+  _keep_compiled_programs()
+  # Until a trainer listens, there is nothing to save.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+  def parser(argv):
+    flags.FLAGS(argv[:1])  # Absl wants them parsed.
+    return _guarded(parse)(argv)
+
+  app.run(_guarded(main), flags_parser=parser)
+
+
+def _flags_help(values: flags.FlagValues) -> str:
+  """A command's own flags, in the order of their definition."""
+  rows = []
+  for module, of_module in values.flags_by_module_dict().items():
+    for flag in of_module if module != 'absl.flags' else ():
+      name = f'-{flag.short_name}, ' if flag.short_name else ''
+      text = str(flag.help).partition(';\n')[0]  # Absl adds to what repeats.
+      if flag.default is not None and flag.default is not False:
+        listed = isinstance(flag.default, list)
+        default = ' '.join(map(repr, flag.default)) if listed else flag.default
+        text = f'{text} [{default}]'
+      rows.append((f'{name}--{flag.name}', text))
+  return terminal.columns([*rows, ('-h, --help', 'This.')])
+
+
+def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  def guarded(argument):
+    try:
+      return fn(argument)
+    except UserError as error:
+      for line in error.problems:
+        print(f'error: {line}', file=sys.stderr)
+        log.debug('error: %s', line)
+      sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `| head`, for example, has seen enough.
+      _discard_stdout()
+      sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+      log.debug('a bug', exc_info=True)
+      if is_out_of_memory(error):
+        print(f'error: out of memory: {error}', file=sys.stderr)
+        sys.exit(USER_ERROR)
+      if isinstance(error, OSError) and error.errno in _DISK:
+        where = error.filename or 'what was to be written'
+        print(f'error: {where}: {error.strerror}', file=sys.stderr)
+        _discard_stdout()  # If it is what could not be written.
+        sys.exit(USER_ERROR)
+      raise
+
+  return guarded
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+  """But for the arrays that a failed save leaves behind: it is told itself."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
+
+
+def _discard_stdout() -> None:
+  """What is left of it would be an error again when the process ends."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _exec_with_huge_pages() -> None:
+  """Starts this process again, once, with an allocator that suits XLA.
+
+  Large buffers then come in huge pages: a fault for 2 MB instead of 4 kB; the
+  faults are a large part of a step's time. glibc reads its tunables only at the
+  start.
+  """
+  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _keep_compiled_programs() -> None:
+  """Lets JAX keep what it compiles: a second start then compiles nothing.
+
+  In the user's cache directory, one for each kind of CPU: programs hold its
+  instructions. A JAX_COMPILATION_CACHE_DIR that is set, also to '', stands.
+  """
+  if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+    return
+  try:
+    path = corpus.cache_directory() / f'xla-{_cpu_fingerprint()}'
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not os.access(path, os.W_OK | os.X_OK):
+      return
+  except (OSError, UserError):  # No home, or one that cannot be written.
+    return
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(path)
+  # Seconds; JAX's own 1 leaves out most programs of a small model.
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+  # A full disk, or a file that kill -9 left half written: it is compiled then.
+  warnings.filterwarnings('ignore', r'Error \w+ persistent compilation cache')
+
+
+def _cpu_fingerprint() -> str:
+  """12 hexadecimal digits that differ where CPUs have other instructions."""
+  kinds = ('model name', 'flags', 'Features', 'CPU part')  # Of x86, and ARM.
+  words = [platform.system(), platform.machine()]
+  with contextlib.suppress(OSError):  # Not Linux.
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    words += sorted({line for line in lines if line.startswith(kinds)})
+  return hashlib.sha256('\n'.join(words).encode()).hexdigest()[:12]
