@@ -79,7 +79,7 @@ def gather(runs: Mapping[str, Run], directory: pathlib.Path) -> dict[str, Any]:
   figures = {}
   for name, run in runs.items():
     if is_done(directory / name, run.words(directory / name)):
-      config = experiment.decide(run.load())
+      config = experiment.resolve_auto(run.load())
       logged = results.of_run(directory / name)
       num_flops = variant.flops(config, logged['result']['vocab_size'])
       figures[name] = {

@@ -23,7 +23,7 @@ def flops(config: Config, vocab_size: int) -> int:
 
   Nothing is computed.
   """
-  task = experiment.build_task(experiment.decide(config), vocab_size)
+  task = experiment.build_task(experiment.resolve_auto(config), vocab_size)
   step, create, batch = _program(config, task, vocab_size)
   key = jax.random.key(0)
   state = jax.eval_shape(create, key)
@@ -39,7 +39,7 @@ class Variant:
 
   def __init__(self, changes: dict[str, str]):
     config = config_lib.apply(base.get_config(), list(changes.items()))
-    self.config = experiment.decide(config)
+    self.config = experiment.resolve_auto(config)
     self.task = experiment.build_task(self.config, VOCAB_SIZE)
     self.step, create, self.batch = _program(config, self.task, VOCAB_SIZE)
     self.key = jax.random.key(0)

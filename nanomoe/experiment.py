@@ -76,7 +76,7 @@ def build(
   """
   if lines := schema.problems(config.to_dict()):
     raise UserError(lines)
-  config = decide(config)
+  config = resolve_auto(config)
   corpus, tokenizer, dataset = text_lib.read(config, directory, allow_changed)
   token_bytes = tokenizer.token_bytes()
   watched = text_lib.frequent(dataset, token_bytes, MAX_WATCHED)
@@ -194,14 +194,14 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   return Restored(
     task,
     tokenizer,
-    arrays_lib.select(arrays, f'state.{config.eval_weights}', params),
-    arrays_lib.select(arrays, 'state.model_state', model_state),
+    arrays_lib.subtree(arrays, f'state.{config.eval_weights}', params),
+    arrays_lib.subtree(arrays, 'state.model_state', model_state),
     meta['step'],
     meta['identity'],
   )
 
 
-def decide(config: Config) -> Config:
+def resolve_auto(config: Config) -> Config:
   """A copy without 'auto': what a resumed run must find decided."""
   config = config.copy_and_resolve_references()
   config.precision = matmul.resolve_precision(config.precision)
@@ -217,8 +217,8 @@ def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
   log.info('starting from step %d of %s', meta['step'], source)
   try:
     return (
-      arrays_lib.select(arrays, f'state.{weights}', params),
-      arrays_lib.select(arrays, 'state.model_state', model_state),
+      arrays_lib.subtree(arrays, f'state.{weights}', params),
+      arrays_lib.subtree(arrays, 'state.model_state', model_state),
     )
   except UserError as error:
     lines = [f'init_from={source}: its weights do not fit this model']

@@ -98,7 +98,7 @@ def _keys_help(argv: list[str]) -> str:
   )
 
 
-def wanted(
+def requested_config(
   overrides: list[config_lib.Override],
 ) -> tuple[config_lib.Config, config_lib.Config | None]:
   """The checked config that the flags ask for, and that of the run, if any.
@@ -128,7 +128,7 @@ def wanted(
 
 def main(overrides: list[config_lib.Override]) -> int:
   """Trains; returns the exit code."""
-  config, old = wanted(overrides)
+  config, old = requested_config(overrides)
   workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
   is_made = workdir is None or not workdir.exists()
   workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
@@ -136,7 +136,7 @@ def main(overrides: list[config_lib.Override]) -> int:
   console = terminal.log_to_terminal(quiet=_QUIET.value)
   workdir_lib.log_to(workdir)
   if old:
-    config = workdir_lib.continued(
+    config = workdir_lib.resume_config(
       old, config, [key for key, _ in overrides], _ALLOW_CHANGED.value
     )
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe.model.transformer import Past
+from nanomoe.model.transformer import DecodeCache
 
-Logits = Callable[..., tuple[jax.Array, Past]]
+Logits = Callable[..., tuple[jax.Array, DecodeCache]]
 
 
 class Sampling(NamedTuple):

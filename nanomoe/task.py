@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe.model.transformer import Past
+from nanomoe.model.transformer import DecodeCache
 from nanomoe.moe import statistics as statistics_lib
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.losses import BALANCE
@@ -96,8 +96,8 @@ class LanguageModel:
     self,
     trained: tuple[Any, Any],
     tokens: Int[Array, 'batch time'],
-    past: Past | None = None,
-  ) -> tuple[Float[Array, 'batch time vocab'], Past]:
+    past: DecodeCache | None = None,
+  ) -> tuple[Float[Array, 'batch time vocab'], DecodeCache]:
     """As evaluation sees them; and what later tokens need of these.
 
     Args:
@@ -199,12 +199,12 @@ class LanguageModel:
     num_experts = aux.load.shape[-1]
     metrics: Metrics = {}
     if aux.token is None:  # Where experts choose, no choice is a token's first.
-      pairs = statistics_lib.first_choices(aux.expert, num_experts)
+      pairs = statistics_lib.first_choice_pairs(aux.expert, num_experts)
       metrics['co_activation'] = MutualInformation(pairs)
       metrics |= {} if train else {'first_choices': Sum(pairs)}
     if self.watched.size and not train:
       watched = jnp.asarray(self.watched)
-      counts = statistics_lib.of_tokens(
+      counts = statistics_lib.token_expert_counts(
         aux.expert, aux.token, inputs, watched, num_experts
       )
       metrics['token_experts'] = Sum(counts)

@@ -98,7 +98,7 @@ def test_config_is_built_and_its_step_traced(name, corpus, tmp_path):
   experiment.build(config, tmp_path)
   assert variant.flops(config, 20) > 0
   whole = config_lib.apply(module.get_config(), [])
-  experiment.build_task(experiment.decide(whole), 65)
+  experiment.build_task(experiment.resolve_auto(whole), 65)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanomoe.model.attention import Attention, _attend_in_parts
-from nanomoe.model.norms import NORMS, identity
+from nanomoe.model.norms import NORMS
 from nanomoe.model.positions import POSITIONS
 
 D_MODEL, HEADS, TIME = 16, 4, 6

@@ -122,7 +122,7 @@ def averaged(tmp_path_factory, corpus):
   }
   overrides = [(key, str(value)) for key, value in values.items()]
   config = config_lib.apply(base.get_config(), overrides)
-  config = experiment.decide(config)
+  config = experiment.resolve_auto(config)
   assert experiment.build(config, directory).fit() == 'done'
   return config, directory
 
@@ -138,7 +138,7 @@ def by_hand(averaged, corpus):
   prompt = run.tokenizer.encode(corpus.read_text()[:1]).tolist()
   evaluator, found = Evaluator(run.task), {}
   for weights in ('params', 'average'):
-    params = arrays_lib.select(arrays, f'state.{weights}', run.params)
+    params = arrays_lib.subtree(arrays, f'state.{weights}', run.params)
     loss = evaluator(params, run.model_state, batches)['cross_entropy']
     trained = params, run.model_state
     generator = Generator(run.task.logits, trained, config.block_size)
@@ -237,7 +237,7 @@ def test_a_run_keeps_the_decay_that_it_has(tiny, decay):
   old, new = tiny({'optimizer.ema_decay': 0.9}), tiny()
   new.optimizer.ema_decay = decay
   with pytest.raises(UserError, match=r'^optimizer\.ema_decay was 0\.9'):
-    workdir_lib.continued(old, new, ['optimizer.ema_decay'])
+    workdir_lib.resume_config(old, new, ['optimizer.ema_decay'])
 
 
 def test_what_is_evaluated_changes_only_by_name(tiny):
@@ -245,6 +245,6 @@ def test_what_is_evaluated_changes_only_by_name(tiny):
   old = tiny({'optimizer.ema_decay': 0.9})
   new = tiny({'optimizer.ema_decay': 0.9, 'eval_weights': 'average'})
   with pytest.raises(UserError, match=r'--config\.eval_weights'):
-    workdir_lib.continued(old, new, [])
-  got = workdir_lib.continued(old, new, ['eval_weights'])
+    workdir_lib.resume_config(old, new, [])
+  got = workdir_lib.resume_config(old, new, ['eval_weights'])
   assert got.eval_weights == 'average'

@@ -14,7 +14,7 @@ from nanomoe import experiment, generate
 from nanomoe.moe import causality
 from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.routers import ROUTERS
-from nanomoe.moe.routing import Given
+from nanomoe.moe.routing import RouterInputs
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, layer
 from trainers.errors import UserError
 
@@ -42,7 +42,7 @@ def _changes(variant, name):
 
 def _model(variant, name, tiny, rng):
   """Tokens -> logits, in evaluation and in training, of a whole model."""
-  config = experiment.decide(tiny(_changes(variant, name)))
+  config = experiment.resolve_auto(tiny(_changes(variant, name)))
   task = experiment.build_task(config, VOCAB)
   batch = {'inputs': jnp.zeros((BATCH, TIME), jnp.int32)}
   params, state = _random(task.init, rng, jax.random.key(0), batch)
@@ -67,7 +67,7 @@ def _layer(variant, name, tiny, rng):
   moe = layer(variant, name, capacity_factor=SMALL['moe.capacity_factor'])
 
   def given(tokens):
-    return Given(tokens, jnp.ones(tokens.shape, bool), bias)
+    return RouterInputs(tokens, jnp.ones(tokens.shape, bool), bias)
 
   bias = jnp.asarray(rng.normal(size=NUM_EXPERTS), jnp.float32)
   embedding = jnp.asarray(rng.normal(size=(VOCAB, 5)), jnp.float32)

@@ -627,7 +627,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path):
 
 def test_what_makes_it_another_run_is_refused_with_both_values():
   with pytest.raises(UserError) as error:
-    workdir_lib.continued(
+    workdir_lib.resume_config(
       decided(),
       decided(
         ('seed', '77'),
@@ -668,7 +668,7 @@ def test_what_makes_it_another_run_is_refused_with_both_values():
 )
 def test_what_a_run_may_change(key, text):
   old, new = decided(), decided((key, text))
-  got = workdir_lib.continued(old, new, [key])
+  got = workdir_lib.resume_config(old, new, [key])
   assert flat(got) == applied(
     ('precision', 'float32'), ('moe.dispatch', 'dropless'), (key, text)
   )
@@ -679,7 +679,7 @@ def test_what_a_run_may_change(key, text):
 )
 def test_what_a_run_may_not_change(key):
   with pytest.raises(UserError, match=rf'^{key} '):
-    workdir_lib.continued(decided(), decided((key, '1')), [key])
+    workdir_lib.resume_config(decided(), decided((key, '1')), [key])
 
 
 def test_what_nobody_asked_for_by_name_is_refused():
@@ -691,13 +691,13 @@ def test_what_nobody_asked_for_by_name_is_refused():
   ]
   new = decided(*changes)
   with pytest.raises(UserError) as error:
-    workdir_lib.continued(decided(), new, [])
+    workdir_lib.resume_config(decided(), new, [])
   lines = {line.split()[0]: line for line in error.value.problems}
   assert lines.keys() == {key for key, _ in changes}
   for key, line in lines.items():
     assert f'--config.{key}' in line
   asked = ['optimizer.learning_rate', 'optimizer.schedule.type']
-  assert workdir_lib.continued(decided(), new, asked) == new
+  assert workdir_lib.resume_config(decided(), new, asked) == new
 
 
 @pytest.mark.parametrize(
@@ -713,22 +713,22 @@ def test_what_nobody_asked_for_by_name_is_refused():
 def test_what_changes_the_end_is_asked_for_by_name(key, text):
   old, new = decided(), decided((key, text))
   with pytest.raises(UserError, match=rf'--config\.{re.escape(key)}'):
-    workdir_lib.continued(old, new, [])
-  assert flat(workdir_lib.continued(old, new, [key])) == flat(new)
+    workdir_lib.resume_config(old, new, [])
+  assert flat(workdir_lib.resume_config(old, new, [key])) == flat(new)
 
 
 def test_an_argument_of_the_router_may_not_appear_or_vanish():
   plain, other = decided(), decided(('moe.router.x', '1'))
   for old, new in [(plain, other), (other, plain)]:
     with pytest.raises(UserError, match=r'moe\.router\.x .*None'):
-      workdir_lib.continued(old, new, ['moe.router.x'])
+      workdir_lib.resume_config(old, new, ['moe.router.x'])
 
 
 def test_auto_takes_what_the_run_had_decided():
   old = decided(('precision', 'bfloat16'), ('moe.dispatch', 'dense'))
   new = config_lib.apply(base.get_config(), [])
   assert new.precision == new.moe.dispatch == 'auto'
-  got = workdir_lib.continued(old, new, [])
+  got = workdir_lib.resume_config(old, new, [])
   assert got.precision == 'bfloat16'
   assert got.moe.dispatch == 'dense'
   assert got.to_dict() == old.to_dict()
@@ -741,10 +741,10 @@ def test_the_command_that_started_a_run_goes_on_with_it(
   """A path that was given relative to the same directory is the same path."""
   monkeypatch.chdir(corpus.parent)
   new = config_lib.apply(base.get_config(), [('data.path', corpus.name)])
-  old = experiment.decide(new)
+  old = experiment.resolve_auto(new)
   workdir_lib.write_json(tmp_path / 'config.json', old.to_dict())
-  got = workdir_lib.continued(workdir_lib.read_config(tmp_path), new, [])
-  assert experiment.decide(got).to_dict() == old.to_dict()
+  got = workdir_lib.resume_config(workdir_lib.read_config(tmp_path), new, [])
+  assert experiment.resolve_auto(got).to_dict() == old.to_dict()
 
 
 def test_changes_are_logged(caplog):
@@ -753,7 +753,7 @@ def test_changes_are_logged(caplog):
   try:
     with caplog.at_level(logging.INFO, logger='nanomoe.run.workdir'):
       new = decided(('eval_iters', '17'))
-      workdir_lib.continued(decided(), new, ['eval_iters'])
+      workdir_lib.resume_config(decided(), new, ['eval_iters'])
   finally:
     logger.removeHandler(caplog.handler)
   lines = {record.getMessage() for record in caplog.records}

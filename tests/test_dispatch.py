@@ -387,7 +387,7 @@ def test_the_capacity_of_a_model_is_the_configs(tiny, rng):
       'model.num_layers': 1,
     }
   )
-  task = experiment.build_task(experiment.decide(config), 11)
+  task = experiment.build_task(experiment.resolve_auto(config), 11)
   batch = {
     name: jnp.asarray(rng.integers(0, 11, (4, 16)), jnp.int32)
     for name in ('inputs', 'targets')

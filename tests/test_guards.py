@@ -33,7 +33,7 @@ def _equations(jaxpr):
 @pytest.fixture(scope='module', params=['dropless', 'capacity', 'grouped'])
 def program(request):
   """The equations of a training step of base.py, by primitive."""
-  config = experiment.decide(base.get_config())
+  config = experiment.resolve_auto(base.get_config())
   config.moe.dispatch = request.param
   task = experiment.build_task(config, 65)
   optimizer, schedule = optimizers.build(config.optimizer, 10)

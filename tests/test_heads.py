@@ -13,7 +13,8 @@ def test_the_gradient_of_a_tied_embedding_is_the_sum_of_both(tiny, rng):
   changes |= {'model.num_layers': 1, 'moe.first_dense_layers': 1}
   tied, own = (
     experiment.build_task(
-      experiment.decide(tiny({**changes, 'model.tie_embeddings': tie})), 11
+      experiment.resolve_auto(tiny({**changes, 'model.tie_embeddings': tie})),
+      11,
     )
     for tie in ('true', 'false')
   )

@@ -27,7 +27,7 @@ def _second_order_source(length: int, rng):
 def test_reaches_the_entropy_of_its_source(tiny, rng):
   """Within 2 % of the entropy of the validation text under its true law."""
   tokens, law = _second_order_source(60_000, rng)
-  config = experiment.decide(
+  config = experiment.resolve_auto(
     tiny(
       {
         'num_train_steps': 500,

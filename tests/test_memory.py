@@ -40,7 +40,7 @@ def test_remat_changes_the_memory_alone(tiny):
   changes = {'model.num_layers': 3, 'block_size': 64, 'precision': 'float32'}
   changes['moe.every'] = 2  # A dense layer has nothing to report.
   without, with_it = (
-    _gradient(experiment.decide(tiny({**changes, 'model.remat': remat})))
+    _gradient(experiment.resolve_auto(tiny({**changes, 'model.remat': remat})))
     for remat in ('false', 'true')
   )
   jax.tree.map(

@@ -13,7 +13,7 @@ from configs import base
 from nanomoe import experiment
 from nanomoe.moe import experts
 from nanomoe.moe.losses import BALANCE
-from nanomoe.moe.routing import Given
+from nanomoe.moe.routing import RouterInputs
 from nanomoe.ops.dropout import Dropout
 from nanomoe.run import provenance
 from tests.shrunk import MODERN
@@ -21,7 +21,7 @@ from trainers.step import Spikes
 
 
 def _counts(config, vocab_size=65):
-  task = experiment.build_task(experiment.decide(config), vocab_size)
+  task = experiment.build_task(experiment.resolve_auto(config), vocab_size)
   batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
   return provenance.count_params(params, config)
@@ -102,7 +102,7 @@ def test_layers_with_experts_report_alone(tiny, first, every, layers):
 
 def _shapes(config):
   """Of metrics, and of parameters."""
-  task = experiment.build_task(experiment.decide(config), 11)
+  task = experiment.build_task(experiment.resolve_auto(config), 11)
   tokens = jnp.zeros((2, 16), jnp.int32)
   batch = {'inputs': tokens, 'targets': tokens, 'weights': jnp.ones((2, 16))}
 
@@ -130,7 +130,7 @@ def test_a_run_without_experts(tiny, tmp_path):
 def model(tiny, request):
   """(logits of tokens and mask, whose rows of d_model are far from linear)."""
   config = tiny({**request.param, 'precision': 'float32'})
-  task = experiment.build_task(experiment.decide(config), vocab_size=11)
+  task = experiment.build_task(experiment.resolve_auto(config), vocab_size=11)
   batch = {'inputs': jnp.zeros((1, 16), jnp.int32)}
   params, _ = jax.jit(task.init)(jax.random.key(0), batch)
   params = jax.tree.map(lambda x: 3 * x, params)
@@ -182,7 +182,9 @@ def test_blocks_whose_outputs_start_at_zero_are_the_identity(
   tokens = jnp.array([[3, 5, 3, 3, 5]])
   spread = {}
   for zero in (False, True):
-    config = experiment.decide(tiny({**changes, 'model.zero_outputs': zero}))
+    config = experiment.resolve_auto(
+      tiny({**changes, 'model.zero_outputs': zero})
+    )
     task = experiment.build_task(config, 11)
     trained = task.init(jax.random.key(0), {'inputs': tokens})
     logits, _ = jax.jit(task.logits)(trained, tokens)
@@ -196,7 +198,7 @@ def test_blocks_whose_outputs_start_at_zero_are_the_identity(
 def test_a_block_is_its_parts(tiny, rng):
   """Each of the four modules before, around and behind the experts counts."""
   changes = {**MODERN, 'moe.first_dense_layers': 0, 'moe.num_shared': 1}
-  config = experiment.decide(tiny({**changes, 'precision': 'float32'}))
+  config = experiment.resolve_auto(tiny({**changes, 'precision': 'float32'}))
   task = experiment.build_task(config, 11)
   tokens = jnp.zeros((2, 16), jnp.int32)
   shapes, _ = jax.eval_shape(task.init, jax.random.key(0), {'inputs': tokens})
@@ -205,7 +207,7 @@ def test_a_block_is_its_parts(tiny, rng):
     shapes['block_0'],
   )
   x = jnp.asarray(rng.normal(size=(2, 16, 16)), jnp.float32)
-  given = Given(tokens, jnp.ones((2, 16), bool))
+  given = RouterInputs(tokens, jnp.ones((2, 16), bool))
   make = task.model.blocks[0].keywords
 
   def part(module, own, *args):
@@ -235,7 +237,7 @@ def test_a_block_is_its_parts(tiny, rng):
 
 
 def test_dropout_is_on_embeddings_and_on_both_branches(tiny):
-  config = experiment.decide(tiny({'model.dropout_rate': 0.5}))
+  config = experiment.resolve_auto(tiny({'model.dropout_rate': 0.5}))
   task, found = experiment.build_task(config, 11), []
   tokens = jnp.zeros((2, 16), jnp.int32)
   batch = {'inputs': tokens, 'targets': tokens, 'weights': jnp.ones((2, 16))}
@@ -260,7 +262,7 @@ def test_dropout_is_on_embeddings_and_on_both_branches(tiny):
 
 @pytest.mark.parametrize('name', BALANCE)
 def test_routers_have_the_balance_of_the_config(tiny, name):
-  config = experiment.decide(tiny({'moe.balance': name}))
+  config = experiment.resolve_auto(tiny({'moe.balance': name}))
   task = experiment.build_task(config, 11)
   assert task.balance == name
   for block in task.model.blocks:

@@ -36,7 +36,9 @@ def test_value_and_gradients_equal_float64(subscripts, precision, rng):
   expected = np.einsum(subscripts, np.float64(x), np.float64(w))
   g = jnp.asarray(rng.integers(-8, 9, expected.shape), jnp.float32)
 
-  y, vjp = jax.vjp(lambda x, w: matmul.dot(subscripts, x, w, precision), x, w)
+  y, vjp = jax.vjp(
+    lambda x, w: matmul.einsum(subscripts, x, w, precision), x, w
+  )
   dx, dw = vjp(g)
 
   operands, out = subscripts.split('->')
@@ -58,7 +60,7 @@ def test_every_size_compiles_in_bfloat16(size, rng):
 
   @jax.jit
   def loss(x, w):
-    return jnp.sum(matmul.dot('gnd,gdf->gnf', x, w, 'bfloat16') ** 2)
+    return jnp.sum(matmul.einsum('gnd,gdf->gnf', x, w, 'bfloat16') ** 2)
 
   dx, dw = jax.grad(loss, argnums=(0, 1))(x, x)
   y = np.einsum('gnd,gdf->gnf', x, x)
@@ -70,8 +72,8 @@ def test_every_size_compiles_in_bfloat16(size, rng):
 def test_bfloat16_rounds_operands_and_float32_does_not():
   x = jnp.float32([[1 + 2**-12]])
   one = jnp.ones((1, 1))
-  assert matmul.dot('nd,df->nf', x, one, 'float32')[0, 0] == x[0, 0]
-  assert matmul.dot('nd,df->nf', x, one, 'bfloat16')[0, 0] == 1
+  assert matmul.einsum('nd,df->nf', x, one, 'float32')[0, 0] == x[0, 0]
+  assert matmul.einsum('nd,df->nf', x, one, 'bfloat16')[0, 0] == 1
 
 
 def test_auto_follows_the_machine(monkeypatch):
@@ -91,7 +93,7 @@ def test_bias_and_its_gradient(precision, rng):
   bias = jnp.asarray(rng.integers(-8, 9, (3, 12)), jnp.float32)
   g = jnp.asarray(rng.integers(-8, 9, (3, 16, 12)), jnp.float32)
   y, vjp = jax.vjp(
-    lambda bias: matmul.dot('gnd,gdf->gnf', x, w, precision, bias), bias
+    lambda bias: matmul.einsum('gnd,gdf->gnf', x, w, precision, bias), bias
   )
   expected = np.einsum('gnd,gdf->gnf', x, w) + bias[:, None]
   np.testing.assert_array_equal(y, expected)

@@ -203,7 +203,7 @@ def test_a_schedule_sets_the_rate_of_each_update(problem):
 @pytest.mark.parametrize('mask', optimizers.DECAY_MASKS)
 def test_what_decays_in_the_model(tiny, mask, kind):
   """With no gradient an update is the decay alone."""
-  config = experiment.decide(tiny())
+  config = experiment.resolve_auto(tiny())
   task = experiment.build_task(config, vocab_size=20)
   inputs = np.zeros((1, config.block_size), np.int32)
   shapes, _ = jax.eval_shape(task.init, jax.random.key(0), {'inputs': inputs})
@@ -334,7 +334,7 @@ def test_muon_takes_each_expert_by_itself(shape):
 
 
 def test_muon_is_adamw_for_what_is_no_hidden_matrix(tiny):
-  config = experiment.decide(tiny({'model.num_layers': 1}))
+  config = experiment.resolve_auto(tiny({'model.num_layers': 1}))
   task = experiment.build_task(config, vocab_size=20)
   inputs = {'inputs': np.zeros((1, 16), np.int32)}
   shapes, _ = jax.eval_shape(task.init, jax.random.key(0), inputs)

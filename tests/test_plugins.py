@@ -114,7 +114,7 @@ def test_the_router_is_topk_of_softer_logits(importable, tiny):
   """At temperature 1 the very same function of the same parameters."""
 
   def loss(changes):
-    config = experiment.decide(tiny({'precision': 'float32', **changes}))
+    config = experiment.resolve_auto(tiny({'precision': 'float32', **changes}))
     task = experiment.build_task(config, 20)
     tokens = jnp.arange(17)[None]
     batch = {

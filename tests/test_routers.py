@@ -11,7 +11,7 @@ from nanomoe.moe import experts
 from nanomoe.moe.dispatch.dropless import dense
 from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.layer import by_row
-from nanomoe.moe.routing import Given
+from nanomoe.moe.routing import RouterInputs
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
 from tests.routed import layer as make_moe
 
@@ -250,7 +250,9 @@ def layer(request):
   """
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(0, VOCAB, (BATCH, TIME)), jnp.int32)
-  given = Given(tokens, jnp.arange(BATCH * TIME).reshape(tokens.shape) < 22)
+  given = RouterInputs(
+    tokens, jnp.arange(BATCH * TIME).reshape(tokens.shape) < 22
+  )
 
   def random(like):
     return jnp.asarray(rng.normal(size=like.shape), jnp.float32)

@@ -31,7 +31,7 @@ def draw_batch(rng):
 
 def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
   """And what is added to the loss is logged, raw and weighted."""
-  config = experiment.decide(
+  config = experiment.resolve_auto(
     tiny(
       {
         'moe.router.type': 'Sigmoid',
@@ -89,7 +89,7 @@ def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
 def test_the_bias_evens_out_the_loads(tiny, rng):
   """Of a router that sends nearly all to two experts. Wang et al. 2024."""
   config = tiny({'moe.router.type': 'Sigmoid', 'moe.router.bias_rate': 0.002})
-  task = experiment.build_task(experiment.decide(config), VOCAB)
+  task = experiment.build_task(experiment.resolve_auto(config), VOCAB)
   x = jnp.asarray(rng.normal(size=(4, 64, 5)) + 1, jnp.float32)
   kernel = jnp.asarray(rng.normal(size=(5, NUM_EXPERTS)) / 2, jnp.float32)
   kernel = kernel.at[:, :2].add(0.5)
@@ -116,7 +116,7 @@ def test_the_bias_evens_out_the_loads(tiny, rng):
 
 def test_each_layers_bias_selects_its_experts(tiny, rng):
   """In training, in evaluation and in generation; dense layers lie between."""
-  config = experiment.decide(
+  config = experiment.resolve_auto(
     tiny(
       {
         'moe.router.type': 'Sigmoid',
@@ -220,7 +220,7 @@ def test_a_raised_weight_and_the_bias_survive_a_resume(tiny, tmp_path):
   old = workdir.config_of(tmp_path / 'parts')
   new = config_lib.apply(old, list(more.items()))
   trainer = experiment.build(
-    workdir.continued(old, new, more), tmp_path / 'parts'
+    workdir.resume_config(old, new, more), tmp_path / 'parts'
   )
   assert trainer.fit() == 'done'
   assert trainer.state.model_state['aux_weight'] == 0.5

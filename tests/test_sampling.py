@@ -23,7 +23,7 @@ def _model(choices):
   config = config_lib.apply(
     base.get_config(), [(k, str(v)) for k, v in changes.items()]
   )
-  task = experiment.build_task(experiment.decide(config), VOCAB)
+  task = experiment.build_task(experiment.resolve_auto(config), VOCAB)
   batch = {'inputs': jnp.zeros((1, BLOCK), jnp.int32)}
   params, state = jax.jit(task.init)(jax.random.key(0), batch)
   return task.logits, (jax.tree.map(lambda x: 3 * x, params), state)

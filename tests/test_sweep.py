@@ -196,7 +196,7 @@ def test_figures_of_a_run_are_those_it_logged(tmp_path):
 
 def parameters(config, **model):
   config.model.update(model)
-  task = experiment.build_task(experiment.decide(config), 65)
+  task = experiment.build_task(experiment.resolve_auto(config), 65)
   batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
   return provenance.count_params(params, config)

@@ -11,7 +11,7 @@ import pytest
 from nanomoe.model.transformer import _stack
 from nanomoe.moe import statistics
 from nanomoe.moe.layer import MoEAux
-from nanomoe.moe.routing import Given, make_routing
+from nanomoe.moe.routing import RouterInputs, make_routing
 from nanomoe.task import LanguageModel
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, layer, make
 from trainers import metrics as metrics_lib
@@ -206,7 +206,9 @@ def test_every_router_reports(variant, rng):
 
   routing = run()
   one = jax.tree.map(lambda a: a[None], (routing.expert, routing.token))
-  counts = statistics.of_tokens(*one, tokens, jnp.arange(VOCAB), NUM_EXPERTS)[0]
+  counts = statistics.token_expert_counts(
+    *one, tokens, jnp.arange(VOCAB), NUM_EXPERTS
+  )[0]
   wanted, gates = np.zeros((NUM_EXPERTS, VOCAB)), []
   rows = range(len(routing.expert))
   for row, token in zip(
@@ -231,7 +233,7 @@ def test_every_router_reports(variant, rng):
 def test_a_layer_hands_on_what_was_chosen(variant, rng):
   moe = layer(variant, 'dense')
   x = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
-  given = Given(jnp.zeros((2, 6), jnp.int32), jnp.ones((2, 6), bool))
+  given = RouterInputs(jnp.zeros((2, 6), jnp.int32), jnp.ones((2, 6), bool))
 
   def run(key):
     return moe.init_with_output(key, x, given, train=False)[0][1]

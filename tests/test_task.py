@@ -20,7 +20,7 @@ VOCAB = 11
 
 @pytest.fixture
 def task_and_trained(tiny):
-  config = experiment.decide(tiny({'precision': 'float32'}))
+  config = experiment.resolve_auto(tiny({'precision': 'float32'}))
   task = experiment.build_task(config, VOCAB)
   batch = {'inputs': jnp.zeros((1, 16), jnp.int32)}
   params, state = QUICKLY(task.init)(jax.random.key(0), batch)
@@ -50,7 +50,7 @@ def test_gradients_are_the_same_compiled_or_not(tiny, rng, precision):
   """And in the order that the next program takes them to be in."""
   changes = {'model.num_layers': 1, 'moe.first_dense_layers': 1}
   changes |= {'model.bias': 'false', 'model.tie_embeddings': 'true'}
-  config = experiment.decide(tiny({**changes, 'precision': precision}))
+  config = experiment.resolve_auto(tiny({**changes, 'precision': precision}))
   task = experiment.build_task(config, VOCAB)
   batch = _batch(rng, rows=2)
   params, _ = task.init(jax.random.key(0), batch)
@@ -108,7 +108,8 @@ def test_confidence_is_penalized_in_training_alone(tiny, rng, experts):
   batch['weights'] = batch['weights'].at[1, 3:].set(0.0)
   plain, penalized = (
     experiment.build_task(
-      experiment.decide(tiny({**changes, 'confidence_weight': weight})), VOCAB
+      experiment.resolve_auto(tiny({**changes, 'confidence_weight': weight})),
+      VOCAB,
     )
     for weight in (0.0, 0.3)
   )
@@ -177,7 +178,7 @@ def test_products_of_a_documented_step_are_near_the_sparse_ideal(precision):
   """
   config = base.get_config()
   config.precision = precision
-  config = experiment.decide(config)
+  config = experiment.resolve_auto(config)
   task = experiment.build_task(config, 65)
   shape = (config.batch_size, config.block_size)
   batch = {

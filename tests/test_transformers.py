@@ -11,7 +11,7 @@ import pytest
 from benchmarks import peers
 from configs import base
 from nanomoe import experiment
-from nanomoe.moe.routing import Given
+from nanomoe.moe.routing import RouterInputs
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ def model(name):
   for key, value in {**COMMON, **MODELS[name]}.items():
     section, _, last = key.rpartition('.')
     (config[section] if section else config)[last] = value
-  return experiment.build_task(experiment.decide(config), VOCAB).model
+  return experiment.build_task(experiment.resolve_auto(config), VOCAB).model
 
 
 def _params(peer):
@@ -138,7 +138,7 @@ def test_attention_of_each_layer(model, peer):
 def test_feed_forward_of_each_layer(model, peer):
   params = _params(peer)
   tokens = jnp.asarray(peer['tokens'], jnp.int32)
-  given = Given(tokens, jnp.ones(tokens.shape, bool))
+  given = RouterInputs(tokens, jnp.ones(tokens.shape, bool))
   for i, block in enumerate(model.blocks):
     key = f'model.layers.{i}.mlp'
     feed_forward = block.keywords['feed_forward']()

@@ -12,7 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.util import tensor_util
 
-from trainers.writers.run_writer import Board, Chart, RunWriter
+from trainers.writers.run_writer import Chart, RunWriter, TensorBoardLayout
 from trainers.writers.tensorboard import SummaryWriter
 from trainers.writers.writers import Guarded, MetricsFile, Writers
 
@@ -267,7 +267,7 @@ def test_what_is_for_pictures_is_left_out(tmp_path):
   assert read(tmp_path).Tags()['tensors'] == ['x/0', 'x/1']
 
 
-BOARD = Board(
+BOARD = TensorBoardLayout(
   charts={'loss': Chart('loss/total', 'Nats.'), 'load': Chart('routing/load')},
   layout={'first': {'a chart': 'loss/.*'}},
   hparams={'lr': 0.1, 'router': 'TopK'},
@@ -374,7 +374,7 @@ def test_the_session_is_as_the_run_was_last(tmp_path):
     ({'lr': 0.1}, 'interrupted', False),
     ({'lr': 0.2, 'steps': 9}, 'done', api_pb2.STATUS_SUCCESS),
   ):
-    writers = Writers(tmp_path, board=Board(hparams=hparams))
+    writers = Writers(tmp_path, board=TensorBoardLayout(hparams=hparams))
     writers.start(0, 0)
     assert session(tmp_path) == (hparams, False)
     writers.clu.write_hparams({'more': 'of it'})

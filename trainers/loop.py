@@ -94,7 +94,7 @@ class Loop:
         self.eval_params, self.state.model_state, batches, self.poll
       )
       metrics = metrics_lib.prefixed(split, metrics)
-    self._each('on_eval_end', split, metrics)
+    self._emit('on_eval_end', split, metrics)
     self._write(metrics)
     return metrics
 
@@ -132,13 +132,13 @@ class Loop:
     if self._unlogged is None:
       return
     metrics, self._unlogged = metrics_lib.compute(self._unlogged), None
-    self._each('on_log', metrics)
+    self._emit('on_log', metrics)
     self._write(metrics)
 
   def _write(self, metrics: dict[str, Any]) -> None:
     self._writers.write(self.step, metrics)
 
-  def _each(self, hook: str, *args: Any) -> None:
+  def _emit(self, hook: str, *args: Any) -> None:
     may_save, self._may_save = self._may_save, False
     self.callbacks.each(hook, self, *args)
     self._may_save = may_save

@@ -22,9 +22,9 @@ from trainers.loop import Loop
 from trainers.metrics import Score
 from trainers.prefetch import prefetched
 from trainers.state import ModelState, Params, TrainState
+from trainers.step_runner import StepRunner
 from trainers.task import Batch, Dataset, Task
-from trainers.updater import Updater
-from trainers.writers.run_writer import Board
+from trainers.writers.run_writer import TensorBoardLayout
 from trainers.writers.writers import Writers
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Trainer(Loop):
     | None = None,
     writers: Sequence[metric_writers.MetricWriter] = (),
     workdir: pathlib.Path | None = None,
-    board: Board | None = None,
+    board: TensorBoardLayout | None = None,
     memory_hint: memory_lib.Hint = lambda _: 'try a smaller batch',
   ):
     if eval_weights == 'average' and not ema_decay:
@@ -97,7 +97,7 @@ class Trainer(Loop):
     step_fn = step_lib.make_train_step(
       task, optimizer, schedule, ema_decay, spikes
     )
-    self._updater = Updater(step_fn, step_key, memory_hint)
+    self._step_runner = StepRunner(step_fn, step_key, memory_hint)
 
   def fit(self) -> str:
     """Trains up to `num_train_steps`, from where a checkpoint left off.
@@ -110,7 +110,7 @@ class Trainer(Loop):
       try:
         self._next_hook = len(self.callbacks)  # There is no step 0.
         self._start()
-        self._each('on_fit_start')
+        self._emit('on_fit_start')
         with self.clock.phase('train'):
           self._train()
         self._save_last()
@@ -123,10 +123,12 @@ class Trainer(Loop):
 
   def _train(self) -> None:
     """To the end; from an earlier step on, where a hook wants that back."""
-    while (reason := self._train_on()) and self._went_back(reason):
+    while (reason := self._train_until_interrupted()) and self._roll_back(
+      reason
+    ):
       pass
 
-  def _train_on(self) -> str | None:
+  def _train_until_interrupted(self) -> str | None:
     """To the end, to a signal, or to a RollBack, whose reason is returned."""
     with prefetched(self._batch, int(self.state.batch_index)) as batches:
       try:
@@ -142,18 +144,18 @@ class Trainer(Loop):
         return str(error)
 
   def _train_step(self, batch: Batch) -> None:
-    first = not self._updater.compiled
+    first = not self._step_runner.compiled
     with (
       self.clock.phase('compile') if first else nullcontext(),
       jax.profiler.StepTraceAnnotation('train', step_num=self.step + 1),
     ):
-      self.state, self.metrics = self._updater(self.state, batch)
+      self.state, self.metrics = self._step_runner(self.state, batch)
     self._log()  # The step before is done, or nearly: reading costs no wait.
     self.step += 1
     self.num_timed_steps += not first
     self._next_hook = 0
     if self.step % self.log_interval == 0 or self.step == self.num_train_steps:
-      self._unlogged = self._updater.take()
+      self._unlogged = self._step_runner.pop_metrics()
 
   def _run_hooks(self) -> None:
     """Each callback once per step, whatever happens between two of them."""
@@ -199,14 +201,14 @@ class Trainer(Loop):
     options = {'xla_backend_optimization_level': 0}
     create = jax.jit(make, compiler_options=options)
     abstract = jax.eval_shape(create, self._init_key, None)
-    shapes = self._updater.trace(abstract, batch)
-    self.metrics = self._updater.running
+    shapes = self._step_runner.trace(abstract, batch)
+    self.metrics = self._step_runner.accumulated
     self._shapes = {'state': abstract, 'running': shapes, 'metrics': shapes}
     saved = self.checkpointer and self.checkpointer.restore(self._shapes)
     if saved:
       self._resume(saved)
     if self.step < self.num_train_steps:
-      self._updater.compile(abstract, batch)  # While parameters are made.
+      self._step_runner.compile(abstract, batch)  # While parameters are made.
     if not saved:
       initial = self._initial and self._initial(
         abstract.params, abstract.model_state
@@ -217,7 +219,7 @@ class Trainer(Loop):
   def _resume(self, saved: Saved) -> None:
     tree, meta = saved
     compatibility.check(meta['identity'], self._identity, self._allow_changed)
-    self.state, self._updater.running = tree['state'], tree['running']
+    self.state, self._step_runner.accumulated = tree['state'], tree['running']
     self.metrics = tree['metrics']
     self.step, self.num_rollbacks = meta['step'], meta['num_rollbacks']
     if self.step > self.num_train_steps:
@@ -235,9 +237,9 @@ class Trainer(Loop):
     self._writers.start(self.step, meta['metrics_size'])
     log.info('resuming after step %d', self.step)
 
-  def _went_back(self, reason: str) -> bool:
+  def _roll_back(self, reason: str) -> bool:
     """To the newest good checkpoint; False: the run stops, there is none."""
-    self._confirm()
+    self._wait_for_save()
     saved = None
     try:
       if self.checkpointer and self.checkpointer.undo():
@@ -251,7 +253,7 @@ class Trainer(Loop):
     num_rollbacks = self.num_rollbacks + 1
     self._resume(saved)
     # A run that had but hooks left to run has not begun to.
-    self._updater.compile(self._shapes['state'], self._batch(0))
+    self._step_runner.compile(self._shapes['state'], self._batch(0))
     self.state = dataclasses.replace(self.state, batch_index=batch_index)
     self.num_rollbacks, self._unlogged = num_rollbacks, None
     log.warning(
@@ -260,7 +262,7 @@ class Trainer(Loop):
       step,
       self.step,
     )
-    self._each('on_roll_back')
+    self._emit('on_roll_back')
     return True
 
   def _save_last(self) -> None:
@@ -270,7 +272,7 @@ class Trainer(Loop):
       self.status = 'done'
     if not self.checkpointer or not self.step:
       return
-    error = self._confirm()
+    error = self._wait_for_save()
     if self.status == 'diverged':
       self.checkpointer.undo()
       return
@@ -279,7 +281,7 @@ class Trainer(Loop):
         return
       try:
         self._save(self._next_hook, paused=self.status == 'interrupted')
-        error = self._confirm()
+        error = self._wait_for_save()
       except SaveError as raised:
         log.error('a checkpoint could not be saved: %s', raised)
         error = raised
@@ -305,7 +307,7 @@ class Trainer(Loop):
     return error
 
   def _fail(self, error: BaseException) -> BaseException:
-    error = self._updater.explained(error, self.step)
+    error = self._step_runner.explained(error, self.step)
     self.status = 'failed'
     self.callbacks.on_exception(self, error)
     return error
@@ -316,7 +318,7 @@ class Trainer(Loop):
     if not self.checkpointer:
       raise ValueError('this trainer was given no checkpointer')
     self._log()
-    self._confirm()
+    self._wait_for_save()
     jax.block_until_ready(self.state)
     # Where a signal falls decides nothing: no run goes back to it.
     standing = 'paused' if paused else 'good'
@@ -335,7 +337,7 @@ class Trainer(Loop):
       }
       tree = {
         'state': self.state,
-        'running': self._updater.running,
+        'running': self._step_runner.accumulated,
         'metrics': self.metrics,
       }
       self.checkpointer.save(
@@ -346,7 +348,7 @@ class Trainer(Loop):
         standing=standing,
       )
 
-  def _confirm(self) -> SaveError | None:
+  def _wait_for_save(self) -> SaveError | None:
     """Waits for the save before; tells that it is on the disk, or why not."""
     if not self.checkpointer:
       return None
@@ -357,7 +359,7 @@ class Trainer(Loop):
       log.error('a checkpoint could not be saved: %s', error)
       return error
     if step is not None:
-      self._each('on_checkpoint', step)
+      self._emit('on_checkpoint', step)
     return None
 
   def _batch(self, index: int) -> Batch:

@@ -209,7 +209,7 @@ ARGUMENTS = {
 }
 # What NanoMoE hands to a spec is said once, elsewhere: with two values, half of
 # a run would have the one, and half the other.
-HANDED = {
+INJECTED = {
   'moe.router': {
     'num_experts': 'moe.num_experts',
     'top_k': 'moe.top_k',
@@ -268,7 +268,7 @@ def problems(config: Mapping[str, Any]) -> list[str]:
   lines += _unknown_to_optimizer(flat)
   lines += [
     f'config.{spec}.{key} is no argument of its own: {other} says it'
-    for spec, keys in HANDED.items()
+    for spec, keys in INJECTED.items()
     for key, other in keys.items()
     if f'{spec}.{key}' in flat
   ]

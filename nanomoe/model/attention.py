@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int
 from nanomoe.model.linear import Linear
 from nanomoe.model.positions import Position
 from nanomoe.ops.dropout import dropout
-from nanomoe.ops.matmul import dot
+from nanomoe.ops.matmul import einsum
 
 PARTS = 4  # Of a window's rows, in attention.
 XAVIER = nn.initializers.xavier_uniform()
 
 
-class Cache(NamedTuple):
+class AttentionCache(NamedTuple):
   """What later tokens need of earlier ones; with a first axis L, of all layers.
 
   Attributes:
@@ -63,10 +63,10 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    cache: Cache | None = None,
+    cache: AttentionCache | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time d_model'], Cache]:
+  ) -> tuple[Float[Array, 'batch time d_model'], AttentionCache]:
     batch, time, d_model = x.shape
     q, k, v = self._qkv(x)
     start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
@@ -92,7 +92,7 @@ class Attention(nn.Module):
       y = _read(weights, self._shared(v), self.precision)
     y = y.transpose(0, 2, 1, 3).reshape(x.shape)
     out = self._linear(d_model, 'out', self.out_init)
-    return out(y), Cache(k, v, start + time)
+    return out(y), AttentionCache(k, v, start + time)
 
   def _qkv(self, x):
     """Queries, keys and values: [batch, heads or kv_heads, time, d_head]."""
@@ -155,7 +155,7 @@ def _weights(
   precision: str,
 ) -> Float[Array, 'batch heads rows positions']:
   """Of the positions up to a row's own; `start` is the first row's."""
-  scores = dot('bhtd,bhsd->bhts', q * q.shape[-1] ** -0.5, k, precision)
+  scores = einsum('bhtd,bhsd->bhts', q * q.shape[-1] ** -0.5, k, precision)
   # [batch or 1, 1, rows, positions].
   own = jnp.atleast_2d(start + jnp.arange(q.shape[2]))
   visible = jnp.arange(k.shape[2]) <= own[:, None, :, None]
@@ -163,7 +163,7 @@ def _weights(
 
 
 def _read(weights, v, precision: str):
-  return dot('bhts,bhsd->bhtd', weights, v, precision)
+  return einsum('bhts,bhsd->bhtd', weights, v, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

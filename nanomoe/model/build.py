@@ -11,12 +11,12 @@ from nanomoe.model.attention import Attention
 from nanomoe.model.convolution import ShortConvolution
 from nanomoe.model.heads import HEADS, softcap
 from nanomoe.model.ngrams import Ngrams
-from nanomoe.model.norms import NORMS, identity
+from nanomoe.model.norms import NORMS, no_norm
 from nanomoe.model.positions import POSITIONS
 from nanomoe.model.transformer import Block, Transformer
 from nanomoe.moe import experts as experts_lib
 from nanomoe.moe.dispatch import registry
-from nanomoe.moe.layer import FeedForward, MoE, Sum
+from nanomoe.moe.layer import FeedForward, MoE, RoutedAndShared
 from nanomoe.moe.routers import ROUTERS
 from nanomoe.task import LanguageModel
 from trainers import spec
@@ -53,7 +53,7 @@ def build_task(
     Attention,
     num_heads=model.num_heads,
     num_kv_heads=model.num_kv_heads or model.num_heads,
-    norm=norm if model.qk_norm else identity,
+    norm=norm if model.qk_norm else no_norm,
     position=position,
     use_bias=model.bias,
     dropout_rate=model.dropout_rate,
@@ -91,7 +91,7 @@ def build_task(
   if moe.num_shared:
     shared = dense(moe.num_shared * moe.d_ff, 'shared')
     sparse = functools.partial(
-      Sum, chosen=sparse, shared=shared, name='feed_forward'
+      RoutedAndShared, chosen=sparse, shared=shared, name='feed_forward'
     )
   with_experts = layers_with_experts(config)
   blocks = [

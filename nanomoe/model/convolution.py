@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Rows = Float[Array, 'batch time d_model']
-Seen = Float[Array, 'batch positions d_model'] | None
+ConvCache = Float[Array, 'batch positions d_model'] | None
 
 
 class ShortConvolution(nn.Module):
@@ -26,8 +26,8 @@ class ShortConvolution(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Rows, seen: Seen, start: Int[Array, ' batch']
-  ) -> tuple[Rows, Seen]:
+    self, x: Rows, seen: ConvCache, start: Int[Array, ' batch']
+  ) -> tuple[Rows, ConvCache]:
     """y, and the inputs so far.
 
     Args:

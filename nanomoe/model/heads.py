@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nanomoe.model.linear import Linear
-from nanomoe.ops.matmul import dot
+from nanomoe.ops.matmul import einsum
 
 Head = Callable[
   [Float[Array, 'batch time d_model']], Float[Array, 'batch time vocab']
@@ -33,7 +33,7 @@ def tied(
 
   def head(x):
     rows = x.reshape(-1, x.shape[-1])
-    logits = dot('nd,vd->nv', rows, embedding, precision)
+    logits = einsum('nd,vd->nv', rows, embedding, precision)
     return logits.reshape(*x.shape[:-1], -1)
 
   return head

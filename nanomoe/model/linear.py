@@ -3,7 +3,7 @@
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from nanomoe.ops.matmul import dot
+from nanomoe.ops.matmul import einsum
 
 
 class Linear(nn.Module):
@@ -21,5 +21,5 @@ class Linear(nn.Module):
     zeros = nn.initializers.zeros_init()
     bias = self.param('bias', zeros, shape[1:]) if self.use_bias else None
     rows = x.reshape(-1, x.shape[-1])
-    y = dot('nd,df->nf', rows, kernel, self.precision, bias)
+    y = einsum('nd,df->nf', rows, kernel, self.precision, bias)
     return y.reshape(*x.shape[:-1], self.features)

@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
     return x * jax.lax.rsqrt(square + EPSILON) * scale
 
 
-def identity(name: str) -> Callable[[jax.Array], jax.Array]:
+def no_norm(name: str) -> Callable[[jax.Array], jax.Array]:
   """No norm, where a norm could be."""
   del name
   return lambda x: x

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nanomoe.model.attention import Cache
-from nanomoe.model.convolution import Seen
+from nanomoe.model.attention import AttentionCache
+from nanomoe.model.convolution import ConvCache
 from nanomoe.model.positions import Position
 from nanomoe.moe.layer import MoEAux
-from nanomoe.moe.routing import Given
+from nanomoe.moe.routing import RouterInputs
 from nanomoe.ops.dropout import Dropout
 from nanomoe.ops.remat import remat
 
 
-class Layer(NamedTuple):
-  """What a block keeps of earlier tokens; in `Past`, all blocks: [L, ...].
+class BlockCache(NamedTuple):
+  """What a block keeps of earlier tokens; `DecodeCache` has all: [L, ...].
 
   Attributes:
     attention: of its attention.
@@ -26,11 +26,11 @@ class Layer(NamedTuple):
       layer, by position; None where there is none.
   """
 
-  attention: Cache
-  inputs: tuple[Seen, Seen]
+  attention: AttentionCache
+  inputs: tuple[ConvCache, ConvCache]
 
 
-class Past(NamedTuple):
+class DecodeCache(NamedTuple):
   """What later tokens need of earlier ones.
 
   Attributes:
@@ -39,14 +39,14 @@ class Past(NamedTuple):
   """
 
   tokens: Int[Array, 'batch positions']
-  layers: Layer
+  layers: BlockCache
 
   @property
   def length(self) -> Int[Array, ' batch']:
     """Positions that hold a token, by sequence."""
     return self.layers.attention.length[0]
 
-  def cut(self, length: Int[Array, ' batch']) -> 'Past':
+  def cut(self, length: Int[Array, ' batch']) -> 'DecodeCache':
     """No more of it than that."""
     attention = self.layers.attention
     every_layer = jnp.broadcast_to(length, attention.length.shape)
@@ -79,11 +79,11 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    given: Given,
-    past: Layer | None = None,
+    given: RouterInputs,
+    past: BlockCache | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time d_model'], MoEAux | None, Layer]:
+  ) -> tuple[Float[Array, 'batch time d_model'], MoEAux | None, BlockCache]:
     cache, (first, second) = past or (None, (None, None))
     start = jnp.zeros(len(x), jnp.int32) if cache is None else cache.length
     normed = self.norm(name='attention_norm')(x)
@@ -96,7 +96,7 @@ class Block(nn.Module):
     normed, second = convolve(normed, second, start)
     y, aux = self.feed_forward()(normed, given, train=train)
     x = x + Dropout(self.dropout_rate)(y, train=train)
-    return x, aux, Layer(cache, (first, second))
+    return x, aux, BlockCache(cache, (first, second))
 
 
 class Transformer(nn.Module):
@@ -133,11 +133,11 @@ class Transformer(nn.Module):
     self,
     tokens: Int[Array, 'batch time'],
     mask: Bool[Array, 'batch time'],
-    past: Past | None = None,
+    past: DecodeCache | None = None,
     bias: Float[Array, 'layers experts'] | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time vocab'], MoEAux | None, Past]:
+  ) -> tuple[Float[Array, 'batch time vocab'], MoEAux | None, DecodeCache]:
     """Returns logits, the layers' reports, stacked: [L, ...], and the past.
 
     Reports are of the layers that make one, None if none does.
@@ -171,18 +171,18 @@ class Transformer(nn.Module):
       own = past and jax.tree.map(lambda c, i=i: c[i], past.layers)
       # Of the layers that report: others ignore it.
       its = None if bias is None else bias[min(len(reports), len(bias) - 1)]
-      given = Given(tokens, mask, its)
+      given = RouterInputs(tokens, mask, its)
       x, aux, grown = run(block(name=f'block_{i}'), x, given, own)
       reports += [] if aux is None else [aux]
       layers.append(grown)
     x = self.norm(name='final_norm')(x)
     logits = self.cap(self.head(embedding)(x))
     reported = _stack(reports) if reports else None
-    return logits, reported, Past(seen, _stack(layers))
+    return logits, reported, DecodeCache(seen, _stack(layers))
 
 
 def _write(
-  past: Past, tokens: Int[Array, 'batch time']
+  past: DecodeCache, tokens: Int[Array, 'batch time']
 ) -> Int[Array, 'batch positions']:
   write = jax.vmap(jax.lax.dynamic_update_slice)
   return write(past.tokens, tokens, past.length[:, None])

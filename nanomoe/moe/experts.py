@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from nanomoe.ops.activations import ACTIVATIONS
-from nanomoe.ops.matmul import dot
+from nanomoe.ops.matmul import einsum
 
 # x, or the hidden layer, of an expert by one of its weights.
 PRODUCT = 'gni,gio->gno'
@@ -44,9 +44,11 @@ class Experts:
     self, x: Float[Array, 'G rows d_model'], precision: str
   ) -> Float[Array, 'G rows d_model']:
     """Each expert's rows through it."""
-    return self.by(lambda x, w, bias: dot(PRODUCT, x, w, precision, bias), x)
+    return self.apply(
+      lambda x, w, bias: einsum(PRODUCT, x, w, precision, bias), x
+    )
 
-  def by(
+  def apply(
     self, product: Product, x: Float[Array, '*rows d_model']
   ) -> Float[Array, '*rows d_model']:
     """The same of rows in any order: `product` knows whose they are."""
@@ -56,7 +58,7 @@ class Experts:
     hidden = ACTIVATIONS[self.activation].fn(*hidden)
     return product(hidden, self.w_out, self.b_out)
 
-  def of(self, expert: Int[Array, ' H']) -> 'Experts':
+  def take(self, expert: Int[Array, ' H']) -> 'Experts':
     """Those experts."""
     return jax.tree.map(lambda w: w[expert], self)
 

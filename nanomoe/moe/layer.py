@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nanomoe.moe.experts import Experts
-from nanomoe.moe.routing import Given, Routing
+from nanomoe.moe.routing import RouterInputs, Routing
 from trainers.metrics import Mean
 
 
@@ -51,7 +51,7 @@ class MoE(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    given: Given,
+    given: RouterInputs,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
@@ -98,7 +98,7 @@ class FeedForward(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    given: Given,
+    given: RouterInputs,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], None]:
@@ -108,7 +108,7 @@ class FeedForward(nn.Module):
     return expert(tokens, self.precision).reshape(x.shape), None
 
 
-class Sum(nn.Module):
+class RoutedAndShared(nn.Module):
   """Experts that are chosen, plus one that all tokens share.
 
   Dai et al. 2024 (DeepSeekMoE), sec. 3.2.
@@ -124,7 +124,7 @@ class Sum(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    given: Given,
+    given: RouterInputs,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:

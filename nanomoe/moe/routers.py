@@ -52,7 +52,7 @@ class Router(nn.Module):
     kernel = self.param(name, init, (x.shape[-1], self.num_experts))
     x = x.reshape(-1, x.shape[-1])
     # Always float32: a rounded logit changes the choice, not only its weight.
-    return matmul.dot('nd,de->ne', x, kernel, 'float32')
+    return matmul.einsum('nd,de->ne', x, kernel, 'float32')
 
   def highest(
     self, scores: Float[Array, 'tokens experts']

@@ -10,7 +10,7 @@ from nanomoe.moe.losses import BALANCE, count, entropy, z_loss
 from trainers.metrics import Mean
 
 
-class Given(NamedTuple):
+class RouterInputs(NamedTuple):
   """What a router may use of tokens, beside their activations.
 
   Attributes:

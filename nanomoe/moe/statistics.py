@@ -22,7 +22,7 @@ def max_vio(load: Float[Array, 'layers experts']) -> Mean:
   return Mean(load.shape[-1] * jnp.max(load, axis=-1) - count, count)
 
 
-def first_choices(
+def first_choice_pairs(
   expert: Int[Array, 'layers tokens k'], num_experts: int
 ) -> Float[Array, 'layers experts experts']:
   """[l, i, j]: tokens whose first choice is j in layer l, i in the one before.
@@ -33,10 +33,10 @@ def first_choices(
   first = expert[:, :, 0]
   before = jnp.concatenate([jnp.zeros_like(first[:1]), first[:-1]])
   before, first = (jax.nn.one_hot(e, num_experts) for e in (before, first))
-  return matmul.dot('lni,lnj->lij', before, first, 'float32')
+  return matmul.einsum('lni,lnj->lij', before, first, 'float32')
 
 
-def of_tokens(
+def token_expert_counts(
   expert: Int[Array, 'layers rows k'],
   token: Int[Array, 'layers rows'] | None,
   inputs: Int[Array, 'batch time'],
@@ -57,7 +57,7 @@ def of_tokens(
     words = words if token is None else words[token]
     is_word = (words[:, None] == watched).astype(jnp.float32)
     assigned = jax.nn.one_hot(expert, num_experts).sum(axis=1)
-    return matmul.dot('re,rv->ev', assigned, is_word, 'float32')
+    return matmul.einsum('re,rv->ev', assigned, is_word, 'float32')
 
   return jax.vmap(of_layer, in_axes=(0, None if token is None else 0))(
     expert, token

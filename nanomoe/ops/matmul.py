@@ -33,7 +33,7 @@ def _cpu_flags() -> set[str]:
   return set(next((x for x in lines if x.startswith('flags')), '').split())
 
 
-def dot(
+def einsum(
   subscripts: str,
   x: jax.Array,
   w: jax.Array,
@@ -94,7 +94,7 @@ def rounded(x: jax.Array, precision: str) -> jax.Array:
 def gradients(
   subscripts: str, x: jax.Array, w: jax.Array, g: jax.Array, precision: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Of sum(g * dot(subscripts, x, w, precision, bias)): of x, w and bias."""
+  """Of sum(g * einsum(subscripts, x, w, precision, bias)): of x, w and bias."""
   operands, out = subscripts.split('->')
   x_index, w_index = operands.split(',')
   einsum = functools.partial(_einsum, precision=precision)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def count_up(
+def one_hot_cumsum(
   expert: Int[Array, ' assignments'], num_experts: int
 ) -> tuple[
   Int[Array, 'assignments experts'], Int[Array, 'assignments experts']
@@ -27,7 +27,7 @@ def count_up(
   return chosen, jnp.cumsum(chosen, axis=0)
 
 
-def filled(
+def invert_slots(
   slot: Int[Array, 'tokens k'], num_slots: int
 ) -> Int[Array, ' {num_slots}']:
   """Which assignment, token * K + choice, a slot has; N * K if none.
@@ -45,7 +45,7 @@ def filled(
   )
 
 
-def through(
+def apply_permuted(
   run: Callable[[jax.Array], jax.Array],
   x: Float[Array, 'tokens d_model'],
   weight: Float[Array, 'tokens k'],
@@ -75,12 +75,12 @@ def permute(x, index, inverse):
   """
   del inverse
   if index.ndim == 1:
-    return take(x, index)
+    return gather_or_zero(x, index)
   # Not a sum over an axis: so XLA gathers and adds in one pass.
-  return functools.reduce(operator.add, (take(x, i) for i in index.T))
+  return functools.reduce(operator.add, (gather_or_zero(x, i) for i in index.T))
 
 
-def take(
+def gather_or_zero(
   x: Float[Array, 'rows ...'], index: Int[Array, '...']
 ) -> Float[Array, '...']:
   """x[index]; 0 past the end."""

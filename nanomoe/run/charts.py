@@ -4,7 +4,7 @@ from typing import Any
 
 from nanomoe.config import schema
 from nanomoe.config.overrides import Config
-from trainers.writers.run_writer import Board, Chart
+from trainers.writers.run_writer import Chart, TensorBoardLayout
 
 # Metrics without their split. An element of a vector, and a row of a matrix,
 # is called by its layer, of those with experts: routing/router_entropy/0.
@@ -140,11 +140,13 @@ LAYOUT = {
 }
 
 
-def of(config: Config) -> Board:
+def of(config: Config) -> TensorBoardLayout:
   """Runs are told apart by their config, and sorted by validation metrics."""
   flat = schema.flatten(config.to_dict())
   hparams = {key: _simple(value) for key, value in flat}
-  return Board(charts=CHARTS, layout=LAYOUT, hparams=hparams, split='val')
+  return TensorBoardLayout(
+    charts=CHARTS, layout=LAYOUT, hparams=hparams, split='val'
+  )
 
 
 def _simple(value: Any) -> bool | int | float | str:

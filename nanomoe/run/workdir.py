@@ -115,7 +115,7 @@ def config_of(workdir: pathlib.Path) -> Config:
   return config
 
 
-def continued(
+def resume_config(
   old: ConfigDict,
   new: ConfigDict,
   asked: Collection[str],

@@ -16,7 +16,7 @@ from typing import Any
 
 from nanomoe import experiment
 from nanomoe.callbacks import text_sample
-from trainers import evaluator, trainer, updater
+from trainers import evaluator, step_runner, trainer
 from trainers.checkpoint import checkpointer
 
 
@@ -118,7 +118,7 @@ def collecting(act: Callable) -> None:
 
 PLACES: dict[str, Callable] = {
   'start': before(experiment, 'build'),
-  'step': after(updater.Updater, '__call__'),
+  'step': after(step_runner.StepRunner, '__call__'),
   'evaluation': evaluating,
   # It has begun, and goes on in the background.
   'save': after(checkpointer.Checkpointer, 'save'),

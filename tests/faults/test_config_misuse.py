@@ -33,7 +33,7 @@ def fault(injected, promised=ONE_LINE):
 def asked(*words):
   """What the main command would train after these words, flat."""
   main_lib._FLAGS.unparse_flags()
-  config, _ = main_lib.wanted(main_lib._parse(['main', *words]))
+  config, _ = main_lib.requested_config(main_lib._parse(['main', *words]))
   return dict(schema.flatten(config.to_dict()))
 
 
@@ -190,7 +190,7 @@ def test_a_tuple_comes_back_from_json(tmp_path, happened):
   )
   workdir_lib.write_json(tmp_path / 'config.json', new.to_dict())
   old = workdir_lib.read_config(tmp_path)
-  assert workdir_lib.continued(old, new, []).moe.router.x == [1, [2, 3]]
+  assert workdir_lib.resume_config(old, new, []).moe.router.x == [1, [2, 3]]
   happened('nothing has changed')
 
 

@@ -686,7 +686,7 @@ def test_a_config_that_is_none(tmp_path, happened, text):
   (tmp_path / 'config.json').write_text(text)
   main_lib._FLAGS.unparse_flags()
   words = ['main', f'--workdir={tmp_path}', '--config.seed=1']
-  line = one_line(lambda: main_lib.wanted(main_lib._parse(words)))
+  line = one_line(lambda: main_lib.requested_config(main_lib._parse(words)))
   assert 'config.json' in line
   happened(line.replace(str(tmp_path), '...')[:140])
 
@@ -707,7 +707,9 @@ def test_a_section_that_is_none(tmp_path, happened, section, value):
   (tmp_path / 'config.json').write_text(json.dumps(values))
   main_lib._FLAGS.unparse_flags()
   with pytest.raises(UserError) as error:
-    main_lib.wanted(main_lib._parse(['main', f'--workdir={tmp_path}']))
+    main_lib.requested_config(
+      main_lib._parse(['main', f'--workdir={tmp_path}'])
+    )
   assert all(section in line for line in error.value.problems)
   happened(error.value.problems[0])
 

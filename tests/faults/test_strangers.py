@@ -67,7 +67,7 @@ def stranger(directory, key, kind, **arguments):
 
 def train(*words):
   main_lib._FLAGS.unparse_flags()
-  return main_lib.wanted(main_lib._parse(['main', *words]))[0]
+  return main_lib.requested_config(main_lib._parse(['main', *words]))[0]
 
 
 COMMANDS = {

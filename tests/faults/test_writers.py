@@ -315,11 +315,13 @@ def test_room_comes_back(tmp_path, warnings, happened, monkeypatch):
   ],
 )
 def test_what_is_in_the_way(tmp_path, warnings, happened, name, make, part):
-  from trainers.writers.run_writer import Board  # noqa: PLC0415
+  from trainers.writers.run_writer import TensorBoardLayout  # noqa: PLC0415
 
   (tmp_path / 'run').mkdir()
   make(tmp_path / 'run' / name)
-  trainer = make_trainer(tmp_path / 'run', board=Board(hparams={'lr': 0.1}))
+  trainer = make_trainer(
+    tmp_path / 'run', board=TensorBoardLayout(hparams={'lr': 0.1})
+  )
   assert trainer.fit() == 'done'
   (line,) = warnings()
   assert part in line

@@ -10,7 +10,7 @@ import numpy as np
 from trainers.errors import UserError
 
 
-def by_name(tree: Any) -> dict[str, Any]:
+def flatten_by_name(tree: Any) -> dict[str, Any]:
   """{'state.params.block_0...': leaf}: no container types on the disk."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
@@ -19,12 +19,12 @@ def by_name(tree: Any) -> dict[str, Any]:
   }
 
 
-def kinds(arrays: dict[str, Any]) -> dict[str, str]:
+def signatures(arrays: dict[str, Any]) -> dict[str, str]:
   """{name: 'float32[3, 4]'}."""
   return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in arrays.items()}
 
 
-def check_kinds(saved: dict[str, str], wanted: dict[str, str]) -> None:
+def check_signatures(saved: dict[str, str], wanted: dict[str, str]) -> None:
   """Raises UserError, naming what is missing or of another type or shape."""
   if saved == wanted:
     return
@@ -39,20 +39,20 @@ def check_kinds(saved: dict[str, str], wanted: dict[str, str]) -> None:
   raise UserError(['the checkpoint is of another architecture:', *lines])
 
 
-def select(arrays: dict[str, Any], prefix: str, like: Any) -> Any:
+def subtree(arrays: dict[str, Any], prefix: str, like: Any) -> Any:
   """The part of `arrays` under `prefix`, as a tree `like` another.
 
   Raises:
     UserError: naming the arrays that are missing or of another shape.
   """
-  wanted = by_name(like)
+  wanted = flatten_by_name(like)
   start = f'{prefix}.'
   found = {
     name.removeprefix(start): x
     for name, x in arrays.items()
     if name.startswith(start)
   }
-  check_kinds(kinds(found), kinds(wanted))
+  check_signatures(signatures(found), signatures(wanted))
   return jax.tree.unflatten(
     jax.tree.structure(like), [found[name] for name in wanted]
   )

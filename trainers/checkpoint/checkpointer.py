@@ -110,10 +110,10 @@ class Checkpointer:
     self.wait()
     self._sweep()
     try:
-      arrays = arrays_lib.by_name(tree)
+      arrays = arrays_lib.flatten_by_name(tree)
       meta = {
         'step': step,
-        'leaves': arrays_lib.kinds(arrays),
+        'leaves': arrays_lib.signatures(arrays),
         'content': arrays_lib.fingerprints(arrays),
         'standing': standing,
         **meta,
@@ -235,9 +235,9 @@ class Checkpointer:
     return None
 
   def _restore(self, step: int, abstract: Any) -> Saved:
-    wanted = arrays_lib.by_name(abstract)
+    wanted = arrays_lib.flatten_by_name(abstract)
     meta = reader.read_meta(self._directory, step)
-    arrays_lib.check_kinds(meta['leaves'], arrays_lib.kinds(wanted))
+    arrays_lib.check_signatures(meta['leaves'], arrays_lib.signatures(wanted))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -24,7 +24,7 @@ class Chart(NamedTuple):
   description: str = ''
 
 
-class Board(NamedTuple):
+class TensorBoardLayout(NamedTuple):
   """How TensorBoard shows a run.
 
   Attributes:
@@ -57,7 +57,11 @@ class RunWriter(metric_writers.MetricWriter):
   SESSION = '0.session'  # Sorts before the other files of its directory.
 
   def __init__(
-    self, workdir: pathlib.Path, board: Board, step: int, splits: set[str]
+    self,
+    workdir: pathlib.Path,
+    board: TensorBoardLayout,
+    step: int,
+    splits: set[str],
   ):
     self._workdir = workdir
     self._board = board

@@ -14,7 +14,7 @@ import numpy as np
 
 from trainers.files import to_json
 from trainers.metrics import is_for_files
-from trainers.writers.run_writer import Board, RunWriter
+from trainers.writers.run_writer import RunWriter, TensorBoardLayout
 from trainers.writers.worker_thread import OwnThread
 
 log = logging.getLogger(__name__)
@@ -152,10 +152,10 @@ class Writers:
     self,
     workdir: pathlib.Path | None,
     extra: Sequence[metric_writers.MetricWriter] = (),
-    board: Board | None = None,
+    board: TensorBoardLayout | None = None,
   ):
     self._workdir = workdir
-    self._board = board or Board()
+    self._board = board or TensorBoardLayout()
     self._file: MetricsFile | None = None
     self._size = 0
     self._run: Guarded | None = None

@@ -40,8 +40,8 @@ def capacity(
     y = experts(rows.reshape(num_experts, size, -1), precision)
     return y.reshape(rows.shape)
 
-  filled = permute.filled(slot, num_slots)
-  y = permute.through(run, x, routing.weight, slot, filled)
+  filled = permute.invert_slots(slot, num_slots)
+  y = permute.apply_permuted(run, x, routing.weight, slot, filled)
   return y, report(routing, num_kept=jnp.sum(slot < num_slots))
 
 
@@ -59,7 +59,7 @@ def make_slots(
 ) -> Int[Array, 'tokens k']:
   """Row `expert * size + rank`; one past the last if there is no room."""
   by_choice = expert.T.reshape(-1)
-  chosen, running = permute.count_up(by_choice, num_experts)
+  chosen, running = permute.one_hot_cumsum(by_choice, num_experts)
   rank = jnp.sum(chosen * running, axis=1) - 1
   has_room = (by_choice < num_experts) & (rank < size)
   slot = jnp.where(has_room, by_choice * size + rank, num_experts * size)

@@ -58,7 +58,7 @@ def dropless(
       by_expert = rows.reshape(num_experts, plan.capacity, -1)
       return _run_all(by_expert, experts, precision).reshape(rows.shape)
 
-    y = permute.through(
+    y = permute.apply_permuted(
       run, x, routing.weight, plan.slot, plan.assignment_of_slot
     )
   y = _add_overflow(y, x, routing.weight, experts, plan.overflow, precision)
@@ -135,8 +135,8 @@ def _add_overflow(
   def add(i, y):
     assignment, expert = overflow.assignment[i], overflow.expert[i]
     token = assignment // weight.shape[1]
-    of_token = experts.of(expert)(permute.take(x, token), precision)
-    gate = permute.take(weight.reshape(-1), assignment)
+    of_token = experts.take(expert)(permute.gather_or_zero(x, token), precision)
+    gate = permute.gather_or_zero(weight.reshape(-1), assignment)
     return y.at[token].add(gate[..., None] * of_token, mode='drop')
 
   return jax.lax.fori_loop(0, overflow.num_trips, add, y)
@@ -156,11 +156,11 @@ def _add_overflow_backward(precision, residuals, of_y):
     token = assignment // weight.shape[1]
     y, gradients = jax.vjp(
       lambda own, rows: own(rows, precision),
-      experts.of(expert),
-      permute.take(x, token),
+      experts.take(expert),
+      permute.gather_or_zero(x, token),
     )
-    g = permute.take(of_y, token)
-    gate = permute.take(weight.reshape(-1), assignment)
+    g = permute.gather_or_zero(of_y, token)
+    gate = permute.gather_or_zero(weight.reshape(-1), assignment)
     of_own, of_rows = gradients(gate[..., None] * g)
     return (
       of_x.at[token].add(of_rows, mode='drop'),
@@ -224,7 +224,7 @@ def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
   num_rows = num_slots + num_blocks * size
 
   flat = expert.reshape(-1)
-  chosen, running = permute.count_up(flat, num_experts)
+  chosen, running = permute.one_hot_cumsum(flat, num_experts)
   blocks = -(-jnp.maximum(running[-1] - capacity, 0) // size)  # Of each expert.
   end = jnp.cumsum(blocks)
   first = num_slots + (end - blocks) * size
@@ -236,7 +236,7 @@ def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
   )
   row = jnp.sum(chosen * row, axis=1)
   row = jnp.where(flat < num_experts, row, num_rows).reshape(expert.shape)
-  filled = permute.filled(row, num_rows)
+  filled = permute.invert_slots(row, num_rows)
   expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= end[:-1], axis=1)
   return Plan(
     capacity=capacity,

@@ -32,9 +32,9 @@ def grouped(
   product = functools.partial(
     matmul.ragged_dot, sizes=sizes, precision=precision
   )
-  run = functools.partial(experts.by, product)
-  filled = permute.filled(slot, slot.size)
-  y = permute.through(run, x, routing.weight, slot, filled)
+  run = functools.partial(experts.apply, product)
+  filled = permute.invert_slots(slot, slot.size)
+  y = permute.apply_permuted(run, x, routing.weight, slot, filled)
   return y, report(routing)
 
 
@@ -47,7 +47,7 @@ def make_groups(
   of rows in no group is not the same everywhere.
   """
   flat = expert.reshape(-1)
-  chosen, running = permute.count_up(flat, num_experts)
+  chosen, running = permute.one_hot_cumsum(flat, num_experts)
   end = jnp.cumsum(running[-1])
   slot = jnp.sum(chosen * (end - running[-1] + running - 1), axis=1)
   slot = jnp.where(flat < num_experts, slot, flat.size)

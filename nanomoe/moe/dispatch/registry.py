@@ -11,7 +11,7 @@ from nanomoe.moe.dispatch.dropless import dense, dropless
 from nanomoe.moe.dispatch.grouped import grouped
 from trainers.metrics import Mean
 
-Combine = Callable[..., tuple[jax.Array, dict[str, Mean]]]
+DispatchFn = Callable[..., tuple[jax.Array, dict[str, Mean]]]
 
 
 class Dispatch(NamedTuple):
@@ -24,7 +24,7 @@ class Dispatch(NamedTuple):
     keys: of the config's section `moe` that `combine` takes.
   """
 
-  combine: Combine
+  fn: DispatchFn
   causal: bool = True
   keys: tuple[str, ...] = ()
 
@@ -37,7 +37,7 @@ DISPATCH = {
 }
 
 
-def build(name: str, moe: Mapping[str, Any]) -> Combine:
+def build(name: str, moe: Mapping[str, Any]) -> DispatchFn:
   """(x, routing, experts, precision) -> (y, metrics), as `moe` says.
 
   Jitted by itself: traced and lowered for one layer, not for each.

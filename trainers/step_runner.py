@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 RUN_AHEAD = 2
 
 
-class Updater:
+class StepRunner:
   """(state, batch) -> (state, metrics), which are added up too.
 
   The state that is given is donated.
@@ -29,7 +29,7 @@ class Updater:
   Attributes:
     compiled: whether the first update is done: the only one that is waited for.
     memory: what it needs, once it is compiled.
-    running: the metrics since `take`, added up.
+    accumulated: the metrics since `pop_metrics`, added up.
   """
 
   def __init__(
@@ -47,7 +47,7 @@ class Updater:
   def trace(self, state: TrainState, batch: Batch) -> Metrics:
     """The metrics' shapes, from those of the state."""
     shapes = jax.eval_shape(self._step_fn, state, batch, self._key)[1]
-    self._zeros = self.running = metrics_lib.zeros_like(shapes)
+    self._zeros = self.accumulated = metrics_lib.zeros_like(shapes)
     return shapes
 
   def compile(self, state: TrainState, batch: Batch) -> None:
@@ -70,16 +70,18 @@ class Updater:
     if not self.compiled:
       memory_lib.trim()
       self._check_memory(update, state)
-    state, self.running, metrics = update(state, self.running, batch, self._key)
+    state, self.accumulated, metrics = update(
+      state, self.accumulated, batch, self._key
+    )
     self._in_flight.append(metrics)
     while len(self._in_flight) > (RUN_AHEAD if self.compiled else 0):
       jax.block_until_ready(self._in_flight.popleft())
     self.compiled = True
     return state, metrics
 
-  def take(self) -> Metrics:
+  def pop_metrics(self) -> Metrics:
     """The metrics that were added up; from here on, others are."""
-    running, self.running = self.running, self._zeros
+    running, self.accumulated = self.accumulated, self._zeros
     return running
 
   def explained(self, error: BaseException, step: int) -> BaseException:
