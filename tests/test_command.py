@@ -12,7 +12,7 @@ from tests.shrunk import ROOT
 
 # A command that compiles one program, and tells whether it had to.
 SCRIPT = """
-from nanomoe import command
+from nanomoe.run import cli as command
 
 def main(_):
   import jax
