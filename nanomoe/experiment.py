@@ -38,7 +38,7 @@ from nanomoe.run import (
 )
 from nanomoe.task import LanguageModel
 from trainers import callbacks, spec
-from trainers.callbacks.callback import Callbacks
+from trainers.callbacks.group import Callbacks
 from trainers.checkpoint import arrays as arrays_lib
 from trainers.checkpoint import checkpointer, reader
 from trainers.errors import UserError

@@ -1,144 +1,113 @@
-"""A run in progress, as callbacks see it."""
+"""A run in progress, as hooks see it."""
 
 from collections.abc import Callable
 import pathlib
-from typing import Any
+from typing import Any, Protocol
 
 from clu import metric_writers
-import jax
 
-from trainers import metrics as metrics_lib
-from trainers.callbacks.callback import Callbacks
 from trainers.clock import Clock
-from trainers.errors import Interrupted, RollBack
-from trainers.evaluator import Evaluator
 from trainers.metrics import Metrics, Score
-from trainers.signals import Interrupt
 from trainers.state import Params, TrainState
 from trainers.task import Dataset, Task
-from trainers.writers.writers import Writers
 
 
-class Loop:
-  """What hooks may use; `Trainer` runs it.
+class Loop(Protocol):
+  """Contract between `Trainer`, which implements it, and the hooks.
 
   Attributes:
-    task, dataset, callbacks, num_train_steps, batch_size, workdir: as given.
-    writer: a CLU MetricWriter, to TensorBoard and whatever was given; there,
-      '<split>/<name>' is shown on one chart with the other splits' <name>.
-    step: steps done, a host integer: reading it waits for nothing.
-    state: the newest TrainState. Donated at the next step: keep no reference.
-    metrics: the newest step's, on the device; reading them waits for it.
-    score, best: the newest and the best `Score`, or None.
+    task, dataset, num_train_steps, batch_size, workdir: As given to `Trainer`.
+    step: Number of steps done, a host integer. Reading it waits for nothing.
+    state: Newest TrainState. The next step donates it: keep no reference.
+    metrics: Metrics of the newest step, on the device. Reading them waits.
+    score: Newest `Score` of an evaluation, or None.
+    best: Best `Score` so far, or None.
     status: 'running', then 'done', 'interrupted', 'diverged', 'unsaved' (the
-      last state could not be saved), 'failed' (an exception), or a callback's.
-    clock: seconds by phase: start, compile, train, evaluate, checkpoint, end.
-    num_timed_steps: the steps that took clock.read('train').
-    num_rollbacks: how often the run went back to an earlier step.
+      last state could not be saved), 'failed' (an exception), or the status
+      that a callback gave to `stop`.
+    stop_reason: Reason that was given to `stop`, or ''.
+    clock: Seconds by phase: start, compile, train, evaluate, checkpoint, end.
+    num_timed_steps: Number of steps that took `clock.read('train')` seconds.
+    num_rollbacks: Number of times that the run returned to an earlier step.
   """
 
+  task: Task
+  dataset: Dataset
+  num_train_steps: int
+  batch_size: int
+  workdir: pathlib.Path | None
+  step: int
   state: TrainState
   metrics: Metrics
-
-  def __init__(
-    self,
-    task: Task,
-    dataset: Dataset,
-    *,
-    num_train_steps: int,
-    batch_size: int,
-    eval_weights: str,
-    callbacks: Callbacks,
-    writers: Writers,
-    workdir: pathlib.Path | None,
-  ):
-    self.task = task
-    self.dataset = dataset
-    self.num_train_steps = num_train_steps
-    self.batch_size = batch_size
-    self.callbacks = callbacks
-    self.workdir = workdir
-    self.clock = Clock()
-    self.interrupt = Interrupt()
-    self.step, self.num_timed_steps, self.num_rollbacks = 0, 0, 0
-    self.status, self.stop_reason = 'running', ''
-    self.score: Score | None = None
-    self.best: Score | None = None
-    self._eval_weights = eval_weights
-    self._evaluator = Evaluator(task)
-    self._writers = writers
-    self._unlogged: Metrics | None = None
-    self._may_save = False
+  score: Score | None
+  best: Score | None
+  status: str
+  stop_reason: str
+  clock: Clock
+  num_timed_steps: int
+  num_rollbacks: int
 
   @property
   def writer(self) -> metric_writers.MetricWriter:
-    return self._writers.clu
+    """CLU MetricWriter to TensorBoard and to the writers that were given.
+
+    TensorBoard shows '<split>/<name>' on one chart with <name> of the other
+    splits.
+    """
+    ...
 
   @property
   def eval_params(self) -> Params:
-    """What evaluations use: of `state`, its params or their average."""
-    return getattr(self.state, self._eval_weights)
+    """Parameters that evaluation uses: `state.params` or their average."""
+    ...
 
   def evaluate(self, split: str) -> dict[str, Any]:
-    """One pass over `split`; {'<split>/<metric>': value}, written and reported.
+    """Evaluates on one pass over `split`; writes and reports the metrics.
+
+    Returns:
+      {'<split>/<metric>': value}.
 
     Raises:
-      Interrupted: a signal arrived; this step's hooks run again on resume.
+      Interrupted: A signal arrived. The hooks of this step run again when the
+        run resumes.
     """
-    self._log()
-    self._writers.splits.add(split)
-    jax.block_until_ready(self.state)
-    with self.clock.phase('evaluate'):
-      batches = self.dataset.eval_batches(split, slice(0, self.batch_size))
-      metrics = self._evaluator(
-        self.eval_params, self.state.model_state, batches, self.poll
-      )
-      metrics = metrics_lib.prefixed(split, metrics)
-    self._emit('on_eval_end', split, metrics)
-    self._write(metrics)
-    return metrics
+    ...
+
+  def checkpoint(self) -> None:
+    """Saves this step asynchronously. Only `on_train_step_end` may call it.
+
+    A failure of the previous save is logged.
+
+    Raises:
+      SaveError: This save cannot start.
+      RuntimeError: Another hook called: this step has unfinished hooks.
+    """
+    ...
 
   def poll(self) -> None:
-    """What takes long calls it, in on_train_step_end.
+    """Checks for a signal. Long actions in `on_train_step_end` call it.
 
     Raises:
-      Interrupted: a signal arrived; this hook, and what is listed after it, run
-        again on resume.
+      Interrupted: A signal arrived. This hook and those listed after it run
+        again when the run resumes.
     """
-    if self.interrupt:
-      raise Interrupted
+    ...
 
   def roll_back(self, reason: str) -> None:
-    """Ends this step: the run goes back to the newest good checkpoint.
+    """Ends this step; the run returns to the newest good checkpoint.
 
-    Good is one whose newest update was accepted, and that no signal caused.
-    What is trained on next was not seen before.
+    A checkpoint is good if its newest update was accepted and no signal caused
+    it. Training continues on batches that it has not seen.
+
+    Raises:
+      RollBack: Always.
     """
-    raise RollBack(reason)
+    ...
 
   def update_state(self, fn: Callable[[TrainState], TrainState]) -> None:
-    """Replaces the state, between two steps, by fn(state)."""
-    self.state = fn(self.state)
+    """Replaces the state by fn(state) between two steps."""
+    ...
 
   def stop(self, reason: str, status: str = 'done') -> None:
-    """Ends training after this step; the first reason stands."""
-    if self.status == 'running':
-      self.status, self.stop_reason = status, reason
-
-  # For `Trainer`.
-
-  def _log(self) -> None:
-    """Reports the metrics since the last time, if a report is due."""
-    if self._unlogged is None:
-      return
-    metrics, self._unlogged = metrics_lib.compute(self._unlogged), None
-    self._emit('on_log', metrics)
-    self._write(metrics)
-
-  def _write(self, metrics: dict[str, Any]) -> None:
-    self._writers.write(self.step, metrics)
-
-  def _emit(self, hook: str, *args: Any) -> None:
-    may_save, self._may_save = self._may_save, False
-    self.callbacks.each(hook, self, *args)
-    self._may_save = may_save
+    """Ends training after this step. The first reason stands."""
+    ...

@@ -6,21 +6,27 @@ import dataclasses
 import functools
 import logging
 import pathlib
+from typing import Any
 
 from clu import metric_writers, periodic_actions
 import jax
 import optax
 
 from trainers import memory as memory_lib
+from trainers import metrics as metrics_lib
 from trainers import step as step_lib
-from trainers.callbacks.callback import Callback, Callbacks
-from trainers.checkpoint import compatibility
-from trainers.checkpoint.checkpointer import Checkpointer, SaveError
+from trainers.callbacks.callback import Callback
+from trainers.callbacks.group import Callbacks
+from trainers.checkpoint import Checkpointer
 from trainers.checkpoint.reader import Saved
+from trainers.clock import Clock
 from trainers.errors import Interrupted, RollBack, UserError
+from trainers.evaluator import Evaluator
 from trainers.loop import Loop
-from trainers.metrics import Score
+from trainers.metrics import Metrics, Score
 from trainers.prefetch import prefetched
+from trainers.recovery import Recovery
+from trainers.signals import Interrupt
 from trainers.state import ModelState, Params, TrainState
 from trainers.step_runner import StepRunner
 from trainers.task import Batch, Dataset, Task
@@ -31,18 +37,36 @@ log = logging.getLogger(__name__)
 
 
 class Trainer(Loop):
-  """Trains `task` on `dataset`; callbacks do everything that is periodic.
+  """Trains `task` on `dataset`. Callbacks do everything that is periodic.
 
-  Hooks get the trainer itself; what they may use is in `Loop`.
+  Hooks receive the trainer itself; `Loop` lists what they may use.
 
   Args:
-    ema_decay: as of `make_train_step`; 0: the state has no average.
-    eval_weights: 'params', or 'average': what evaluations use.
-    spikes: as of `make_train_step`.
-    allow_changed: of 'data', 'seed' and 'batch_size', what may be another than
-      in the checkpoint.
-    initial: called with their shapes where no checkpoint is, returns what
-      params and model_state begin as; without it, what the task makes.
+    task: What is trained.
+    dataset: Source of batches.
+    optimizer: Optax transformation of gradients.
+    num_train_steps: Number of steps, N; training does steps 1 to N.
+    batch_size: Rows of the global batch.
+    schedule: Learning rate by update, for reports alone.
+    seed: Seed of parameters and of the keys of the steps.
+    ema_decay: Decay of the average of parameters, as in `make_train_step`; 0
+      keeps no average.
+    eval_weights: Weights that evaluation uses: 'params' or 'average'.
+    spikes: Limit of the loss, as in `make_train_step`.
+    allow_changed: Names among 'data', 'seed' and 'batch_size' that may differ
+      from the checkpoint.
+    log_interval: Steps between two logs.
+    callbacks: Callbacks and periodic actions of CLU, in the order of calls.
+    checkpointer: Writes and reads checkpoints; None keeps none.
+    initial: Returns the initial params and model_state, given their shapes;
+      None lets the task create them. A checkpoint takes precedence.
+    writers: Further metric writers.
+    workdir: Directory of the run; None writes no files.
+    board: How TensorBoard shows the run.
+    memory_hint: Suggests what to change when a step needs too much memory.
+
+  Raises:
+    ValueError: `eval_weights` is 'average' without an average.
   """
 
   def __init__(
@@ -71,28 +95,37 @@ class Trainer(Loop):
   ):
     if eval_weights == 'average' and not ema_decay:
       raise ValueError(f'{eval_weights=} needs an ema_decay above 0')
-    super().__init__(
-      task,
-      dataset,
-      num_train_steps=num_train_steps,
-      batch_size=batch_size,
-      eval_weights=eval_weights,
-      callbacks=Callbacks(callbacks),
-      writers=Writers(workdir, writers, board),
-      workdir=workdir,
-    )
-    self.log_interval = log_interval
+    self.task = task
+    self.dataset = dataset
+    self.num_train_steps = num_train_steps
+    self.batch_size = batch_size
+    self.callbacks = Callbacks(callbacks)
     self.checkpointer = checkpointer
+    self.log_interval = log_interval
+    self.workdir = workdir
+    self.clock = Clock()
+    self.interrupt = Interrupt()
+    self.step, self.num_timed_steps, self.num_rollbacks = 0, 0, 0
+    self.status, self.stop_reason = 'running', ''
+    self.score: Score | None = None
+    self.best: Score | None = None
     self._optimizer = optimizer
     self._initial = initial
     self._ema_decay = ema_decay
+    self._eval_weights = eval_weights
     self._spikes = spikes
-    self._identity = {
-      'data': dataset.fingerprint,
-      'seed': seed,
-      'batch_size': batch_size,
-    }
-    self._allow_changed = allow_changed
+    self._evaluator = Evaluator(task)
+    self._writers = Writers(workdir, writers, board)
+    self._unlogged: Metrics | None = None
+    self._next_hook = 0
+    self._may_save = False
+    self._recovery = Recovery(
+      checkpointer,
+      {'data': dataset.fingerprint, 'seed': seed, 'batch_size': batch_size},
+      allow_changed,
+      self.clock,
+      on_saved=lambda step: self._emit('on_checkpoint', step),
+    )
     self._init_key, step_key = jax.random.split(jax.random.key(seed))
     step_fn = step_lib.make_train_step(
       task, optimizer, schedule, ema_decay, spikes
@@ -100,15 +133,14 @@ class Trainer(Loop):
     self._step_runner = StepRunner(step_fn, step_key, memory_hint)
 
   def fit(self) -> str:
-    """Trains up to `num_train_steps`, from where a checkpoint left off.
+    """Trains up to `num_train_steps`, from the newest checkpoint on.
 
     Returns:
-      The status; the exceptions of tasks and callbacks pass through.
+      The status. Exceptions of tasks and callbacks pass through.
     """
     error: BaseException | None = None
     with self.interrupt.listening():
       try:
-        self._next_hook = len(self.callbacks)  # There is no step 0.
         self._start()
         self._emit('on_fit_start')
         with self.clock.phase('train'):
@@ -121,18 +153,55 @@ class Trainer(Loop):
       raise error
     return self.status
 
+  def _start(self) -> None:
+    """Restores the newest checkpoint, or creates the state of step 0."""
+    self._next_hook = len(self.callbacks)  # Step 0 has no hooks.
+    batch = self._batch(0)
+
+    def make(key, initial):
+      params, model_state = initial or self.task.init(key, batch)
+      return TrainState.create(
+        params,
+        model_state,
+        self._optimizer,
+        average=self._ema_decay > 0,
+        window=self._spikes.window if self._spikes else 0,
+      )
+
+    # XLA compiles for longer than this program runs, and it runs once.
+    options = {'xla_backend_optimization_level': 0}
+    create = jax.jit(make, compiler_options=options)
+    abstract = jax.eval_shape(create, self._init_key, None)
+    shapes = self._step_runner.trace(abstract, batch)
+    self.metrics = self._step_runner.accumulated
+    self._shapes = {'state': abstract, 'running': shapes, 'metrics': shapes}
+    if saved := self._recovery.restore(self._shapes):
+      self._load(saved)
+    if self.step < self.num_train_steps:
+      # Compiles in the background, while the parameters are created.
+      self._step_runner.compile(abstract, batch)
+    if not saved:
+      initial = self._initial and self._initial(
+        abstract.params, abstract.model_state
+      )
+      self.state = create(self._init_key, initial)
+      self._writers.start(self.step, 0)
+
   def _train(self) -> None:
-    """To the end; from an earlier step on, where a hook wants that back."""
-    while (reason := self._train_until_interrupted()) and self._roll_back(
-      reason
-    ):
-      pass
+    """Trains to the end, from a good checkpoint again after each rollback."""
+    while reason := self._train_until_interrupted():
+      if not self._roll_back(reason):
+        return
 
   def _train_until_interrupted(self) -> str | None:
-    """To the end, to a signal, or to a RollBack, whose reason is returned."""
+    """Trains to the end, a signal or a rollback.
+
+    Returns:
+      The reason of a rollback, or None.
+    """
     with prefetched(self._batch, int(self.state.batch_index)) as batches:
       try:
-        self._run_hooks()  # Those that the checkpoint was saved before.
+        self._run_hooks()  # Hooks that a restored checkpoint has left to run.
         while self.step < self.num_train_steps and self.status == 'running':
           self._train_step(next(batches))
           self._run_hooks()
@@ -150,7 +219,7 @@ class Trainer(Loop):
       jax.profiler.StepTraceAnnotation('train', step_num=self.step + 1),
     ):
       self.state, self.metrics = self._step_runner(self.state, batch)
-    self._log()  # The step before is done, or nearly: reading costs no wait.
+    self._log()  # The previous step is done by now: reading it does not wait.
     self.step += 1
     self.num_timed_steps += not first
     self._next_hook = 0
@@ -158,7 +227,7 @@ class Trainer(Loop):
       self._unlogged = self._step_runner.pop_metrics()
 
   def _run_hooks(self) -> None:
-    """Each callback once per step, whatever happens between two of them."""
+    """Calls each callback once per step, also across a resume."""
     while self._next_hook < len(self.callbacks):
       self._may_save = True
       try:
@@ -167,70 +236,96 @@ class Trainer(Loop):
         self._may_save = False
       self._next_hook += 1
 
-  # What hooks may use, beside what `Loop` has.
+  # What hooks may use: see `Loop`.
+
+  @property
+  def writer(self) -> metric_writers.MetricWriter:
+    return self._writers.clu
+
+  @property
+  def eval_params(self) -> Params:
+    return getattr(self.state, self._eval_weights)
+
+  def evaluate(self, split: str) -> dict[str, Any]:
+    self._log()
+    self._writers.splits.add(split)
+    jax.block_until_ready(self.state)
+    with self.clock.phase('evaluate'):
+      batches = self.dataset.eval_batches(split, slice(0, self.batch_size))
+      metrics = self._evaluator(
+        self.eval_params, self.state.model_state, batches, self.poll
+      )
+      metrics = metrics_lib.prefixed(split, metrics)
+    self._emit('on_eval_end', split, metrics)
+    self._writers.write(self.step, metrics)
+    return metrics
 
   def checkpoint(self) -> None:
-    """Saves this step, asynchronously. Only on_train_step_end may call it.
-
-    That the save before did not reach the disk is logged.
-
-    Raises:
-      SaveError: this one cannot start.
-      RuntimeError: another hook called: some of this step's are half done.
-    """
     if not self._may_save:
       raise RuntimeError('checkpoint() is for on_train_step_end alone')
     self._save(self._next_hook + 1)
 
-  # Start and end.
+  def poll(self) -> None:
+    if self.interrupt:
+      raise Interrupted
 
-  def _start(self) -> None:
-    batch = self._batch(0)
+  def roll_back(self, reason: str) -> None:
+    raise RollBack(reason)
 
-    def make(key, initial):
-      params, model_state = initial or self.task.init(key, batch)
-      return TrainState.create(
-        params,
-        model_state,
-        self._optimizer,
-        average=self._ema_decay > 0,
-        window=self._spikes.window if self._spikes else 0,
-      )
+  def update_state(self, fn: Callable[[TrainState], TrainState]) -> None:
+    self.state = fn(self.state)
 
-    # It runs once: compiling it well takes longer than running it badly.
-    options = {'xla_backend_optimization_level': 0}
-    create = jax.jit(make, compiler_options=options)
-    abstract = jax.eval_shape(create, self._init_key, None)
-    shapes = self._step_runner.trace(abstract, batch)
-    self.metrics = self._step_runner.accumulated
-    self._shapes = {'state': abstract, 'running': shapes, 'metrics': shapes}
-    saved = self.checkpointer and self.checkpointer.restore(self._shapes)
-    if saved:
-      self._resume(saved)
-    if self.step < self.num_train_steps:
-      self._step_runner.compile(abstract, batch)  # While parameters are made.
-    if not saved:
-      initial = self._initial and self._initial(
-        abstract.params, abstract.model_state
-      )
-      self.state = create(self._init_key, initial)
-      self._writers.start(self.step, 0)
+  def stop(self, reason: str, status: str = 'done') -> None:
+    if self.status == 'running':
+      self.status, self.stop_reason = status, reason
 
-  def _resume(self, saved: Saved) -> None:
+  # Logs and checkpoints.
+
+  def _log(self) -> None:
+    """Reports the metrics since the previous log, if a log is due."""
+    if self._unlogged is None:
+      return
+    metrics, self._unlogged = metrics_lib.compute(self._unlogged), None
+    self._emit('on_log', metrics)
+    self._writers.write(self.step, metrics)
+
+  def _save(self, next_hook: int, *, is_paused: bool = False) -> None:
+    self._log()
+    # Before callbacks' states are read: on_checkpoint may change them.
+    self._recovery.wait_for_save()
+    names = dict(enumerate(self.callbacks.names))
+    tree = {
+      'state': self.state,
+      'running': self._step_runner.accumulated,
+      'metrics': self.metrics,
+    }
+    meta = {
+      'num_rollbacks': self.num_rollbacks,
+      'next_hook': names.get(next_hook),  # None: all were called.
+      'metrics_size': self._writers.file_size(),
+      'score': self.score,
+      'best': self.best,
+      'callbacks': self.callbacks.state_dict(),
+    }
+    best = self.best and self.best.step
+    self._recovery.save(self.step, tree, meta, best, is_paused=is_paused)
+
+  def _load(self, saved: Saved) -> None:
+    """Sets everything that a checkpoint holds."""
     tree, meta = saved
-    compatibility.check(meta['identity'], self._identity, self._allow_changed)
     self.state, self._step_runner.accumulated = tree['state'], tree['running']
     self.metrics = tree['metrics']
     self.step, self.num_rollbacks = meta['step'], meta['num_rollbacks']
     if self.step > self.num_train_steps:
       raise UserError(
-        f'num_train_steps={self.num_train_steps}: this run has done {self.step}'
+        f'num_train_steps={self.num_train_steps}: this run has done '
+        f'{self.step} steps; it must be at least that'
       )
-    # None, or one that is not there any more: all have been called.
+    # All hooks were called if none is named, or if it is not there any more.
     names = [*self.callbacks.names, meta['next_hook']]
     self._next_hook = names.index(meta['next_hook'])
     self.score = self.best = None
-    if meta['identity']['data'] == self._identity['data']:  # Else, of others.
+    if self._recovery.has_same_data(saved):
       self.score = meta['score'] and Score(*meta['score'])
       self.best = meta['best'] and Score(*meta['best'])
     self.callbacks.load_state_dict(meta['callbacks'])
@@ -238,26 +333,24 @@ class Trainer(Loop):
     log.info('resuming after step %d', self.step)
 
   def _roll_back(self, reason: str) -> bool:
-    """To the newest good checkpoint; False: the run stops, there is none."""
-    self._wait_for_save()
-    saved = None
-    try:
-      if self.checkpointer and self.checkpointer.undo():
-        saved = self.checkpointer.restore(self._shapes)
-    except UserError as error:
-      log.error('%s', error)
+    """Returns to the newest good checkpoint; without one, stops the run.
+
+    Returns:
+      Whether training continues.
+    """
+    saved = self._recovery.newest_good(self._shapes)
     if not saved:
       self.stop(f'{reason}; no good checkpoint is left', 'diverged')
       return False
     step, batch_index = self.step, self.state.batch_index
     num_rollbacks = self.num_rollbacks + 1
-    self._resume(saved)
-    # A run that had but hooks left to run has not begun to.
+    self._load(saved)
+    # A run that resumed with hooks alone left has compiled no step yet.
     self._step_runner.compile(self._shapes['state'], self._batch(0))
     self.state = dataclasses.replace(self.state, batch_index=batch_index)
     self.num_rollbacks, self._unlogged = num_rollbacks, None
     log.warning(
-      '%s: back from step %d to %d, and on with other data',
+      '%s: rolled back from step %d to %d; training continues on new batches',
       reason,
       step,
       self.step,
@@ -265,46 +358,23 @@ class Trainer(Loop):
     self._emit('on_roll_back')
     return True
 
+  # The end.
+
   def _save_last(self) -> None:
-    """What was trained is kept, unless it diverged or is saved already."""
+    """Saves the last step, unless it is saved already or the run diverged."""
     self._log()
     if self.status == 'running':
       self.status = 'done'
-    if not self.checkpointer or not self.step:
+    if not self.step:
       return
-    error = self._wait_for_save()
-    if self.status == 'diverged':
-      self.checkpointer.undo()
-      return
-    for _ in range(2):
-      if self.checkpointer.newest == self.step:
-        return
-      try:
-        self._save(self._next_hook, paused=self.status == 'interrupted')
-        error = self._wait_for_save()
-      except SaveError as raised:
-        log.error('a checkpoint could not be saved: %s', raised)
-        error = raised
-    if self.checkpointer.newest != self.step:
+    is_paused = self.status == 'interrupted'
+    error = self._recovery.save_last(
+      self.step,
+      lambda: self._save(self._next_hook, is_paused=is_paused),
+      diverged=self.status == 'diverged',
+    )
+    if error:
       self.status, self.stop_reason = 'unsaved', str(error)
-
-  def _close(self, error: BaseException | None) -> BaseException | None:
-    """Every callback ends, then every file. The first error is the one told."""
-    closers: list[Callable[[], None]] = [
-      functools.partial(c.on_fit_end, self) for c in self.callbacks
-    ]
-    closers.append(lambda: self._writers.close(self.status))
-    if self.checkpointer:
-      closers.append(self.checkpointer.close)
-    with self.clock.phase('end'):
-      for close in closers:
-        try:
-          close()
-        except BaseException as raised:  # SystemExit too: the others go on.
-          if error:
-            log.error('while ending: %r', raised)
-          error = error or self._fail(raised)
-    return error
 
   def _fail(self, error: BaseException) -> BaseException:
     error = self._step_runner.explained(error, self.step)
@@ -312,55 +382,34 @@ class Trainer(Loop):
     self.callbacks.on_exception(self, error)
     return error
 
+  def _close(self, error: BaseException | None) -> BaseException | None:
+    """Ends every callback, then closes every file.
+
+    Returns:
+      The first error; later ones are logged.
+    """
+    closers: list[Callable[[], None]] = [
+      functools.partial(c.on_fit_end, self) for c in self.callbacks
+    ]
+    closers.append(lambda: self._writers.close(self.status))
+    closers.append(self._recovery.close)
+    with self.clock.phase('end'):
+      for close in closers:
+        try:
+          close()
+        except BaseException as raised:  # Even SystemExit must not stop others.
+          if error:
+            log.error('while ending: %r', raised)
+          error = error or self._fail(raised)
+    return error
+
   # Helpers.
 
-  def _save(self, next_hook: int, paused: bool = False) -> None:
-    if not self.checkpointer:
-      raise ValueError('this trainer was given no checkpointer')
-    self._log()
-    self._wait_for_save()
-    jax.block_until_ready(self.state)
-    # Where a signal falls decides nothing: no run goes back to it.
-    standing = 'paused' if paused else 'good'
-    if int(self.state.skipped_in_a_row):
-      standing = 'refused'
-    with self.clock.phase('checkpoint'):
-      meta = {
-        'identity': self._identity,
-        'num_rollbacks': self.num_rollbacks,
-        # None: all have been called.
-        'next_hook': dict(enumerate(self.callbacks.names)).get(next_hook),
-        'metrics_size': self._writers.file_size(),
-        'score': self.score,
-        'best': self.best,
-        'callbacks': self.callbacks.state_dict(),
-      }
-      tree = {
-        'state': self.state,
-        'running': self._step_runner.accumulated,
-        'metrics': self.metrics,
-      }
-      self.checkpointer.save(
-        self.step,
-        tree,
-        meta,
-        best=self.best and self.best.step,
-        standing=standing,
-      )
-
-  def _wait_for_save(self) -> SaveError | None:
-    """Waits for the save before; tells that it is on the disk, or why not."""
-    if not self.checkpointer:
-      return None
-    try:
-      with self.clock.phase('checkpoint'):
-        step = self.checkpointer.wait()
-    except SaveError as error:
-      log.error('a checkpoint could not be saved: %s', error)
-      return error
-    if step is not None:
-      self._emit('on_checkpoint', step)
-    return None
+  def _emit(self, hook: str, *args: Any) -> None:
+    """Calls a hook of every callback. No hook but a step's may save."""
+    may_save, self._may_save = self._may_save, False
+    self.callbacks.emit(hook, self, *args)
+    self._may_save = may_save
 
   def _batch(self, index: int) -> Batch:
     rows = slice(0, self.batch_size)

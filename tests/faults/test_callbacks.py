@@ -12,7 +12,7 @@ from nanomoe import experiment
 from tests.runs import result_of
 from trainers import callbacks
 from trainers.callbacks import Callback
-from trainers.callbacks.callback import PeriodicActionCallback
+from trainers.callbacks.periodic import PeriodicActionCallback
 from trainers.errors import UserError
 
 
