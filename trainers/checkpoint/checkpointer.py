@@ -14,8 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from trainers.checkpoint import arrays as arrays_lib
-from trainers.checkpoint import reader
+from trainers.checkpoint.checkpointer import arrays as arrays_lib
+from trainers.checkpoint.checkpointer import reader
 from trainers.checkpoint.reader import Saved
 from trainers.errors import UserError
 from trainers.files import to_json, write_atomically
@@ -41,7 +41,7 @@ class Checkpointer:
 
   def __init__(self, directory: pathlib.Path, keep_latest: int = 2):
     self._directory = directory
-    self._superseded = directory.with_name('superseded_checkpoints')
+    self._superseded = saved.superseded(directory)
     self._manifest = directory.with_name('checkpoints.json')
     self._policy = _Policy(keep_latest)
     self._kept = self._policy.kept  # As the last save that landed left it.

@@ -1,17 +1,33 @@
 """Checkpoints, read: what is there, and whether it is what was saved."""
 
+from collections.abc import Callable
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import time
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from trainers.checkpoint import arrays as arrays_lib
+from trainers.checkpoint.checkpointer import arrays as arrays_lib
 from trainers.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# How often a reader starts again because a trainer replaced the checkpoint.
+_ATTEMPTS = 30
+# A failed read waits this long for signs that its checkpoint is being deleted.
+# Orbax needs a tenth of a second for the directories, after the files.
+_SETTLE_SECONDS = 1.0
+
+# {step: the directory in which the directory of that step is}.
+Places = dict[int, pathlib.Path]
+
+
+class _Replaced(Exception):
+  """A process deleted, moved or replaced the checkpoint while it was read."""
 
 
 class Saved(NamedTuple):
@@ -24,40 +40,74 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """({name: array}, meta) of a checkpoint, as saved; writes nothing.
 
+  The run may be in progress: if its trainer replaces a checkpoint while it is
+  read, the reading starts again with the checkpoints that are there then.
+
   Args:
     directory: with the checkpoints of a run.
     step: a number, 'best' (by the monitored metric) or 'latest': the newest
       that is intact.
 
   Raises:
-    UserError: there is no such checkpoint, or it is damaged.
+    UserError: there is no such checkpoint, or it is damaged, or it was replaced
+      while it was read.
   """
-  steps = steps_in(directory)
-  if not steps:
+  for attempt in range(_ATTEMPTS):
+    try:
+      return _attempt(directory, step, again=attempt > 0)
+    except _Replaced as replaced:
+      log.debug('%s; reading again', replaced)
+  raise UserError(
+    f'--step={step}: the checkpoints in {directory} were replaced while they '
+    f'were read, {_ATTEMPTS} times in a row; try again, or let the run keep '
+    'more of them with checkpoint.keep_latest'
+  )
+
+
+def _attempt(
+  directory: pathlib.Path, step: str, again: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns what `read` does; `again` says that it was there before.
+
+  Raises:
+    _Replaced: another process changed the checkpoint meanwhile.
+    UserError: as `read` does.
+  """
+  places = _places(directory)
+  if not places:
     raise UserError(f'{directory}: there is no checkpoint')
   if step == 'latest':
-    return _newest(directory, steps, _read)
-  number = next((n for n in steps if str(n) == step), None)
+    return _newest(places, _read)
+  number = next((n for n in places if str(n) == step), None)
   if step == 'best':
-    meta = _newest(directory, steps, read_meta)
+    meta = _newest(places, read_meta)
     number = meta['best'] and meta['best'][0]
-  if number not in steps:
+  if number not in places:
+    problem = (
+      f'the checkpoint was replaced while it was read from {directory}'
+      if again and step != 'best'
+      else f'there is no such checkpoint in {directory}'
+    )
     raise UserError(
-      f'--step={step}: there is no such checkpoint in {directory}; there are '
-      f'{", ".join(map(str, steps))}, best and latest'
+      f'--step={step}: {problem}; there are '
+      f'{", ".join(map(str, sorted(places)))}, best and latest'
     )
   try:
-    return _read(directory, number)
+    return _watched(_read, places[number], number)
+  except _Replaced:
+    raise
   except Exception as error:  # Whatever damage does to a decoder.
     raise UserError(damage(number, error)) from error
 
 
-def _newest(directory: pathlib.Path, steps: list[int], read_one) -> Any:
+def _newest(places: Places, read_one: Callable) -> Any:
   """read_one(directory, step) of the newest where it raises nothing."""
   failures = []
-  for step in reversed(steps):
+  for step in sorted(places, reverse=True):
     try:
-      found = read_one(directory, step)
+      found = _watched(read_one, places[step], step)
+    except _Replaced:
+      raise
     except Exception as error:  # Whatever damage does to a decoder.
       failures.append(damage(step, error))
       continue
@@ -65,6 +115,72 @@ def _newest(directory: pathlib.Path, steps: list[int], read_one) -> Any:
       log.warning('%s; using %d', failure, step)
     return found
   raise UserError(failures)
+
+
+def _places(directory: pathlib.Path) -> Places:
+  """Returns where the checkpoints of a run are, including superseded ones.
+
+  A checkpoint is superseded, until the new one of its step is on the disk, by a
+  trainer that saves a step again. A trainer that starts puts it back.
+  """
+  aside = superseded(directory)
+  # Listed twice: whichever way one is moved meanwhile, it is in a list.
+  return {
+    **dict.fromkeys(steps_in(directory), directory),
+    **dict.fromkeys(steps_in(aside), aside),
+    **dict.fromkeys(steps_in(directory), directory),
+  }
+
+
+def superseded(directory: pathlib.Path) -> pathlib.Path:
+  """Returns the directory of checkpoints that are being saved again."""
+  return directory.with_name('superseded_checkpoints')
+
+
+def _watched(read_one: Callable, directory: pathlib.Path, step: int) -> Any:
+  """Returns read_one(directory, step).
+
+  Raises:
+    _Replaced: it failed, and the files are not those that it began with.
+  """
+  path = directory / str(step)
+  before = _files(path)
+  try:
+    return read_one(directory, step)
+  except Exception as error:
+    if _changes(path, before):
+      raise _Replaced(f'checkpoint {step} was replaced') from error
+    raise
+
+
+def _changes(path: pathlib.Path, before: dict[str, tuple]) -> bool:
+  """Returns whether `path` is gone or changes, now or within a moment.
+
+  A deletion that began before the first look may not have ended yet.
+  """
+  end = time.monotonic() + _SETTLE_SECONDS
+  while path.is_dir() and _files(path) == before:
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.02)
+  return True
+
+
+def _files(path: pathlib.Path) -> dict[str, tuple]:
+  """Returns {path: what differs once it is changed or replaced}."""
+  found = {}
+  for parent, _, names in os.walk(path):
+    for name in ('', *names):
+      try:
+        status = os.lstat(os.path.join(parent, name))
+      except OSError:  # It was deleted since it was listed.
+        continue
+      found[os.path.join(parent, name)] = (
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+      )
+  return found
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:

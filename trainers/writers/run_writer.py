@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from clu import metric_writers
 
 from trainers.writers.tensorboard import Array, SummaryWriter
+from trainers.writers.writers import event_files
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,12 @@ class RunWriter(metric_writers.MetricWriter):
     self._board = board
     self._step = step
     self._splits = splits
+    # One for all directories: their events are drawn on the same charts.
+    self._clock = event_files.WallClock(
+      file
+      for directory in (workdir, *workdir.glob('*/'))
+      for file in event_files.in_directory(directory)
+    )
     self._files: dict[str, SummaryWriter] = {}
     self._hparams: dict[str, Any] = {}
     self._descriptions = {c.tag: c.description for c in board.charts.values()}
@@ -132,7 +139,9 @@ class RunWriter(metric_writers.MetricWriter):
     directory = self._workdir / self._board.split
     if self.SESSION in self._files:
       self._files[self.SESSION].close()
-    self._files[self.SESSION] = SummaryWriter(directory, self.SESSION)
+    self._files[self.SESSION] = SummaryWriter(
+      directory, self.SESSION, clock=self._clock
+    )
     self._files[self.SESSION].write_hparams(self._hparams)
 
   def end(self, success: bool) -> None:
@@ -151,7 +160,9 @@ class RunWriter(metric_writers.MetricWriter):
   def _file(self, directory: str) -> SummaryWriter:
     if directory not in self._files:
       file = SummaryWriter(
-        self._workdir / directory, descriptions=self._descriptions
+        self._workdir / directory,
+        descriptions=self._descriptions,
+        clock=self._clock,
       )
       file.start_session(self._step)
       self._files[directory] = file

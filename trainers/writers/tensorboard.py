@@ -6,9 +6,9 @@
 from collections.abc import Iterator, Mapping
 import os
 import pathlib
+import re
 import socket
 import struct
-import time
 from typing import Any
 import zlib
 
@@ -29,6 +29,8 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
+from trainers.writers import event_files
+
 Array = interface.Array
 
 
@@ -43,6 +45,8 @@ class SummaryWriter(interface.MetricWriter):
     name: of the file, after 'events.out.tfevents.'; '': one that is unique,
       and sorts behind those that were made before.
     descriptions: Markdown, shown beside the chart: {tag: text}.
+    clock: what dates the events; by default, it continues from the newest
+      event in `logdir`.
   """
 
   def __init__(
@@ -50,14 +54,21 @@ class SummaryWriter(interface.MetricWriter):
     logdir: str | os.PathLike,
     name: str = '',
     descriptions: Mapping[str, str] | None = None,
+    clock: event_files.WallClock | None = None,
   ):
     logdir = pathlib.Path(logdir)
     logdir.mkdir(parents=True, exist_ok=True)
-    now = time.time()
-    name = name or f'{now:.6f}.{socket.gethostname()}.{os.getpid()}'
-    self._records = RecordWriter(
-      (logdir / f'events.out.tfevents.{name}').open('wb')
+    self._clock = clock or event_files.WallClock(
+      event_files.in_directory(logdir)
     )
+    now = self._clock()
+    if name:
+      file = (logdir / f'{event_files.PREFIX}{name}').open('wb')
+    else:
+      host = re.sub(r'[^\w.-]', '_', socket.gethostname())
+      source = f'{host}.{os.getpid()}'
+      file = (logdir / event_files.next_name(logdir, now, source)).open('xb')
+    self._records = RecordWriter(file)
     self._descriptions = descriptions or {}
     self._event(event_pb2.Event(wall_time=now, file_version='brain.Event:2'))
 
@@ -65,7 +76,9 @@ class SummaryWriter(interface.MetricWriter):
     """Hides what earlier files say of steps after `step`: they are redone."""
     session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._event(
-      event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=session)
+      event_pb2.Event(
+        wall_time=self._clock(), step=step + 1, session_log=session
+      )
     )
     self.flush()
 
@@ -135,14 +148,19 @@ class SummaryWriter(interface.MetricWriter):
     """Flat: numbers, booleans and strings."""
     # By default, runs of equal values are shown as one, by a hash; with no
     # name for the group, each is shown by its own directory.
-    self._summary(0, hparams_summary.hparams_pb(dict(hparams), trial_id=''))
+    self._summary(
+      0,
+      hparams_summary.hparams_pb(
+        dict(hparams), trial_id='', start_time_secs=self._clock()
+      ),
+    )
     self.flush()
 
   def end_hparams(self, success: bool) -> None:
     """The run of the hyper-parameters that were written is over."""
     status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
     end = plugin_data_pb2.SessionEndInfo(
-      status=status, end_time_secs=time.time()
+      status=status, end_time_secs=self._clock()
     )
     content = plugin_data_pb2.HParamsPluginData(session_end_info=end)
     self._tensor(
@@ -197,7 +215,7 @@ class SummaryWriter(interface.MetricWriter):
 
   def _summary(self, step: int, summary: summary_pb2.Summary) -> None:
     self._event(
-      event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+      event_pb2.Event(wall_time=self._clock(), step=step, summary=summary)
     )
 
   def _event(self, event: event_pb2.Event) -> None:

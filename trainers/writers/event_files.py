@@ -1,0 +1,118 @@
+"""Names and times of event files: TensorBoard reads files in their order."""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import pathlib
+import re
+import struct
+import time
+from typing import BinaryIO
+
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+PREFIX = 'events.out.tfevents.'
+# The year 9999: a later time is the content of a damaged file.
+_LAST_SECOND = 253_402_300_799
+
+
+class WallClock:
+  """Seconds since 1970 that never decrease, for the events of a run.
+
+  The machine's clock may be set back between two starts, or during one.
+  TensorBoard draws charts by wall time too: there, a line would run backwards.
+  If the clock is behind, time continues from the newest event, and the distance
+  between two events is still that of the clock.
+
+  Args:
+    files: earlier event files of the run.
+  """
+
+  def __init__(self, files: Iterable[pathlib.Path] = ()):
+    self._newest = max(map(newest_time, files), default=0.0)
+    self._behind = 0.0  # Seconds.
+
+  def __call__(self) -> float:
+    now = time.time()
+    if now >= self._newest:
+      self._behind = 0.0
+    elif now + self._behind < self._newest:
+      self._behind = self._newest - now
+    self._newest = max(self._newest, now + self._behind)
+    return self._newest
+
+
+def in_directory(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the event files in `directory`, in TensorBoard's order."""
+  return sorted(p for p in directory.glob(f'{PREFIX}*') if p.is_file())
+
+
+def next_name(directory: pathlib.Path, now: float, source: str) -> str:
+  """Returns the name of a new event file, behind all that are there.
+
+  TensorBoard sorts the files of a directory by their names. The clock's time
+  comes first in a name, or else the smallest number behind the last name: a
+  clock that was set back does not change the order.
+
+  Args:
+    directory: of the file.
+    now: seconds since 1970, at least 0.
+    source: the end of the name.
+  """
+  # Ten digits: 9 seconds after 1970 come before 10.
+  stamp = f'{now:017.6f}'
+  name = f'{PREFIX}{stamp}.{source}'
+  names = [path.name for path in directory.glob(f'{PREFIX}*')]
+  last = max(names, default='')
+  if name <= last:
+    name = f'{PREFIX}{_behind(last.removeprefix(PREFIX), stamp)}.{source}'
+  return name
+
+
+def _behind(last: str, stamp: str) -> str:
+  """Returns what sorts behind `last`, the end of a name in ASCII."""
+  tildes = re.match('~*', last)[0]  # pyright: ignore
+  number = re.match(r'[0-9]+(\.[0-9]+)?', last[len(tildes) :])
+  if number:
+    whole, dot, part = number[0].partition('.')
+    digits = whole + part
+    more = f'{int(digits) + 1:0{len(digits)}}'
+    if len(more) == len(digits):
+      return tildes + more[: len(whole)] + dot + more[len(whole) :]
+  # No number, or one of nines: `~` is the last character of ASCII.
+  return f'{tildes}~{stamp}'
+
+
+def newest_time(path: pathlib.Path) -> float:
+  """Returns the newest wall time of the events in a file; 0 if it has none.
+
+  A file that cannot be read has none. An event that is damaged ends the file,
+  as it does for TensorBoard.
+  """
+  with contextlib.suppress(OSError), path.open('rb') as file:
+    end = file.seek(0, 2)
+    while newest := max(_times(file, end), default=None):
+      seconds, start, size = newest
+      file.seek(start)
+      data, crc = file.read(size), file.read(4)
+      if crc == struct.pack('<I', masked_crc32c(data)):
+        return seconds
+      end = start
+  return 0.0
+
+
+def _times(file: BinaryIO, end: int) -> Iterator[tuple[float, int, int]]:
+  """Yields (wall time, start, size) of the events that end before `end`."""
+  # A record is a size (8 bytes), its CRC (4), an event, and its CRC (4).
+  start = 12
+  while start + 4 <= end:
+    file.seek(start - 12)
+    head = file.read(21)
+    size = int.from_bytes(head[:8], 'little')
+    if start + size + 4 > end:
+      return
+    # An event begins with its wall time: the number of the field, and a double.
+    if size >= 9 and head[12] == 9:
+      (seconds,) = struct.unpack('<d', head[13:])
+      if 0 <= seconds <= _LAST_SECOND:  # It is not NaN either.
+        yield seconds, start, size
+    start += size + 16
