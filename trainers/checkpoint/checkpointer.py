@@ -14,8 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from trainers.checkpoint.checkpointer import arrays as arrays_lib
-from trainers.checkpoint.checkpointer import reader
+from trainers.checkpoint import arrays as arrays_lib
+from trainers.checkpoint import reader
 from trainers.checkpoint.reader import Saved
 from trainers.errors import UserError
 from trainers.files import to_json, write_atomically

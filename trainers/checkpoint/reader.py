@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from trainers.checkpoint.checkpointer import arrays as arrays_lib
+from trainers.checkpoint import arrays as arrays_lib
 from trainers.errors import UserError
 
 log = logging.getLogger(__name__)

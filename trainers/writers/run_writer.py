@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from clu import metric_writers
 
+from trainers.writers import event_files
 from trainers.writers.tensorboard import Array, SummaryWriter
-from trainers.writers.writers import event_files
 
 log = logging.getLogger(__name__)
 
