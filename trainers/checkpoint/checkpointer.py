@@ -41,7 +41,7 @@ class Checkpointer:
 
   def __init__(self, directory: pathlib.Path, keep_latest: int = 2):
     self._directory = directory
-    self._superseded = saved.superseded(directory)
+    self._superseded = reader.superseded(directory)
     self._manifest = directory.with_name('checkpoints.json')
     self._policy = _Policy(keep_latest)
     self._kept = self._policy.kept  # As the last save that landed left it.
