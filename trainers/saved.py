@@ -43,8 +43,8 @@ def read(
     number = meta['best'] and meta['best'][0]
   if number not in steps:
     raise UserError(
-      f'--step={step}: there is no such checkpoint in {directory}; there are '
-      f'{", ".join(map(str, steps))}, best and latest'
+      f'--step={step[:80]}: there is no such checkpoint in {directory}; there '
+      f'are {", ".join(map(str, steps))}, best and latest'
     )
   try:
     return _read(directory, number)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 import difflib
 import importlib
 import inspect
-import math
 import os
+import sys
 import traceback
 import types
 import typing
@@ -200,7 +200,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _fits_one(value: Any, hint: Any) -> bool:
   origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
   if origin is float:
-    return type(value) in (int, float) and math.isfinite(value)
+    # False for nan, too. math.isfinite raises for an integer above all floats.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
   if origin in (bool, int, str, types.NoneType):
     return type(value) is origin
   if origin is None:
