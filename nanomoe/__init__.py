@@ -1,5 +1,6 @@
 """Sparse Mixture-of-Experts language models in JAX."""
 
+import contextlib
 import importlib
 from importlib import machinery
 from importlib import util as importlib_util
@@ -28,7 +29,13 @@ def _put_current_directory_last() -> None:
   except OSError:  # Somebody deleted it.
     return
   if sys.path[0] in ('', current):
-    sys.path.append(sys.path.pop(0))
+    first = sys.path.pop(0)
+    # Namespace packages of dependencies, without code: a module of this name
+    # wins over them from any place on sys.path.
+    for name in ('google', 'orbax'):
+      with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+    sys.path.append(first)
 
 
 def import_own(name: str) -> None:

@@ -59,8 +59,7 @@ def load_file(path: str) -> ConfigDict:
     UserError: there is no such file, or it is no config.
   """
   try:
-    # Absolute, as it is in the frames of a traceback.
-    file = pathlib.Path(os.path.abspath(tilde.expand(path, '--config')))
+    file = pathlib.Path(tilde.expand(path, '--config'))
     if not file.exists():  # Ours, from wherever they are asked for.
       ours = pathlib.Path(__file__).parent.parent / path
       file = ours if ours.is_file() else file
@@ -72,6 +71,7 @@ def load_file(path: str) -> ConfigDict:
     near = [p for p in near if not p.endswith('__init__.py')]
     hint = f'; there are {", ".join(near[:8])}' if near else ''
     raise UserError(f'--config={path}: no such file{hint}')
+  file = file.absolute()  # As it is in the frames of a traceback.
   # A name of its own: a file random.py must not replace the module random.
   name = f'config_file_{re.sub(r"[^a-zA-Z0-9]", "_", file.stem)}'
   spec = importlib.util.spec_from_file_location(name, file)
@@ -179,7 +179,12 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
       section = section[part]
     section[name] = field.kind(section[name])  # 1 is a number too.
   for section, name in ((values['data'], 'path'), (values, 'init_from')):
-    section[name] = section[name] and os.path.abspath(section[name])
+    try:
+      section[name] = section[name] and os.path.abspath(section[name])
+    except FileNotFoundError as error:
+      raise UserError(
+        f'{name}={section[name]!r}: the current directory does not exist'
+      ) from error
   return ConfigDict(values)
 
 

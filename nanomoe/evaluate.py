@@ -47,7 +47,7 @@ _ALLOW_IMPORTS = imports.define_flag(_FLAGS)
 
 
 def evaluate(
-  workdir: pathlib.Path,
+  workdir: str | pathlib.Path,
   split: str,
   step: str | int,
   data: str | None = None,

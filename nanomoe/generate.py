@@ -72,7 +72,7 @@ _ALLOW_IMPORTS = imports.define_flag(_FLAGS)
 
 
 def generate(
-  workdir: pathlib.Path,
+  workdir: str | pathlib.Path,
   prompts: Sequence[str],
   *,
   num_tokens: int = 500,

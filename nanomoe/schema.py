@@ -283,10 +283,11 @@ def problems(config: Mapping[str, Any]) -> list[str]:
       lines.append(f'{key}={shown(flat[key])}: {reason}')
       del sound[key]
   lines += [
-    f'{key}={shown(value)}: it must be a finite number, of 64 bits at most, '
-    'a text, true, false, null, or a list of these'
+    f'{key}={shown(value)}: it must be a finite number (an integer, of '
+    f'{bits} bits at most), a text, true, false, null, or a list of these'
     for key, value in flat.items()
-    if spec_of(key) is not None and not _is_json(value)
+    if (spec := spec_of(key)) is not None
+    and not _is_json(value, bits := _bits(key, flat.get(f'{spec}.type')))
   ]
   return [*lines, *_contradictions(sound)]
 
@@ -350,19 +351,24 @@ def shown(value: Any) -> str:
   return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
 
 
-def _is_json(value: Any) -> bool:
-  """Whether config.json can hold it: JSON has no nan and no infinity.
+def _bits(key: str, kind: Any) -> int:
+  """Bits of an integer argument. JAX's are of 32; plug-ins may take others."""
+  is_plug_in = isinstance(kind, str) and '.' in kind
+  return 64 if is_plug_in or key.endswith('.seed') else 31
 
-  Integers beyond 64 bits are no argument of anything, and no float.
-  """
+
+def _is_json(value: Any, bits: int) -> bool:
+  """Whether config.json can hold it: JSON has no nan and no infinity."""
   if type(value) is int:
-    return abs(value) < 2**64
+    return abs(value) < 2**bits
   if isinstance(value, float):
     return math.isfinite(value)
   if isinstance(value, (list, tuple)):
-    return all(map(_is_json, value))
+    return all(_is_json(v, bits) for v in value)
   if isinstance(value, Mapping):  # In a list.
-    return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+    return all(
+      isinstance(k, str) and _is_json(v, bits) for k, v in value.items()
+    )
   return value is None or isinstance(value, (bool, int, str))
 
 

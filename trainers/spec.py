@@ -102,7 +102,7 @@ def build(
     ]
   hints = _hints(target)
   problems += [
-    f'{where}.{key}={value!r}: {shown} wants {_name_of(hints[key])} there'
+    f'{where}.{key}={_cut(value)}: {shown} wants {_name_of(hints[key])} there'
     for key, value in arguments.items()
     if key in hints and not _fits(value, hints[key])
   ]
@@ -148,6 +148,12 @@ def build_group(
       )
     built.append(plugin)
   return built
+
+
+def _cut(value: Any) -> str:
+  """Its repr, cut where it is long."""
+  text = repr(value)
+  return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
 
 
 def _shown(name: str, signature: inspect.Signature) -> str:
