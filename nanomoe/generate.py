@@ -160,7 +160,7 @@ def _checked(**numbers: Any) -> dict[str, Any]:
     except (ValueError, OverflowError):
       reason = f'it must be {field.allowed}'
     if reason:
-      lines.append(f'--{name}={schema.shown(value)}: {reason}')
+      lines.append(f'--{name}={schema.shown(given)}: {reason}')
     else:
       checked[name] = field.kind(value)
   if lines:
