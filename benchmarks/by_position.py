@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks import results
-from nanomoe import command, experiment, terminal
+from nanomoe import command, experiment, terminal, tilde
 from nanomoe import workdir as workdir_lib
 from nanomoe.data import text as text_lib
 from nanomoe.task import cross_entropy
@@ -75,7 +75,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def main(_: None) -> int:
   terminal.log_to_terminal(sys.stderr)
-  root = pathlib.Path(_WORKDIR.value)
+  root = pathlib.Path(tilde.expand(_WORKDIR.value, '--workdir'))
   found = [name for name in RUNS if (root / name / 'result.json').exists()]
   results.write(
     'by_position', {'runs': {name: measure(root / name) for name in found}}

@@ -20,7 +20,7 @@ from absl import flags
 
 from benchmarks import results, variant
 from benchmarks.peers import ROOT
-from nanomoe import causality, command, experiment
+from nanomoe import causality, command, experiment, tilde
 from nanomoe import config as config_lib
 from nanomoe.config import Config
 
@@ -120,7 +120,8 @@ def main(
   )
 
   def start(_: None) -> int:
-    directory = pathlib.Path(workdir.value).absolute()
+    path = tilde.expand(str(workdir.value), '--workdir')
+    directory = pathlib.Path(path).absolute()
     failed = [] if only_table.value else train(runs, directory)
     figures = {'runs': gather(runs, directory)}
     results.write(study, figures)
