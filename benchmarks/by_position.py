@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import results
 from nanomoe import experiment
+from nanomoe.config import home
 from nanomoe.data import pipeline as text_lib
 from nanomoe.run import cli, terminal
 from nanomoe.run import workdir as workdir_lib
@@ -76,7 +77,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def main(_: None) -> int:
   terminal.log_to_terminal(sys.stderr)
-  root = pathlib.Path(_WORKDIR.value)
+  root = pathlib.Path(home.expand(_WORKDIR.value, '--workdir'))
   found = [name for name in RUNS if (root / name / 'result.json').exists()]
   results.write(
     'by_position', {'runs': {name: measure(root / name) for name in found}}

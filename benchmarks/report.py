@@ -30,6 +30,7 @@ from benchmarks import (
   step_time,
   time_to_loss,
 )
+from nanomoe.config import home
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
 _NAME = flags.DEFINE_string('name', 'base', 'Of the figures: one of RUNS.')
@@ -170,7 +171,10 @@ def _quick() -> str | None:
 def main(argv):
   del argv
   if _WORKDIR.value:
-    data = figures(pathlib.Path(_WORKDIR.value), pathlib.Path(_EXACT.value))
+    data = figures(
+      pathlib.Path(home.expand(_WORKDIR.value, '--workdir')),
+      pathlib.Path(home.expand(_EXACT.value, '--exact')),
+    )
     path = ROOT / 'benchmarks' / 'results' / f'{_NAME.value}.json'
     path.write_text(json.dumps(data, indent=1) + '\n')
   for document, tables in TABLES.items():

@@ -21,6 +21,7 @@ from absl import flags
 from benchmarks import results, variant
 from benchmarks.peers import ROOT
 from nanomoe import experiment
+from nanomoe.config import home
 from nanomoe.config import overrides as config_lib
 from nanomoe.config.overrides import Config
 from nanomoe.moe import causality
@@ -122,7 +123,8 @@ def main(
   )
 
   def start(_: None) -> int:
-    directory = pathlib.Path(workdir.value).absolute()
+    path = home.expand(str(workdir.value), '--workdir')
+    directory = pathlib.Path(path).absolute()
     failed = [] if only_table.value else train(runs, directory)
     figures = {'runs': gather(runs, directory)}
     results.write(study, figures)

@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import flags
 
+from nanomoe.config import home
 from nanomoe.data import corpus
 from nanomoe.run import cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
@@ -47,9 +48,9 @@ _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 
 
 def evaluate(
-  workdir: pathlib.Path,
+  workdir: str | pathlib.Path,
   split: str,
-  step: str,
+  step: str | int,
   data: str | None = None,
   allow_imports: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def evaluate(
     UserError: there is no such run, no such checkpoint, or no such text; or
       the text has characters that the run's tokenizer does not know.
   """
+  workdir = pathlib.Path(home.expand(str(workdir), '--workdir'))
   config = workdir_lib.config_of(workdir)
   trusted_imports.check(
     trusted_imports.paths(config.to_dict(), trusted_imports.OF_A_MODEL),
@@ -73,38 +75,41 @@ def evaluate(
   )
 
   if data is not None:
-    other = corpus.read(data, '--data')
+    other = corpus.read(home.expand(data, '--data'), '--data')
 
   import jax  # noqa: PLC0415 (it takes seconds)
 
   from nanomoe import experiment  # noqa: PLC0415
   from nanomoe.data import pipeline as text_lib  # noqa: PLC0415
-  from nanomoe.data.windows import Windows  # noqa: PLC0415
+  from nanomoe.data.windows import ShortSplit, Windows  # noqa: PLC0415
   from trainers.checkpoint import compatibility  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
   from trainers.metrics import is_for_files  # noqa: PLC0415
 
   config.eval_iters = 0  # Each target of the split, once.
-  run = experiment.restore(config, workdir, step)
+  run = experiment.restore(config, workdir, str(step))
   if data is None:
     _, _, dataset = text_lib.read(config, workdir)
     compatibility.check(run.identity, {'data': dataset.fingerprint})
     of = {'split': split}
   else:
-    split = f'--data={data}'
+    split = 'whole'
     try:
       tokens = text_lib.tokenize(
         {split: other.text}, run.tokenizer, other.fingerprint
       )
     except UserError as error:
-      raise UserError(f'{split}: {error}') from error
-    dataset = Windows(
-      tokens,
-      seed=config.seed,
-      batch_size=config.batch_size,
-      block_size=config.block_size,
-      eval_iters=0,
-    )
+      raise UserError(f'--data={data}: {error}') from error
+    try:
+      dataset = Windows(
+        tokens,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        block_size=config.block_size,
+        eval_iters=0,
+      )
+    except ShortSplit as error:
+      raise UserError(f'--data={data!r}: {error}') from error
     of = {'data': data}
   num_tokens = 0
 

@@ -273,6 +273,8 @@ def build_callbacks(
         'val_bits_per_char': 'bits_per_char',
         'val_bits_per_byte': 'bits_per_byte',
       },
+      # train_loss has the balance loss and other penalties, val_loss has not.
+      train_metrics={'train_cross_entropy': 'cross_entropy'},
     ),
   ]
 

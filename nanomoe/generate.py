@@ -5,14 +5,21 @@ it is made.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+import logging
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
+from nanomoe.config import home, schema
+from nanomoe.config import overrides as config_lib
+from nanomoe.data import corpus
 from nanomoe.run import cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
+
+log = logging.getLogger('nanomoe.generate')
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
@@ -25,34 +32,37 @@ _PROMPT = flags.DEFINE_multi_string(
   "--prompt=$'one\\ntwo' in bash and zsh. May be given several times.",
   flag_values=_FLAGS,
 )
-_NUM_TOKENS = flags.DEFINE_integer(
-  'num_tokens', 500, 'How many to generate.', lower_bound=0, flag_values=_FLAGS
-)
-_TEMPERATURE = flags.DEFINE_float(
-  'temperature',
-  0.8,
-  'Divides the logits; 0: the likeliest.',
-  lower_bound=0,
-  flag_values=_FLAGS,
-)
-_TOP_K = flags.DEFINE_integer(
-  'top_k',
-  0,
-  'Draws from the k likeliest; 0: from all.',
-  lower_bound=0,
-  flag_values=_FLAGS,
-)
-_TOP_P = flags.DEFINE_float(
-  'top_p',
-  1.0,
-  'Draws from the likeliest that make up this probability; 1: from all.',
-  lower_bound=0,
-  upper_bound=1,
-  flag_values=_FLAGS,
-)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'Of the draws.', lower_bound=0, flag_values=_FLAGS
-)
+# Numbers have the syntax of config keys: 1e3 is an integer too.
+NUMBERS = {
+  'num_tokens': (500, schema.Field(int, 'Number of tokens to generate', 0)),
+  'temperature': (
+    0.8,
+    schema.Field(
+      float, 'Divisor of the logits; 0 takes the likeliest token', 0
+    ),
+  ),
+  'top_k': (
+    0,
+    schema.Field(int, 'Number of likeliest tokens to draw from; 0: all', 0),
+  ),
+  'top_p': (
+    1.0,
+    schema.Field(
+      float,
+      'Probability that the likeliest tokens to draw from make up; 1: all',
+      0,
+      most=1,
+    ),
+  ),
+  'seed': (0, schema.Field(int, 'Random seed of the draws', 0, 2**32)),
+}
+for _name, (_default, _field) in NUMBERS.items():
+  flags.DEFINE_string(
+    _name,
+    str(_default),
+    f'{_field.meaning}; {_field.allowed}.',
+    flag_values=_FLAGS,
+  )
 _STEP = flags.DEFINE_string(
   'step',
   'best',
@@ -63,7 +73,7 @@ _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 
 
 def generate(
-  workdir: pathlib.Path,
+  workdir: str | pathlib.Path,
   prompts: Sequence[str],
   *,
   num_tokens: int = 500,
@@ -71,7 +81,7 @@ def generate(
   top_k: int = 0,
   top_p: float = 1.0,
   seed: int = 0,
-  step: str = 'best',
+  step: str | int = 'best',
   allow_imports: Collection[str] = (),
 ) -> Iterator[list[str]]:
   """Yields, `num_tokens` times, the next piece of each prompt's continuation.
@@ -79,11 +89,20 @@ def generate(
   A piece is '' while a character is incomplete: a token may be a part of one.
 
   Raises:
-    UserError: there is no such run or checkpoint, it names code that is not
-      in `allow_imports` (see nanomoe.run.trusted_imports), a prompt is empty,
-      a character of it is unknown, or the model is not causal. All of it
-      before the first piece.
+    UserError: a number is out of its range (see `NUMBERS`), there is no such
+      run or checkpoint, it names code that is not in `allow_imports` (see
+      nanomoe.run.trusted_imports), a prompt is empty, a character of it is
+      unknown, or the model is not causal. All of it before the first piece.
   """
+  numbers = _checked(
+    num_tokens=num_tokens,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    seed=seed,
+  )
+  workdir = pathlib.Path(home.expand(str(workdir), '--workdir'))
+  prompts = [_without_mark(prompt) for prompt in prompts]
   config = workdir_lib.config_of(workdir)
   trusted_imports.check(
     trusted_imports.paths(config.to_dict(), trusted_imports.OF_A_MODEL),
@@ -105,16 +124,16 @@ def generate(
 
   if reason := causality.objection(config):
     raise UserError(f'no text can be generated: {reason}')
-  run = experiment.restore(config, workdir, step)
+  run = experiment.restore(config, workdir, str(step))
   trained = run.params, run.model_state
   generator = Generator(run.task.logits, trained, config.block_size)
   try:
     tokens = [run.tokenizer.encode(prompt).tolist() for prompt in prompts]
   except UserError as error:
     raise UserError(f'--prompt: {error}') from error
-  drawn = generator(
-    tokens, num_tokens, Sampling(temperature, top_k, top_p), seed
-  )
+  num_tokens, seed = numbers['num_tokens'], numbers['seed']
+  sampling = Sampling(*(numbers[k] for k in Sampling._fields))
+  drawn = generator(tokens, num_tokens, sampling, seed)
   texts = [Text(run.tokenizer.decode, row) for row in tokens]
   return (
     [
@@ -123,6 +142,40 @@ def generate(
     ]
     for i, row in enumerate(drawn, 1)
   )
+
+
+def _checked(**numbers: Any) -> dict[str, Any]:
+  """Returns `numbers` as Python's own; a text is read as a config key's value.
+
+  Raises:
+    UserError: a line for each that is not allowed.
+  """
+  checked, lines = {}, []
+  for name, given in numbers.items():
+    _, field = NUMBERS[name]
+    value = given
+    try:
+      if isinstance(given, str):
+        value = config_lib.number(field.kind, given)
+      elif hasattr(given, 'item'):  # Of NumPy or JAX.
+        value = given.item()
+      reason = schema.violation(field, value)
+    except (ValueError, OverflowError):
+      reason = f'it must be {field.allowed}'
+    if reason:
+      lines.append(f'--{name}={schema.shown(given)}: {reason}')
+    else:
+      checked[name] = field.kind(value)
+  if lines:
+    raise UserError(lines)
+  return checked
+
+
+def _without_mark(prompt: str) -> str:
+  """A prompt from a file may begin with a byte order mark, as texts do."""
+  if prompt.startswith(corpus.MARK):
+    log.info('--prompt begins with a byte order mark, which is dropped')
+  return prompt.removeprefix(corpus.MARK)
 
 
 class Text:
@@ -156,15 +209,11 @@ def _parse(argv: list[str]) -> None:
 
 def main(_: None) -> int:
   terminal.log_to_terminal(sys.stderr)
-  prompts = _PROMPT.value
+  prompts = [_without_mark(prompt) for prompt in _PROMPT.value]
   pieces = generate(
     pathlib.Path(_WORKDIR.value),
     prompts,
-    num_tokens=_NUM_TOKENS.value,
-    temperature=_TEMPERATURE.value,
-    top_k=_TOP_K.value,
-    top_p=_TOP_P.value,
-    seed=_SEED.value,
+    **_checked(**{name: _FLAGS[name].value for name in NUMBERS}),
     step=_STEP.value,
     allow_imports=_ALLOW_IMPORTS.value,
   )

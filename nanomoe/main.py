@@ -6,13 +6,14 @@ Trains a model, or goes on training one: python -m nanomoe.main --workdir=DIR
 # Flags are parsed before JAX is imported: a mistake is answered at once.
 
 import logging
+import os
 import pathlib
 import shlex
 
 from absl import flags
 
+from nanomoe.config import home, schema
 from nanomoe.config import overrides as config_lib
-from nanomoe.config import schema
 from nanomoe.data import corpus
 from nanomoe.run import cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
@@ -98,6 +99,13 @@ def _keys_help(argv: list[str]) -> str:
   )
 
 
+def _workdir() -> pathlib.Path | None:
+  """Returns --workdir, if it is given."""
+  if not _WORKDIR.value:
+    return None
+  return pathlib.Path(home.expand(_WORKDIR.value, '--workdir'))
+
+
 def requested_config(
   overrides: list[config_lib.Override],
 ) -> tuple[config_lib.Config, config_lib.Config | None]:
@@ -106,7 +114,7 @@ def requested_config(
   Raises:
     UserError: all that is wrong. Nothing has been made.
   """
-  workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+  workdir = _workdir()
   old = workdir_lib.read_config(workdir) if workdir else None
   if _CONFIG.value:
     config = config_lib.load_file(_CONFIG.value)
@@ -129,7 +137,7 @@ def requested_config(
 def main(overrides: list[config_lib.Override]) -> int:
   """Trains; returns the exit code."""
   config, old = requested_config(overrides)
-  workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+  workdir = _workdir()
   is_made = workdir is None or not workdir.exists()
   workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
   watch = str(workdir.parent)
@@ -168,16 +176,18 @@ def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
   """The config with its overrides; all that is wrong is told together."""
   lines = []
   given = {**dict(schema.flatten(config.to_dict())), **dict(overrides)}
-  if path := given.get('data.path'):
-    lines += corpus.path_problems(str(path))
+  # config_lib.apply reports a home directory that is unknown.
+  if path := os.path.expanduser(str(given.get('data.path') or '')):
+    lines += [] if path[0] == '~' else corpus.path_problems(path)
   if workdir:
     lines += workdir_lib.problems(workdir)
-  source = given.get('init_from')
+  source = os.path.expanduser(str(given.get('init_from') or ''))
   # A run that is there has its weights already.
   if (
     is_new
     and source
-    and workdir_lib.read_config(pathlib.Path(str(source))) is None
+    and source[0] != '~'
+    and workdir_lib.read_config(pathlib.Path(source)) is None
   ):
     lines.append(f'init_from={source!r}: no run is there (no config.json)')
   try:

@@ -34,12 +34,17 @@ class Sampling(NamedTuple):
   top_p: float = 1.0
 
 
+# At lower temperatures float32 overflows, and only ties could be drawn from.
+GREEDY_BELOW = 1e-30
+
+
 def draw(
   logits: Float[Array, 'batch vocab'], key: jax.Array, sampling: Sampling
 ) -> Int[Array, ' batch']:
   """A token for each row."""
   temperature, top_k, top_p = sampling
-  logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+  is_greedy = jnp.asarray(temperature) < GREEDY_BELOW
+  logits = logits / jnp.where(is_greedy, 1.0, temperature)
   ordered = -jnp.sort(-logits, axis=-1)
   rank = jnp.where(top_k > 0, top_k, logits.shape[-1]) - 1
   least = jnp.take(ordered, jnp.minimum(rank, logits.shape[-1] - 1), axis=-1)
@@ -50,7 +55,7 @@ def draw(
   nucleus = jnp.min(jnp.where(needed, kept, jnp.inf), axis=-1)
   allowed = logits >= jnp.maximum(least, nucleus)[:, None]
   drawn = jax.random.categorical(key, jnp.where(allowed, logits, -jnp.inf))
-  return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
+  return jnp.where(is_greedy, jnp.argmax(logits, axis=-1), drawn)
 
 
 # Tokens that one call of the device may add, at most.

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 import difflib
 import importlib
 import inspect
-import math
 import os
+import sys
 import traceback
 import types
 import typing
@@ -102,7 +102,7 @@ def build(
     ]
   hints = _hints(target)
   problems += [
-    f'{where}.{key}={value!r}: {shown} wants {_name_of(hints[key])} there'
+    f'{where}.{key}={_cut(value)}: {shown} wants {_name_of(hints[key])} there'
     for key, value in arguments.items()
     if key in hints and not _fits(value, hints[key])
   ]
@@ -148,6 +148,12 @@ def build_group(
       )
     built.append(plugin)
   return built
+
+
+def _cut(value: Any) -> str:
+  """Its repr, cut where it is long."""
+  text = repr(value)
+  return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
 
 
 def _shown(name: str, signature: inspect.Signature) -> str:
@@ -200,7 +206,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _fits_one(value: Any, hint: Any) -> bool:
   origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
   if origin is float:
-    return type(value) in (int, float) and math.isfinite(value)
+    # False for nan, too. math.isfinite raises for an integer above all floats.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
   if origin in (bool, int, str, types.NoneType):
     return type(value) is origin
   if origin is None:

@@ -5,16 +5,21 @@ told at once, a line each, and a spec's own arguments can be given too.
 """
 
 import ast
+from collections.abc import Iterator
+import contextlib
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import sys
+import types
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from nanomoe.config import schema
+import nanomoe
+from nanomoe.config import home, schema
 from trainers import spec as spec_lib
 from trainers.errors import UserError
 
@@ -53,8 +58,8 @@ def load_file(path: str) -> ConfigDict:
   Raises:
     UserError: there is no such file, or it is no config.
   """
-  file = pathlib.Path(path)
   try:
+    file = pathlib.Path(home.expand(path, '--config'))
     if not file.exists():  # Ours, from wherever they are asked for.
       ours = pathlib.Path(__file__).parents[2] / path
       file = ours if ours.is_file() else file
@@ -66,23 +71,53 @@ def load_file(path: str) -> ConfigDict:
     near = [p for p in near if not p.endswith('__init__.py')]
     hint = f'; there are {", ".join(near[:8])}' if near else ''
     raise UserError(f'--config={path}: no such file{hint}')
-  spec = importlib.util.spec_from_file_location(file.stem, file)
+  file = file.absolute()  # As it is in the frames of a traceback.
+  # A name of its own: a file random.py must not replace the module random.
+  name = f'config_file_{re.sub(r"[^a-zA-Z0-9]", "_", file.stem)}'
+  spec = importlib.util.spec_from_file_location(name, file)
   if spec is None or spec.loader is None:
     raise UserError(f'--config={path}: it must be a Python file, name.py')
   module = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(module)
-    if not hasattr(module, 'get_config'):
-      raise UserError(f'--config={path}: it has no function get_config()')
-    config = module.get_config()
-    if not isinstance(config, ConfigDict):
-      raise UserError(f'--config={path}: get_config() must return a ConfigDict')
-    return ConfigDict(_plain(config))
+    with _importable(name, module, file.parent):
+      spec.loader.exec_module(module)
+      if not hasattr(module, 'get_config'):
+        raise UserError(f'--config={path}: it has no function get_config()')
+      config = module.get_config()
+      if not isinstance(config, ConfigDict):
+        raise UserError(
+          f'--config={path}: get_config() must return a ConfigDict'
+        )
+      return ConfigDict(_plain(config))
   except UserError:
     raise
   except (Exception, SystemExit) as error:  # Whatever somebody's file does.
     where = spec_lib.raised(error, str(file))
     raise UserError(f'--config={path}: {where}') from error
+
+
+@contextlib.contextmanager
+def _importable(name: str, module: types.ModuleType, directory: pathlib.Path):
+  """Registers `module` as `name`, and lets it import files of `directory`.
+
+  Dataclasses, pickle and typing look a class's module up in sys.modules, some
+  of them long after the file was read: a module without an error stays there.
+  """
+  # A user's own package of this name stays if the program has imported it.
+  if 'configs' not in sys.modules:
+    nanomoe.import_own('configs')
+  sys.modules[name] = module
+  before = list(sys.path)
+  # Last: files beside a config file hide nothing that is installed.
+  sys.path.append(str(directory))
+  try:
+    yield
+  except BaseException:
+    sys.modules.pop(name, None)
+    raise
+  finally:
+    if sys.path == [*before, str(directory)]:  # Else the file changed it.
+      sys.path.pop()
 
 
 def _plain(value: Any) -> Any:
@@ -133,6 +168,7 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
         break  # A value where a section belongs: told below.
     else:
       _assign(section, key, value)
+  lines += _expand_paths(values)
   lines += schema.problems(values)
   if lines:
     raise UserError(lines)
@@ -143,8 +179,36 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
       section = section[part]
     section[name] = field.kind(section[name])  # 1 is a number too.
   for section, name in ((values['data'], 'path'), (values, 'init_from')):
-    section[name] = section[name] and os.path.abspath(section[name])
+    try:
+      section[name] = section[name] and os.path.abspath(section[name])
+    except FileNotFoundError as error:
+      raise UserError(
+        f'{name}={section[name]!r}: the current directory does not exist'
+      ) from error
   return ConfigDict(values)
+
+
+# Paths of files of the user. That of a tokenizer, if BPE has it.
+_PATHS = ('data.path', 'init_from', 'data.tokenizer.file')
+
+
+def _expand_paths(values: dict[str, Any]) -> Iterator[str]:
+  """Expands `~` in the paths of `values`; yields a line for each mistake."""
+  for key in _PATHS:
+    *sections, name = key.split('.')
+    section = values
+    for part in sections:
+      section = section.get(part)
+      if not isinstance(section, dict):
+        break
+    else:
+      # What another tokenizer's argument of this name means is its own affair.
+      is_ours = 'type' not in section or section['type'] == 'BPE'
+      if is_ours and isinstance(section.get(name), str):
+        try:
+          section[name] = home.expand(section[name], key)
+        except UserError as error:
+          yield from error.problems
 
 
 def _assign(section: dict[str, Any], key: str, value: Any) -> None:
@@ -177,6 +241,19 @@ def _parse(key: str, text: str) -> Any:
     if text.lower() not in ('true', 'false'):
       raise ValueError
     return text.lower() == 'true'
+  return number(kind, text) if kind in (int, float) else kind(text)
+
+
+def number(kind: type, text: str) -> int | float:
+  """Returns the number that `text` spells.
+
+  Digits are those of ASCII: Python reads those of other scripts too.
+
+  Raises:
+    ValueError, OverflowError: it is not a number of this kind.
+  """
+  if not text.isascii():
+    raise ValueError(text)
   if kind is int:
     try:
       return int(text)

@@ -16,7 +16,10 @@ _NOUNS = {
 
 
 class Field(NamedTuple):
-  """Of a number: low <= value, above < value < below (of integers, 2**31)."""
+  """Of a number: low <= value <= most, above < value < below.
+
+  Integers are below 2**31 if nothing else is said.
+  """
 
   kind: type
   meaning: str
@@ -24,6 +27,7 @@ class Field(NamedTuple):
   below: float | None = None
   above: float | None = None
   choices: tuple[str, ...] = ()
+  most: float | None = None
 
   @property
   def allowed(self) -> str:
@@ -32,6 +36,7 @@ class Field(NamedTuple):
     noun = _NOUNS[self.kind]
     bounds = [] if self.low is None else [f'>= {self.low:.10g}']
     bounds += [] if self.above is None else [f'> {self.above:.10g}']
+    bounds += [] if self.most is None else [f'<= {self.most:.10g}']
     bounds += [] if self.below is None else [f'< {self.below:.10g}']
     return f'{noun} {" and ".join(bounds)}'.strip()
 
@@ -274,14 +279,15 @@ def problems(config: Mapping[str, Any]) -> list[str]:
   ]
   sound = dict(flat)
   for key, field in FIELDS.items():
-    if key in flat and (reason := _violation(field, flat[key])):
+    if key in flat and (reason := violation(field, flat[key])):
       lines.append(f'{key}={shown(flat[key])}: {reason}')
       del sound[key]
   lines += [
-    f'{key}={shown(value)}: it must be a finite number, a text, true, false, '
-    'null, or a list of these'
+    f'{key}={shown(value)}: it must be a finite number (an integer, of '
+    f'{bits} bits at most), a text, true, false, null, or a list of these'
     for key, value in flat.items()
-    if spec_of(key) is not None and not _is_json(value)
+    if (spec := spec_of(key)) is not None
+    and not _is_json(value, bits := _bits(key, flat.get(f'{spec}.type')))
   ]
   return [*lines, *_contradictions(sound)]
 
@@ -338,18 +344,31 @@ def _unknown_to_optimizer(flat: Mapping[str, Any]) -> list[str]:
 
 def shown(value: Any) -> str:
   """Its repr, cut where it is long."""
-  text = repr(value)
+  try:
+    text = repr(value)
+  except ValueError:  # Python writes no integer of more than 4300 digits.
+    return f'an integer of {value.bit_length()} bits'
   return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
 
 
-def _is_json(value: Any) -> bool:
+def _bits(key: str, kind: Any) -> int:
+  """Bits of an integer argument. JAX's are of 32; plug-ins may take others."""
+  is_plug_in = isinstance(kind, str) and '.' in kind
+  return 64 if is_plug_in or key.endswith('.seed') else 31
+
+
+def _is_json(value: Any, bits: int) -> bool:
   """Whether config.json can hold it: JSON has no nan and no infinity."""
+  if type(value) is int:
+    return abs(value) < 2**bits
   if isinstance(value, float):
     return math.isfinite(value)
   if isinstance(value, (list, tuple)):
-    return all(map(_is_json, value))
+    return all(_is_json(v, bits) for v in value)
   if isinstance(value, Mapping):  # In a list.
-    return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+    return all(
+      isinstance(k, str) and _is_json(v, bits) for k, v in value.items()
+    )
   return value is None or isinstance(value, (bool, int, str))
 
 
@@ -375,7 +394,7 @@ def unknown(key: str, arguments: Collection[str] = ()) -> str:
   return f'config.{key} is no key of the config.{hint}'
 
 
-def _violation(field: Field, value: Any) -> str | None:
+def violation(field: Field, value: Any) -> str | None:
   """What is wrong with `value`, or None."""
   wrong = f'it must be {field.allowed}'
   if field.kind is float and type(value) is int:
@@ -393,6 +412,8 @@ def _violation(field: Field, value: Any) -> str | None:
   if field.low is not None and value < field.low:
     return wrong
   if field.above is not None and value <= field.above:
+    return wrong
+  if field.most is not None and value > field.most:
     return wrong
   below = 2**31 if field.kind is int and field.below is None else field.below
   if below is not None and value >= below:

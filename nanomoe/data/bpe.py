@@ -59,7 +59,8 @@ class BPE(Tokenizer):
   def _read(self, texts: Mapping[str, str | LargeText]) -> None:
     where = f'data.tokenizer.file={self._file!r}'
     try:
-      state = json.loads(pathlib.Path(self._file).read_text(encoding='utf-8'))
+      file = pathlib.Path(self._file)
+      state = json.loads(file.read_text(encoding='utf-8-sig'))
       self.load_state_dict({'tokenizer': state})
       lossless = all(
         self.decode(self.encode(piece)) == piece

@@ -13,6 +13,7 @@ import time
 from typing import NamedTuple
 import urllib.request
 
+from nanomoe.config import home
 from nanomoe.data import large_text
 from nanomoe.data.large_text import LargeText
 from trainers.errors import UserError
@@ -27,6 +28,7 @@ URL = (
   'tinyshakespeare/input.txt'
 )
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+MARK = '\ufeff'  # The byte order mark of UTF-8 is this character.
 GIVE_UP_SECONDS = 10
 IN_MEMORY_BYTES = 1 << 25  # Of a larger text, only its tokens are mapped.
 PROGRESS_BYTES = 200_000  # Between two lines of progress.
@@ -40,7 +42,7 @@ class Corpus(NamedTuple):
   fingerprint: str
 
 
-def find(path: str, fallback: str) -> Corpus:
+def find(path: str, fallback: str, recorded: str = '') -> Corpus:
   """The text at `path`; without one, Tiny Shakespeare, or `fallback`.
 
   Tiny Shakespeare is looked for in $NANOMOE_DATA_DIR, in the user's cache
@@ -49,12 +51,13 @@ def find(path: str, fallback: str) -> Corpus:
   Args:
     path: of a UTF-8 text; given, nothing else is ever used.
     fallback: a name in `EMBEDDED`, used with a warning; '' allows none.
+    recorded: as of `read`.
 
   Raises:
     UserError: there is no text, or it is none.
   """
   if path:
-    return read(path)
+    return read(path, recorded=recorded)
   raw = _local_copy() or _downloaded()
   if raw:
     return Corpus(NAME, raw.decode(), SHA256)
@@ -83,7 +86,7 @@ def find_again(path: str, name: str, sha256: str) -> Corpus:
     text = EMBEDDED[name]()
     corpus = Corpus(name, text, _sha256(text.encode()))
   else:
-    corpus = find(path, fallback='')
+    corpus = find(path, fallback='', recorded=sha256)
   if corpus.fingerprint != sha256:
     raise UserError(
       f'the text has changed: this run is on {name} (sha256 {sha256[:16]}), '
@@ -95,13 +98,14 @@ def find_again(path: str, name: str, sha256: str) -> Corpus:
 
 def cache_directory() -> pathlib.Path:
   """Raises UserError if the user has no home."""
-  base = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
   try:
-    return base.expanduser() / 'nanomoe'
-  except RuntimeError as error:
+    base = pathlib.Path(home.variable('XDG_CACHE_HOME', '~/.cache'))
+  except UserError as error:
     raise UserError(
-      'there is no home directory to keep files in: set XDG_CACHE_HOME'
+      'there is no home directory to keep files in: set XDG_CACHE_HOME '
+      f'({error})'
     ) from error
+  return base / 'nanomoe'
 
 
 def path_problems(path: str, key: str = 'data.path') -> list[str]:
@@ -120,8 +124,14 @@ def path_problems(path: str, key: str = 'data.path') -> list[str]:
   return []
 
 
-def read(path: str, key: str = 'data.path') -> Corpus:
-  """The text at `path`, given as `key`.
+def read(path: str, key: str = 'data.path', recorded: str = '') -> Corpus:
+  """Returns the text at `path` without a byte order mark (U+FEFF) at its start.
+
+  Args:
+    path: path of the file.
+    key: flag or config key that gave `path`, for errors.
+    recorded: SHA-256 of the text that the run began with. An older version kept
+      the mark as a token: if this is the hash of the whole file, it stays.
 
   Raises:
     UserError: there is no such file, or it is no UTF-8 text.
@@ -130,12 +140,28 @@ def read(path: str, key: str = 'data.path') -> Corpus:
     raise UserError(lines)
   file, where = pathlib.Path(path), f'{key}={path!r}'
   if file.stat().st_size > IN_MEMORY_BYTES:
-    return Corpus(file.name, *large_text.scan(file, where))
-  raw = large_text.read_whole(file, where)
-  try:
-    return Corpus(file.name, raw.decode(), _sha256(raw))
-  except UnicodeDecodeError as error:
-    raise large_text.not_utf8(where, error.start, error) from error
+    corpus = Corpus(file.name, *large_text.scan(file, where))
+  else:
+    raw = large_text.read_whole(file, where)
+    try:
+      corpus = Corpus(file.name, raw.decode(), _sha256(raw))
+    except UnicodeDecodeError as error:
+      raise large_text.not_utf8(where, error.start, error) from error
+  if str(corpus.text[:1]) != MARK or corpus.fingerprint == recorded:
+    return corpus
+  return _without_mark(corpus, where)
+
+
+def _without_mark(corpus: Corpus, where: str) -> Corpus:
+  """Drops the mark; the fingerprint is that of the text that is left."""
+  text = corpus.text[1:]
+  if not len(text):
+    raise UserError(f'{where} is empty but for a byte order mark')
+  log.info('%s begins with a byte order mark, which is dropped', where)
+  digest = hashlib.sha256()
+  for piece in large_text.pieces(text):
+    digest.update(piece.encode())
+  return Corpus(corpus.name, text, digest.hexdigest())
 
 
 def _sha256(raw: bytes) -> str:
@@ -159,8 +185,8 @@ def _local_copy() -> bytes | None:
 
 
 def _places() -> Iterator[pathlib.Path]:
-  if os.environ.get('NANOMOE_DATA_DIR'):
-    yield pathlib.Path(os.environ['NANOMOE_DATA_DIR'])
+  if place := home.variable('NANOMOE_DATA_DIR'):
+    yield pathlib.Path(place)
   yield cache_directory()
 
 

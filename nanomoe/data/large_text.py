@@ -170,7 +170,10 @@ def scan(path: pathlib.Path, key: str) -> tuple[LargeText, str]:
 
 def not_utf8(key: str, at: int, error: UnicodeDecodeError) -> UserError:
   byte = error.object[error.start]
-  return UserError(f'{key} is not UTF-8: byte {at} is 0x{byte:02x}')
+  # The byte order marks of UTF-16, which UTF-32 begins with too, or has next.
+  utf16 = at == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
+  hint = '; it looks like UTF-16: save it as UTF-8' if utf16 else ''
+  return UserError(f'{key} is not UTF-8: byte {at} is 0x{byte:02x}{hint}')
 
 
 def _status(file: Any) -> tuple:

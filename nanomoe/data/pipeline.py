@@ -13,7 +13,7 @@ from nanomoe.data import large_text, tokenizers
 from nanomoe.data.corpus import Corpus
 from nanomoe.data.large_text import LargeText
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.data.windows import Windows
+from nanomoe.data.windows import ShortSplit, Windows
 from nanomoe.run import workdir
 from trainers import spec
 from trainers.errors import UserError
@@ -61,7 +61,12 @@ def read(
     raise UserError(
       f'{where}{corpus.name} does not fit the vocabulary: {error}'
     ) from error
-  dataset = build_dataset(config, tokens)
+  try:
+    dataset = build_dataset(config, tokens)
+  except ShortSplit as error:
+    path = config.data.path
+    where = f'data.path={path!r}' if path else f'the text {corpus.name}'
+    raise UserError([f'{where}: {line}' for line in error.problems]) from error
   return corpus, tokenizer, InVocabulary(dataset, tokenizer.vocab_size)
 
 

@@ -131,7 +131,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     UserError: the file is missing, or is no vocabulary.
   """
   try:
-    state = json.loads(path.read_text(encoding='utf-8'))
+    state = json.loads(path.read_text(encoding='utf-8-sig'))
     for key in ('corpus', 'corpus_sha256'):
       if not isinstance(state[key], str):
         raise ValueError(f'its {key} is no text')

@@ -11,6 +11,10 @@ from trainers.errors import UserError
 from trainers.task import Batch
 
 
+class ShortSplit(UserError):
+  """A split with too few tokens; who knows the text puts its path in front."""
+
+
 class Windows:
   """A `trainers.task.Dataset`: random windows to train, fixed ones to evaluate.
 
@@ -24,7 +28,9 @@ class Windows:
     eval_iters: batches of an evaluation; 0: each target of the split, once.
 
   Raises:
-    UserError: a split is shorter than a window and its targets.
+    ShortSplit: a split is shorter than a window and its targets; or, if it is
+      only evaluated on and `eval_iters` is 0, shorter than two tokens: such a
+      pass pads its last window.
   """
 
   def __init__(
@@ -36,14 +42,18 @@ class Windows:
     block_size: int,
     eval_iters: int,
   ):
-    problems = [
-      f'block_size={block_size} is too long: the {name} split has '
-      f'{len(tokens)} tokens, and a window needs {block_size + 1}'
-      for name, tokens in splits.items()
-      if len(tokens) < block_size + 1
-    ]
+    problems = []
+    for name, tokens in splits.items():
+      is_padded = not eval_iters and name != 'train'
+      needed = 2 if is_padded else block_size + 1
+      if len(tokens) < needed:
+        reason = 'an evaluation' if is_padded else f'{block_size=}'
+        problems.append(
+          f'the {name} split has too few tokens, {len(tokens)} of the {needed} '
+          f'that {reason} needs'
+        )
     if problems:
-      raise UserError(problems)
+      raise ShortSplit(problems)
     self.splits = splits
     self.seed = seed
     self.batch_size = batch_size

@@ -219,6 +219,11 @@ class Hash(Router):
   vocab_size: int
   seed: int = 0
 
+  def __post_init__(self):
+    if self.seed < 0:
+      raise ValueError(f'seed={self.seed} must be >= 0')
+    super().__post_init__()
+
   @nn.compact
   def __call__(
     self, x: Rows, tokens: Tokens, mask: Mask, bias: Bias, train: bool
@@ -271,7 +276,7 @@ class ExpertChoice(Router):
     probs = jax.nn.softmax(logits)
     share = (self.capacity_factor or self.top_k) / self.num_experts
     # Rows for a batch without padding; fewer tokens leave the last ones empty.
-    num_rows = min(math.ceil(len(probs) * share), len(probs))
+    num_rows = math.ceil(min(len(probs) * share, len(probs)))
     of_experts = jnp.where(mask.reshape(-1), probs.T, -1)
     weight, token = jax.lax.top_k(of_experts, num_rows)
     is_used = jnp.arange(num_rows) < jnp.ceil(jnp.sum(mask) * share)

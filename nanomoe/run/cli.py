@@ -16,6 +16,8 @@ import warnings
 
 from absl import app, flags
 
+import nanomoe
+from nanomoe.config import home
 from nanomoe.data import corpus
 from nanomoe.run import terminal
 from trainers.errors import UserError, is_out_of_memory
@@ -65,13 +67,14 @@ def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
   A command has FlagValues of its own: absl's global ones cannot hold those of
   two commands, and a notebook imports several.
   """
+  _refuse_a_namespace()
   _exec_with_huge_pages()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # None, if it is closed.
       # What its encoding lacks is escaped: a line with a ★ is not lost.
       stream.reconfigure(errors='backslashreplace')
   sys.unraisablehook = _tell_unraisable
-  _keep_compiled_programs()
+  _guarded(lambda _: _keep_compiled_programs())(None)
   # Until a trainer listens, there is nothing to save.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -80,6 +83,22 @@ def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
     return _guarded(parse)(argv)
 
   app.run(_guarded(main), flags_parser=parser)
+
+
+def _refuse_a_namespace() -> None:
+  """Exits if a directory nanomoe/ hides the package, but not its modules.
+
+  An editable installation still finds those. Without the package's __init__,
+  CLU would look for TensorFlow.
+  """
+  if getattr(nanomoe, '__file__', None) is None:
+    place = next(iter(nanomoe.__path__))
+    print(
+      f'error: the directory {place} hides the package nanomoe: rename it, or '
+      'use python -P -m',
+      file=sys.stderr,
+    )
+    sys.exit(USER_ERROR)
 
 
 def _flags_help(values: flags.FlagValues) -> str:
@@ -156,7 +175,9 @@ def _keep_compiled_programs() -> None:
   In the user's cache directory, one for each kind of CPU: programs hold its
   instructions. A JAX_COMPILATION_CACHE_DIR that is set, also to '', stands.
   """
-  if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+  name = 'JAX_COMPILATION_CACHE_DIR'
+  if name in os.environ:
+    os.environ[name] = home.variable(name)  # JAX does not expand `~`.
     return
   try:
     path = corpus.cache_directory() / f'xla-{_cpu_fingerprint()}'

@@ -8,13 +8,12 @@ has named it: in a --config file, as --config.KEY.type=PATH, or by
 
 from collections.abc import Collection, Mapping
 import contextlib
-import os
 import pathlib
 from typing import Any
 
 from absl import flags
 
-from nanomoe.config import schema
+from nanomoe.config import home, schema
 from trainers.errors import UserError
 
 # What a command that reads a trained model builds of its config.
@@ -62,7 +61,7 @@ def remember(named: set[str]) -> None:
   new = sorted(named - _known())
   if not new:
     return
-  with contextlib.suppress(OSError, RuntimeError):
+  with contextlib.suppress(OSError, UserError):
     path = _file()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.open('a', encoding='utf-8', errors='replace') as file:
@@ -72,11 +71,11 @@ def remember(named: set[str]) -> None:
 def _known() -> set[str]:
   try:
     text = _file().read_text(encoding='utf-8', errors='replace')
-  except (OSError, RuntimeError):  # None yet, or no home.
+  except (OSError, UserError):  # None yet, or no home.
     return set()
   return set(text.splitlines())
 
 
 def _file() -> pathlib.Path:
-  base = os.environ.get('XDG_STATE_HOME') or '~/.local/state'
-  return pathlib.Path(base).expanduser() / 'nanomoe' / 'imports.txt'
+  base = home.variable('XDG_STATE_HOME', '~/.local/state')
+  return pathlib.Path(base) / 'nanomoe' / 'imports.txt'

@@ -74,10 +74,17 @@ def make_default(config_path: str) -> pathlib.Path:
   """Makes runs/<config>-<date>-<time>, which no other process has."""
   now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
   name = f'{pathlib.Path(config_path).stem}-{now}'
+  runs = pathlib.Path('runs')
+  if lines := problems(runs / name):
+    raise UserError(lines)
   for number in itertools.count(1):
-    path = pathlib.Path('runs') / (f'{name}-{number}' if number > 1 else name)
+    path = runs / (f'{name}-{number}' if number > 1 else name)
     try:
-      path.mkdir(parents=True)
+      runs.mkdir(exist_ok=True)
+    except OSError as error:
+      raise UserError(f'{runs} cannot be made: {error.strerror}') from error
+    try:
+      path.mkdir()
       return path
     except FileExistsError:  # Two starts within a second.
       continue
@@ -90,7 +97,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict | None:
   """The config of the run in `workdir`, or None if there is no run."""
   path = workdir / 'config.json'
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
+    values = json.loads(path.read_text(encoding='utf-8-sig'))
     if not isinstance(values, dict) or not values:
       raise ValueError('it is not an object with keys')
     return ConfigDict(values)
@@ -196,10 +203,17 @@ def problems(workdir: pathlib.Path) -> list[str]:
     str(workdir.absolute()).encode()  # Or no checkpoint could be written there.
   except UnicodeEncodeError:
     return [f'--workdir={str(workdir)!r}: its name is not UTF-8']
+  except FileNotFoundError:
+    return [f'--workdir={workdir}: the current directory does not exist']
   try:
-    place = next(
-      p for p in (workdir, *workdir.absolute().parents) if p.exists()
-    )
+    for place in (workdir, *workdir.absolute().parents):
+      if place.exists():
+        break
+      if place.is_symlink():  # Its target is not made: nobody asked for it.
+        return [
+          f'--workdir={workdir} cannot be made: {place} is a link to '
+          f'{str(place.readlink())!r}, which does not exist'
+        ]
   except (OSError, ValueError) as error:
     return [f'--workdir={workdir}: {getattr(error, "strerror", error)}']
   if not place.is_dir():

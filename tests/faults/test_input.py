@@ -117,8 +117,14 @@ def test_a_short_text(tiny, tmp_path, happened):
   path = tmp_path / 'text.txt'
   path.write_text('ab\n' * 30)
   line = one_line(text_lib.read, tiny({'data.path': path}), tmp_path)
-  assert 'block_size=16 is too long: the val split has 9 tokens' in line
-  happened(line)
+  for words in (
+    f'data.path={str(path)!r}',
+    'val',
+    '9 of the 17',
+    'block_size=16',
+  ):
+    assert words in line
+  happened(line.replace(str(tmp_path), '...'))
 
 
 @fault('a text with Windows line endings', 'they are kept, to the last byte')
@@ -129,7 +135,8 @@ def test_line_endings(tmp_path, monkeypatch, happened, kind, in_memory):
     monkeypatch.setattr(corpus_lib, 'IN_MEMORY_BYTES', 0)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(large_text, 'PIECE_BYTES', 100)
-  raw = '\ufeffone\r\ntwo\rthree\n\r\n★ '.encode() * 40
+  # The mark of the first is dropped; one inside the text is a character.
+  raw = 'one\r\ntwo\rthree\n\r\n★ \ufeff'.encode() * 40
   path = tmp_path / 'text.txt'
   path.write_bytes(raw)
   corpus = corpus_lib.read(str(path))

@@ -24,6 +24,7 @@ class Result(Callback):
     tokens_per_step: for tokens_per_sec.
     monitor: the metric of the validation split that is `val_loss`.
     val_metrics: further ones: {key of the result: metric}.
+    train_metrics: metrics of the training log: {key of the result: metric}.
   """
 
   def __init__(
@@ -32,12 +33,14 @@ class Result(Callback):
     tokens_per_step: int,
     monitor: str,
     val_metrics: dict[str, str],
+    train_metrics: dict[str, str] | None = None,
   ):
     self.facts = facts
     self.tokens_per_step = tokens_per_step
     self.val_metrics = {'val_loss': monitor, **val_metrics}
+    self.train_metrics = {'train_loss': 'loss', **(train_metrics or {})}
     self.latest: dict[str, Any] = {
-      'train_loss': None,
+      **dict.fromkeys(self.train_metrics),
       'skipped_updates': 0,
       **dict.fromkeys(self.val_metrics),
     }
@@ -50,7 +53,8 @@ class Result(Callback):
     self._write(loop)
 
   def on_log(self, loop, metrics):
-    self.latest['train_loss'] = metrics['train/loss']
+    for key, name in self.train_metrics.items():
+      self.latest[key] = metrics[f'train/{name}']
     self.latest['skipped_updates'] = metrics['skipped_updates']
 
   def on_eval_end(self, loop, split, metrics):
@@ -109,7 +113,8 @@ class Result(Callback):
     }
 
   def load_state_dict(self, state):
-    self.latest = state['latest']
+    # An older version's checkpoint lacks some of the keys.
+    self.latest = {**self.latest, **state['latest']}
     if not self._loop:  # Else the run went back: its seconds were spent.
       self.earlier = state['earlier']
 

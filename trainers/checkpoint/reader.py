@@ -89,7 +89,7 @@ def _attempt(
       else f'there is no such checkpoint in {directory}'
     )
     raise UserError(
-      f'--step={step}: {problem}; there are '
+      f'--step={step[:80]}: {problem}; there are '
       f'{", ".join(map(str, sorted(places)))}, best and latest'
     )
   try:
