@@ -22,7 +22,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     {'optimizer.type': 'AdamW', 'optimizer.learning_rate': 3e-3},
   ),
   'convolution': ('convolutions', {'model.conv_width': 1}),
-  'rope': ('RoPE, replaced by learned positions', {'model.position': 'learned'}),
+  'rope': (
+    'RoPE, replaced by learned positions',
+    {'model.position': 'learned'},
+  ),
   'zeros': ('outputs that start at zero', {'model.zero_outputs': 'false'}),
   'experts': (
     'experts, replaced by dense layers, equal minutes',

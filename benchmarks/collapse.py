@@ -135,8 +135,8 @@ def table(figures: dict[str, Any]) -> str:
     [
       *lines,
       '',
-      f'Balanced loads have an entropy of {even} nats. The run with `stop` gave '
-      f'the reason "{reason}".',
+      f'Balanced loads have an entropy of {even} nats. The run with `stop` '
+      f'gave the reason "{reason}".',
     ]
   )
 

@@ -171,9 +171,10 @@ def table(figures: dict[str, Any]) -> str:
   lines += [
     '',
     f'{results.describe(figures["machine"])} '
-    f'`import nanomoe.main` takes {start["import_sec"]:.2f} s. From the command '
-    f'to the end of the first step it takes {start["first_step_sec"]:.1f} s, or '
-    f'{start["second_start_sec"]:.1f} s with a warm compilation cache.',
+    f'`import nanomoe.main` takes {start["import_sec"]:.2f} s. From the '
+    'command to the end of the first step it takes '
+    f'{start["first_step_sec"]:.1f} s, or {start["second_start_sec"]:.1f} s '
+    'with a warm compilation cache.',
   ]
   return '\n'.join(lines)
 

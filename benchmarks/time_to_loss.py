@@ -98,7 +98,10 @@ def table(figures: dict[str, Any]) -> str:
   ]
   if mine['sec'] is None:
     lowest = min(point['loss'] for point in mine['curve'])
-    lines.append(f'| `configs/shakespeare.py` | not reached: {lowest:.4f} | {figures["steps"]} |')
+    lines.append(
+      f'| `configs/shakespeare.py` | not reached: {lowest:.4f} '
+      f'| {figures["steps"]} |'
+    )
   else:
     lines += [
       f'| `configs/shakespeare.py` | {mine["sec"]:.0f} | {figures["steps"]} |',

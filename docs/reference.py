@@ -68,6 +68,9 @@ FILES = {
 }
 
 
+_INDEX = 'reference/api/index.md'
+
+
 class Page(NamedTuple):
   """A generated page: its title in the navigation and its Markdown."""
 
@@ -91,17 +94,21 @@ def pages() -> dict[str, Page]:
 
 
 def on_config(config):
-  """Adds the pages of the API to the navigation."""
-  tree = {'Overview': 'reference/api/index.md'}
+  """Adds the pages of the API to the navigation, a section per package."""
+  tree: dict[str, list[Any]] = {}
   for path, page in _api().items():
-    if path != 'reference/api/index.md':
-      package = page.title.rpartition('.')[0]
-      tree.setdefault(package, []).append({page.title: path})
-  entries = [{title: entry} for title, entry in tree.items()]
+    if path == _INDEX:
+      continue
+    package, _, name = page.title.rpartition('.')
+    if _is_package(page.title):
+      tree.setdefault(page.title, []).insert(0, {page.title: path})
+    else:
+      tree.setdefault(package, []).append({name: path})
+  sections = [{package: entries} for package, entries in tree.items()]
   for section in config.nav:
     for item in section.get('Reference', ()):
       if 'API' in item:
-        item['API'] = entries
+        item['API'] = [_INDEX, *sections]
   return config
 
 
@@ -337,17 +344,19 @@ def _api() -> dict[str, Page]:
     f'reference/api/{name}.md': Page(name, f'# `{name}`\n\n::: {name}\n')
     for name in modules
   }
+  rows: dict[str, list[list[str]]] = {}
+  for name, doc in modules.items():
+    package = name if _is_package(name) else name.rpartition('.')[0]
+    rows.setdefault(package, []).append([f'[`{name}`]({name}.md)', doc])
   parts = ['# API', 'Generated from the docstrings of every public module.']
-  for package in sorted({name.rpartition('.')[0] for name in modules}):
-    rows = [
-      [f'[`{name}`]({name}.md)', doc]
-      for name, doc in modules.items()
-      if name.rpartition('.')[0] == package
-    ]
-    title = package or 'Packages'
-    parts += [f'## {title}', _table(['module', 'content'], rows)]
-  overview = Page('Overview', '\n\n'.join(parts) + '\n')
-  return {'reference/api/index.md': overview, **found}
+  for package in sorted(rows):
+    parts += [f'## {package}', _table(['module', 'content'], rows[package])]
+  overview = Page('API', '\n\n'.join(parts) + '\n')
+  return {_INDEX: overview, **found}
+
+
+def _is_package(name: str) -> bool:
+  return (ROOT / name.replace('.', '/')).is_dir()
 
 
 def _walk(package: str) -> Iterator[tuple[str, str]]:
@@ -381,5 +390,3 @@ def _cell(value: Any) -> str:
 
 def _code(text: str) -> str:
   return f'`{text}`' if text else ''
-
-
