@@ -50,11 +50,11 @@ STATUSES = {
   'unsaved': 'The last state could not be saved.',
   'interrupted': 'Ctrl-C or SIGTERM stopped the run; its state is saved.',
 }
-# Meaning of each file of a run; tests/test_docs.py compares them with a run.
+# Meaning of each file of a run; tests/test_main.py compares them with a run.
 FILES = {
   'config.json': 'Every config key, with `auto` replaced by its choice.',
   'vocabulary.json': 'The tokenizer, and the name and SHA-256 of the text.',
-  'metrics.jsonl': 'One JSON object per line: `step` and the metrics below.',
+  'metrics.jsonl': 'One JSON object per line: `step` and its metrics.',
   'events.out.tfevents.*': 'TensorBoard: speed, learning rate, alarms.',
   'train/': 'TensorBoard: metrics of the training split.',
   'val/': 'TensorBoard: metrics of the validation split, hyperparameters.',
@@ -66,7 +66,6 @@ FILES = {
   'result.json': 'Status, losses, speed, memory, versions, command, revision.',
   'log.txt': 'The terminal output with times, and the table of parameters.',
 }
-
 
 _INDEX = 'reference/api/index.md'
 
@@ -310,31 +309,20 @@ def _run_directory() -> str:
 def _metrics() -> str:
   """Returns the charts of TensorBoard and the names in metrics.jsonl."""
   rows = [
-    [_code(name), _code(chart.tag), chart.description]
-    for name, chart in _charts()
+    [_code(name), chart.description, _code(chart.tag)]
+    for name, chart in _load('board').CHARTS.items()
   ]
   return '\n\n'.join(
     [
       '# Metrics',
       'Generated from the table of charts. `metrics.jsonl` has the name in the '
       'first column, behind `train/` or `val/` if the metric belongs to a '
-      'split. TensorBoard has the name in the second column. A metric with '
+      'split. TensorBoard has the name in the last column. A metric with '
       'one value per layer has one entry per layer with experts, from 0. '
       '[Routing](../routing.md#metrics) defines the metrics of experts.',
-      _table(['metrics.jsonl', 'TensorBoard', 'meaning'], rows),
+      _table(['metrics.jsonl', 'meaning', 'TensorBoard'], rows),
     ]
   )
-
-
-def _charts() -> Iterator[tuple[str, Any]]:
-  """Yields (metric, chart): its first field is the tag, its second the text."""
-
-  class Shown(NamedTuple):
-    tag: str
-    description: str
-
-  for name, chart in _load('board').CHARTS.items():
-    yield name, Shown(*chart[:2])
 
 
 def _api() -> dict[str, Page]:
