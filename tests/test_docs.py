@@ -104,3 +104,11 @@ def test_the_versions_are_those_of_the_results():
     versions = (results.read(name) or {})['result']['versions']
     for package in set(versions) - {'python', 'nanomoe'}:
       assert f'{package}=={versions[package]}' in lines
+
+
+def test_the_regression_of_the_guide_is_learned():
+  text = (ROOT / 'docs' / 'guides' / 'trainer.md').read_text()
+  (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  names: dict = {}
+  exec(code, names)
+  assert names['trainer'].best.value < 0.1
