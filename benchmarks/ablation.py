@@ -16,28 +16,31 @@ from benchmarks.sweep import Run
 SHORT = {'num_train_steps': 400, 'eval_interval': 200}
 # {name: (what is taken out, changes)}.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-  'nothing': ('nothing', {}),
+  'nothing': ('none', {}),
   'muon': (
-    'Muon, for AdamW at 0.003',
+    'Muon, replaced by AdamW at 0.003',
     {'optimizer.type': 'AdamW', 'optimizer.learning_rate': 3e-3},
   ),
   'convolution': ('convolutions', {'model.conv_width': 1}),
-  'rope': ('RoPE, for learned positions', {'model.position': 'learned'}),
+  'rope': (
+    'RoPE, replaced by learned positions',
+    {'model.position': 'learned'},
+  ),
   'zeros': ('outputs that start at zero', {'model.zero_outputs': 'false'}),
   'experts': (
-    'experts, for dense layers and as many minutes',
+    'experts, replaced by dense layers, equal minutes',
     {**recipe.DENSE, 'num_train_steps': 460},
   ),
   'context': (
-    'half of the context, for twice as many windows',
+    'half of the context, with twice as many windows',
     {'block_size': 128, 'batch_size': 16},
   ),
   'shared': (
-    'the expert that all share, for two of four',
+    'the shared expert, replaced by two of four',
     {'moe.num_shared': 0, 'moe.top_k': 2, 'moe.router.type': 'TopK'},
   ),
   'width': (
-    'experts of 512, for twice as many of 256',
+    'experts of 512, replaced by twice as many of 256',
     {
       'moe.num_shared': 2,
       'moe.num_experts': 8,
@@ -46,7 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
   ),
   'qk_norm': ('normalized queries and keys', {'model.qk_norm': 'false'}),
-  'norm': ('RMSNorm, for LayerNorm', {'model.norm': 'LayerNorm'}),
+  'norm': ('RMSNorm, replaced by LayerNorm', {'model.norm': 'LayerNorm'}),
   'penalty': ('the penalty', {'confidence_weight': 0.0}),
   'dropout': ('dropout', {'model.dropout_rate': 0.0}),
 }
@@ -81,8 +84,8 @@ def table(figures: dict[str, Any]) -> str:
     for name, runs in found.items()
   }
   lines = [
-    '| without | val cross-entropy | more than with all '
-    '| parameters (for a token) | s a step |',
+    '| removed part | val cross-entropy | difference '
+    '| parameters (active) | s per step |',
     '|---|---:|---:|---:|---:|',
   ]
   for name in sorted(more, key=lambda name: -more[name]):

@@ -33,9 +33,9 @@ RUNS = {
   'plain-0': 'Tiny Shakespeare, experts',
   'plain_dense-0': 'Tiny Shakespeare, dense',
   'python-plain': 'Python, experts',
-  'python-plain-1': 'Python, experts, another seed',
+  'python-plain-1': 'Python, experts, seed 1',
   'python-plain_dense': 'Python, dense',
-  'python-plain_dense-1': 'Python, dense, another seed',
+  'python-plain_dense-1': 'Python, dense, seed 1',
   'addresses-plain': 'Addresses, experts',
   'addresses-plain_dense': 'Addresses, dense',
 }
@@ -65,7 +65,7 @@ def measure(workdir: pathlib.Path) -> list[float]:
 def table(figures: dict[str, Any]) -> str:
   """Markdown."""
   lines = [
-    f'| | {" | ".join(f"{i} / {PARTS}" for i in range(1, PARTS + 1))} |',
+    f'| run | {" | ".join(f"{i} / {PARTS}" for i in range(1, PARTS + 1))} |',
     f'|---|{"---:|" * PARTS}',
     *(
       f'| {RUNS[name]} | {" | ".join(f"{x:.3f}" for x in parts)} |'

@@ -110,9 +110,9 @@ def run(
 def table(figures: dict[str, Any]) -> str:
   """Markdown: a row for each action."""
   lines = [
-    '| `action` | first alarm | none from step | dead, at most | ended at step '
-    '| dead | load entropy, by layer | MaxVio, by layer | weight '
-    '| best val cross-entropy |',
+    '| `action` | first alarm at step | no alarm from step | most dead experts '
+    '| last step, status | dead at the end | load entropy by layer, nats '
+    '| MaxVio by layer | weight | best val cross-entropy |',
     '|---|---:|---:|---:|---|---:|---|---|---:|---:|',
   ]
   for action, found in figures['runs'].items():
@@ -135,8 +135,8 @@ def table(figures: dict[str, Any]) -> str:
     [
       *lines,
       '',
-      f'Even loads have an entropy of {even}. Why the last one stopped: '
-      f'"{reason}".',
+      f'Balanced loads have an entropy of {even} nats. The run with `stop` '
+      f'gave the reason "{reason}".',
     ]
   )
 

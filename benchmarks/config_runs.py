@@ -2,7 +2,7 @@
 
 Trains short.py and every config that differs from it, as their files say.
 benchmarks/sweep.py says how it goes on; `python -m benchmarks.report` then puts
-time and loss at the top of each file and into README.md.
+time and loss at the top of each file and into docs/results.md.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ CONFIGS = (
 RUNS = {name: Run(f'configs/{name}.py') for name in CONFIGS}
 
 HEAD = [
-  '| config | parameters (for a token) | steps | val cross-entropy '
-  '| minutes | s a step |',
+  '| config | parameters (active) | steps | val cross-entropy '
+  '| minutes | s per step |',
   '|---|---:|---:|---:|---:|---:|',
 ]
 

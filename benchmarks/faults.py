@@ -7,6 +7,7 @@ anew, between its two markers. With --table_only, from the file as it is.
 
 import pathlib
 import re
+import textwrap
 from typing import Any
 
 from absl import app, flags
@@ -21,19 +22,20 @@ _ONLY = flags.DEFINE_string(
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs' / 'faults.md'
+CELL = 100  # Characters; markup and a number of cases come on top.
 MARKERS = '<!-- faults -->', '<!-- /faults -->'
 
 # Files of tests/faults, and what they are about, in the order of the table.
 SECTIONS = {
   'test_stopping': 'Stopping',
   'test_checkpoints': 'Checkpoints',
-  'test_going_on': 'Going on',
+  'test_going_on': 'Resuming',
   'test_numbers': 'Numbers',
   'test_callbacks': 'Callbacks',
   'test_writers': 'Writers',
-  'test_input': 'Texts, prompts, directories, files of a run',
+  'test_input': 'Texts, prompts, directories and files of a run',
   'test_config_misuse': 'Config',
-  'test_strangers': 'Runs of strangers',
+  'test_strangers': 'Runs of other people',
   'test_determinism': 'Determinism and leaks',
 }
 
@@ -112,7 +114,9 @@ def _rows(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
+  """Returns one line of Markdown, at most `CELL` characters as it is read."""
   text = ' '.join(text.encode(errors='backslashreplace').decode().split())
+  text = textwrap.shorten(text, CELL, placeholder=' ...')
   return text.replace('|', '\\|').replace('<', '&lt;').replace('*', '\\*')
 
 

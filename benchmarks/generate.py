@@ -50,7 +50,9 @@ def rows(figures: dict[str, Any]) -> list[str]:
   lines = []
   for key, label in [('median_sec', 'warm'), ('first_sec', 'first text')]:
     ours = milliseconds('ours', key)
-    line = f'| a generated character, {label}, ms | {peer or ""} | {ours:.2f} '
+    line = (
+      f'| generation per character, {label}, ms | {peer or ""} | {ours:.2f} '
+    )
     if peer:
       theirs = milliseconds(peer, key)
       line += f'| {theirs:.1f} | {theirs / ours:.0f} '

@@ -165,7 +165,7 @@ def _best(fn, *args) -> float:
 def table(figures: dict[str, Any]) -> str:
   """Markdown."""
   lines = [
-    '| group | ms a step | ms at best | GFLOP | operations |',
+    '| group | ms per step | ms at best | GFLOP | operations |',
     '|---|---:|---:|---:|---:|',
   ]
   lines += [
@@ -176,8 +176,8 @@ def table(figures: dict[str, Any]) -> str:
   lines += [
     '',
     f'{results.describe(figures["machine"])} A step took '
-    f'{1000 * figures["step_sec"]:.0f} ms, and '
-    f'{1000 * figures["traced_step_sec"]:.0f} ms while it was traced. At best: '
+    f'{1000 * figures["step_sec"]:.0f} ms, or '
+    f'{1000 * figures["traced_step_sec"]:.0f} ms with tracing. Best rates: '
     f'{figures["flop_per_sec"] / 1e9:.0f} GFLOP/s, '
     f'{figures["bytes_per_sec"] / 1e9:.0f} GB/s.',
   ]

@@ -18,7 +18,7 @@ SEEDS = (0, 1, 2)
 
 DENSE = {'moe.first_dense_layers': 4}  # As many parameters for a token.
 MORE = {'model.dropout_rate': 0.15}  # Where experts are ahead.
-# What the recipe was before; docs/recipe.md says why it is not.
+# The earlier recipe; docs/recipe.md says why it was replaced.
 EARLIER = {
   'num_train_steps': 2300,
   'eval_interval': 400,
@@ -75,18 +75,22 @@ RUNS = {**RECIPE, **OTHER_TEXTS}
 # {(with experts, dense): which text, and how much of the recipe}.
 PAIRS = {
   ('recipe', 'dense'): 'Tiny Shakespeare',
-  ('half', 'half_dense'): 'the same, half of the steps',
+  ('half', 'half_dense'): 'Tiny Shakespeare, half of the steps',
   ('more', 'more_dense'): 'Tiny Shakespeare, a dropout of 0.15',
-  ('earlier', 'earlier_dense'): 'Tiny Shakespeare, the recipe before',
-  ('plain', 'plain_dense'): 'the same, without the penalty',
-  ('plain_half', 'plain_half_dense'): 'the same, half of the steps',
-  ('plain_quarter', 'plain_quarter_dense'): 'the same, a quarter',
+  ('earlier', 'earlier_dense'): 'Tiny Shakespeare, earlier recipe',
+  ('plain', 'plain_dense'): 'Tiny Shakespeare, earlier recipe without penalty',
+  ('plain_half', 'plain_half_dense'): (
+    'Tiny Shakespeare, earlier recipe without penalty, half of the steps'
+  ),
+  ('plain_quarter', 'plain_quarter_dense'): (
+    'Tiny Shakespeare, earlier recipe without penalty, a quarter of the steps'
+  ),
   **{
     (f'{text}-{experts}', f'{text}-{dense}'): f'{what}{which}'
     for text, what in texts.TEXTS.items()
     for experts, dense, which in (
       ('recipe', 'dense', ''),
-      ('plain', 'plain_dense', ', the recipe before without the penalty'),
+      ('plain', 'plain_dense', ', earlier recipe without penalty'),
     )
   },
 }
@@ -100,7 +104,7 @@ def table(figures: dict[str, Any]) -> str:
 def whole(figures: dict[str, Any]) -> str:
   """Markdown: the recipe, unchanged, text by text."""
   lines = [
-    f'| `{CONFIG}` on | val cross-entropy | seeds | parameters (for a token) '
+    f'| `{CONFIG}` on | val cross-entropy | seeds | parameters (active) '
     '| steps | minutes |',
     '|---|---:|---:|---:|---:|---:|',
   ]
@@ -122,7 +126,7 @@ def whole(figures: dict[str, Any]) -> str:
 def pairs(figures: dict[str, Any]) -> str:
   """Markdown: experts and dense layers, text by text."""
   lines = [
-    '| text | with experts | dense | difference | seeds | ranges apart '
+    '| text | experts | dense | difference | seeds | disjoint ranges '
     '| steps: experts, dense | minutes: experts, dense |',
     '|---|---:|---:|---:|---:|---|---:|---:|',
   ]

@@ -71,7 +71,7 @@ def figures(workdir: pathlib.Path, exact: pathlib.Path) -> dict:
 
 
 def table(data: dict) -> str:
-  """Markdown: a row an evaluation, and a line that sums up."""
+  """Returns Markdown: one row per evaluation, and a summary."""
   lines = [
     '| step | train cross-entropy | val cross-entropy | bits per character '
     '| aux loss |',
@@ -93,13 +93,13 @@ def table(data: dict) -> str:
     f'Validation cross-entropy of step {exact["step"]} on the whole split, '
     f'each of {exact["num_tokens"]:,} targets once: '
     f'**{exact["cross_entropy"]:.4f}** ({exact["bits_per_char"]:.4f} bits per '
-    f'character). Largest auxiliary loss from step 250 on: '
+    f'character). The largest auxiliary loss from step 250 on is '
     f'{data["max_aux_loss"]:.3f} (4 is uniform routing). '
-    f'{wall:.0f} minutes on 2 cores, of them '
-    f'{result["seconds_by_phase"]["evaluate"] / 60:.0f} of evaluation; '
-    f'{1 / result["steps_per_sec"]:.3f} s a step, '
-    f'{result["peak_memory_bytes"] / 1e9:.2f} GB at most. Of revision '
-    f'{result["revision"][:7]}.',
+    f'The run took {wall:.0f} minutes on 2 cores, of them '
+    f'{result["seconds_by_phase"]["evaluate"] / 60:.0f} of evaluation: '
+    f'{1 / result["steps_per_sec"]:.3f} s per step, '
+    f'{result["peak_memory_bytes"] / 1e9:.2f} GB at most. Revision '
+    f'{result["revision"][:7]}, seed 0.',
   ]
   return '\n'.join(lines)
 
@@ -142,11 +142,25 @@ def _texts() -> str:
   return '\n\n'.join(written)
 
 
+def _sample() -> str:
+  """Returns the first lines that the recipe's model wrote."""
+  sample = (runs().get(recipe.CONFIG) or {}).get('sample', '')
+  lines = sample.strip().splitlines()[1:6]  # The first line is half a line.
+  return '\n'.join(f'    {line}'.rstrip() for line in lines)
+
+
+def _router() -> str:
+  """Returns the first example of the page on plug-ins."""
+  text = (ROOT / 'docs' / 'plugins.md').read_text()
+  begin = text.index('```python')
+  return text[begin : text.index('```', begin + 3) + 3]
+
+
 def _quick() -> str | None:
   """Two experts for a token against one."""
   lines = [
-    '| `moe.top_k` | val cross-entropy | entropy of the router, by layer '
-    '| largest over mean load, by layer | s a step |',
+    '| `moe.top_k` | val cross-entropy | router entropy by layer, nats '
+    '| largest over mean load by layer | s per step |',
     '|---:|---:|---|---|---:|',
   ]
   for top_k, name in ((2, 'quick'), (1, 'quick_top1')):
@@ -181,6 +195,9 @@ def main(argv):
     text = (ROOT / document).read_text()
     for name, make in tables.items():
       text = _between(text, name, make() or '', document)
+    if document == 'README.md':
+      for name, number in numbers().items():
+        text = _between(text, name, number, document, end_of_line='')
     (ROOT / document).write_text(text)
   for path in (ROOT / 'configs').glob('*.py'):
     line = measured(f'configs/{path.name}')
@@ -220,7 +237,7 @@ def _against() -> str | None:
   if not rows:
     return None
   lines = [
-    '| what | against | ours | theirs | theirs / ours | machine |',
+    '| measurement | peer | NanoMoE | peer | peer / NanoMoE | machine |',
     '|---|---|---:|---:|---:|---:|',
     *rows,
     '',
@@ -244,9 +261,11 @@ def _race() -> str | None:
   return time_to_loss.table(figures) if figures else None
 
 
-# {document: {marker: what makes the table, or None before it is measured}}.
+# {document: {marker: maker of the table; None before it is measured}}.
 TABLES = {
-  'README.md': {
+  'README.md': {'quick': _quick, 'router': _router, 'sample': _sample},
+  'docs/tutorial.md': {'quick': _quick},
+  'docs/results.md': {
     'base': _base,
     'configs': _configs,
     'texts': _texts,
@@ -273,11 +292,55 @@ TABLES = {
 }
 
 
-def _between(text: str, name: str, new: str, document: str) -> str:
-  begin, end = f'<!-- {name} -->', f'<!-- /{name} -->'
-  text, count = re.subn(
-    f'{begin}.*?{end}', lambda _: f'{begin}\n{new}\n{end}', text, flags=re.S
+def numbers() -> dict[str, str]:
+  """Returns the numbers in the sentences of README.md, by marker."""
+  jax, torch, text, race, collapse, faults = (
+    results.read(name) or {}
+    for name in (
+      'step_time-nano-moe-jax',
+      'step_time-torch-dense',
+      'generate-nano-moe-jax',
+      'time_to_loss-nano-moe-jax',
+      'collapse',
+      'faults',
+    )
   )
+  seconds = {k: v['median_sec'] for k, v in jax['step'].items()}
+  per_character = {
+    side: row['median_sec'] / row['num_characters']
+    for side, row in text['generation'].items()
+  }
+  raised = collapse['runs']['raise']
+  outcomes = [case['outcome'] for case in faults['cases'].values()]
+  return {
+    'faults': str(len(outcomes)),
+    'faults_passed': str(outcomes.count('passed')),
+    'step': f'{seconds["ours"]:.3f}',
+    'peer_step': f'{seconds["nano-moe-jax"]:.3f}',
+    'sooner': f'{race["theirs"]["sec"] / race["ours"]["sec"]:.0f}',
+    'faster_text': (
+      f'{per_character["nano-moe-jax"] / per_character["ours"]:.0f}'
+    ),
+    'first_alarm': str(raised['first_alarm']),
+    'quiet_from': str(raised['quiet_from']),
+    'dense_step': _ratio(torch['step']),
+    'dense_evaluation': _ratio(torch['evaluation']),
+  }
+
+
+def _ratio(sides: dict[str, dict]) -> str:
+  """Returns the peer's time in units of NanoMoE's."""
+  return (
+    f'{sides["torch-dense"]["median_sec"] / sides["ours"]["median_sec"]:.2f}'
+  )
+
+
+def _between(
+  text: str, name: str, new: str, document: str, end_of_line: str = '\n'
+) -> str:
+  begin, end = f'<!-- {name} -->', f'<!-- /{name} -->'
+  new = f'{begin}{end_of_line}{new}{end_of_line}{end}'
+  text, count = re.subn(f'{begin}.*?{end}', lambda _: new, text, flags=re.S)
   if count != 1:
     raise SystemExit(f'{document} needs one {begin} ... {end}, has {count}')
   return text

@@ -43,17 +43,17 @@ _SIGMOID = {'moe.router.type': 'Sigmoid', 'moe.aux_weight': 0}
 
 # {name: (what it is, changes)}.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-  'topk': ('`TopK`, the documented router: softmax over the chosen', {}),
+  'topk': ('`TopK`, softmax over the chosen (the default)', {}),
   'sigmoid': (
-    '`Sigmoid`, balanced by its bias alone (DeepSeek-V3)',
+    '`Sigmoid`, balanced by its bias only (DeepSeek-V3)',
     _SIGMOID,
   ),
   'softmax': (
-    '`Softmax`: over all, weights as they are (OLMoE)',
+    '`Softmax` over all, unchanged weights (OLMoE)',
     {'moe.router.type': 'Softmax'},
   ),
   'dense': (
-    'dense, 384 wide: as many active parameters',
+    'dense, 384 wide, equal active parameters',
     {'moe.first_dense_layers': 4, 'moe.dense_d_ff': 384},
   ),
   'switch': ('`Softmax`, 1 of 4 experts of 384 (Switch)', _SWITCH),
@@ -68,7 +68,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
   ),
   'unbalanced': ('`TopK` without a balance loss', {'moe.aux_weight': 0}),
   'shared': (
-    '`TopK`, 3 of 15 experts of 96, and one that is shared (DeepSeekMoE)',
+    '`TopK`, 3 of 15 experts of 96, and a shared one (DeepSeekMoE)',
     {**_FINE, 'moe.num_experts': 15, 'moe.top_k': 3, 'moe.num_shared': 1},
   ),
   'switch_capacity': (
@@ -76,12 +76,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     {**_SWITCH, 'moe.dispatch': 'capacity', 'moe.capacity_factor': 1},
   ),
   'topk_1': (
-    '`TopK`, 1 of 4 experts of 384: a weight of 1, whatever the router says',
+    '`TopK`, 1 of 4 experts of 384, constant weight 1',
     _WIDE,
   ),
   'fine': ('`TopK`, 4 of 16 experts of 96', _FINE),
   'dense_total': (
-    'dense, 1536 wide: as many parameters in all',
+    'dense, 1536 wide, equal total parameters',
     {'moe.first_dense_layers': 4, 'moe.dense_d_ff': 1536},
   ),
   'groups': (
@@ -114,9 +114,8 @@ def table(figures: dict[str, Any]) -> str:
     for name, runs in of_variant.items()
   )
   lines = [
-    '| variant | val cross-entropy | largest over mean load | entropy of the '
-    'router | dropped | parameters (for a token) | GFLOP a step | s a step '
-    '| causal |',
+    '| variant | val cross-entropy | largest over mean load | router entropy '
+    '| dropped | parameters (active) | GFLOP per step | s per step | causal |',
     '|---|---:|---:|---:|---:|---:|---:|---:|---|',
     *(_row(name, of_variant[name]) for _, _, name in rows),
   ]

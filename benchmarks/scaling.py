@@ -45,8 +45,8 @@ def table(figures: dict[str, Any]) -> str:
   steps = figures['step']
   base = steps[str(NUM_EXPERTS[0])]['median_sec']
   lines = [
-    '| experts | width of each | s a step: median (quartiles) '
-    '| against 4 | GFLOP of products |',
+    '| experts | width of each | s per step: median (quartiles) '
+    '| relative to 4 | GFLOP of products |',
     '|---:|---:|---:|---:|---:|',
   ]
   lines += [

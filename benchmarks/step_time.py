@@ -158,8 +158,8 @@ def table(figures: dict[str, Any]) -> str:
   """Markdown, of the variants."""
   base_seconds = figures['step']['base.py']['median_sec']
   lines = [
-    '| base.py, or with | precision | s a step: median (quartiles) '
-    '| against base.py | GFLOP of products |',
+    '| variant of base.py | precision | s per step: median (quartiles) '
+    '| relative to base.py | GFLOP of products |',
     '|---|---|---:|---:|---:|',
   ]
   lines += [
@@ -171,9 +171,10 @@ def table(figures: dict[str, Any]) -> str:
   lines += [
     '',
     f'{results.describe(figures["machine"])} '
-    f'`import nanomoe.main`: {start["import_sec"]:.2f} s; from the command to '
-    f'the end of the first step: {start["first_step_sec"]:.1f} s, and '
-    f'{start["second_start_sec"]:.1f} s when its programs are kept.',
+    f'`import nanomoe.main` takes {start["import_sec"]:.2f} s. From the '
+    'command to the end of the first step it takes '
+    f'{start["first_step_sec"]:.1f} s, or {start["second_start_sec"]:.1f} s '
+    'with a warm compilation cache.',
   ]
   return '\n'.join(lines)
 
@@ -184,7 +185,7 @@ def seconds(row: dict[str, Any]) -> str:
 
 
 def peer_rows(peer: str, figures: dict[str, Any]) -> list[str]:
-  """Markdown rows: what, peer, ours, theirs, how many times theirs is ours."""
+  """Returns rows: measurement, peer, NanoMoE, peer, peer / NanoMoE."""
   rows = []
   for what, label in [
     ('step', 'training step, s'),

@@ -23,7 +23,7 @@ from benchmarks.peers import ROOT
 from nanomoe import experiment
 from nanomoe.config import home
 from nanomoe.config import overrides as config_lib
-from nanomoe.config.overrides import Config
+from nanomoe.config.schema import Config
 from nanomoe.moe import causality
 from nanomoe.run import cli
 

@@ -93,17 +93,20 @@ def table(figures: dict[str, Any]) -> str:
   """Markdown."""
   mine, peer = figures['ours'], figures['theirs']
   lines = [
-    '| | s to a validation cross-entropy of 1.618 | steps |',
+    '| trainer | s to a validation cross-entropy of 1.618 | steps |',
     '|---|---:|---:|',
   ]
   if mine['sec'] is None:
     lowest = min(point['loss'] for point in mine['curve'])
-    lines.append(f'| ours | not reached: {lowest:.4f} | {figures["steps"]} |')
+    lines.append(
+      f'| `configs/shakespeare.py` | not reached: {lowest:.4f} '
+      f'| {figures["steps"]} |'
+    )
   else:
     lines += [
       f'| `configs/shakespeare.py` | {mine["sec"]:.0f} | {figures["steps"]} |',
       f'| {figures["against"]} | {peer["sec"]:.0f} | {PEER_STEPS} |',
-      f'| times sooner | {peer["sec"] / mine["sec"]:.1f} | |',
+      f'| ratio | {peer["sec"] / mine["sec"]:.1f} | |',
     ]
   return '\n'.join([*lines, '', results.describe(figures['machine'])])
 

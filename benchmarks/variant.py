@@ -10,7 +10,7 @@ from benchmarks import products
 from configs import base
 from nanomoe import experiment, optimizers
 from nanomoe.config import overrides as config_lib
-from nanomoe.config.overrides import Config
+from nanomoe.config.schema import Config
 from trainers import step as step_lib
 from trainers.state import TrainState
 from trainers.task import Task

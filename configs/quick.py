@@ -6,7 +6,7 @@
 
 Measured: val cross-entropy 2.0367, 600 steps in 4 minutes on 2 cores.
 
-README.md has both, and what they show.
+docs/tutorial.md has both, and what they show.
 """
 
 from ml_collections import ConfigDict

@@ -19,8 +19,8 @@ from nanomoe.callbacks import (
   TextSample,
   pictures,
 )
-from nanomoe.config import schema
-from nanomoe.config.overrides import Config
+from nanomoe.config import validation
+from nanomoe.config.schema import Config
 from nanomoe.data import pipeline as text_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.pipeline import VOCABULARY
@@ -68,13 +68,13 @@ def build(
   Args:
     config: whole.
     directory: of the run.
-    allow_changed: of workdir.ALLOWABLE, what need not be as the checkpoint has
+    allow_changed: of resume.ALLOWABLE, what need not be as the checkpoint has
       it.
 
   Raises:
     UserError: what is wrong with the config, the data or the directory.
   """
-  if lines := schema.problems(config.to_dict()):
+  if lines := validation.problems(config.to_dict()):
     raise UserError(lines)
   config = resolve_auto(config)
   corpus, tokenizer, dataset = text_lib.read(config, directory, allow_changed)

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from nanomoe.config import home, schema
+from nanomoe.config import home, schema, validation
 from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus
 from nanomoe.run import cli, terminal, trusted_imports
@@ -159,11 +159,11 @@ def _checked(**numbers: Any) -> dict[str, Any]:
         value = config_lib.number(field.kind, given)
       elif hasattr(given, 'item'):  # Of NumPy or JAX.
         value = given.item()
-      reason = schema.violation(field, value)
+      reason = validation.violation(field, value)
     except (ValueError, OverflowError):
       reason = f'it must be {field.allowed}'
     if reason:
-      lines.append(f'--{name}={schema.shown(given)}: {reason}')
+      lines.append(f'--{name}={validation.shown(given)}: {reason}')
     else:
       checked[name] = field.kind(value)
   if lines:

@@ -12,7 +12,7 @@ import shlex
 
 from absl import flags
 
-from nanomoe.config import home, schema
+from nanomoe.config import help, home, resume, schema
 from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus
 from nanomoe.run import cli, terminal, trusted_imports
@@ -56,7 +56,7 @@ _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 _ALLOW_CHANGED = flags.DEFINE_list(
   'allow_changed',
   [],
-  f'Of {",".join(workdir_lib.ALLOWABLE)}: what a run goes on with although it '
+  f'Of {",".join(resume.ALLOWABLE)}: what a run goes on with although it '
   'is not what it was trained with.',
   flag_values=_FLAGS,
 )
@@ -76,10 +76,9 @@ def _parse(argv: list[str]) -> list[config_lib.Override]:
   argv, overrides = config_lib.split_arguments(argv)
   cli.parse_flags(argv, _FLAGS, str(__doc__), lambda: _keys_help(argv))
   for name in _ALLOW_CHANGED.value:
-    if name not in workdir_lib.ALLOWABLE:
+    if name not in resume.ALLOWABLE:
       raise UserError(
-        f'--allow_changed={name}: it must be of '
-        f'{", ".join(workdir_lib.ALLOWABLE)}'
+        f'--allow_changed={name}: it must be of {", ".join(resume.ALLOWABLE)}'
       )
   if _INIT_FROM.value:
     overrides.append(('init_from', _INIT_FROM.value))
@@ -93,10 +92,7 @@ def _keys_help(argv: list[str]) -> str:
   if paths:
     where = f'[the value in {paths[-1]}]'
     config = config_lib.load_file(paths[-1]).to_dict()
-  return (
-    f'--config.KEY=VALUE, for these keys; {where}:\n\n'
-    f'{schema.help_text(config)}'
-  )
+  return f'--config.KEY=VALUE, for these keys; {where}:\n\n{help.keys(config)}'
 
 
 def _workdir() -> pathlib.Path | None:
@@ -144,7 +140,7 @@ def main(overrides: list[config_lib.Override]) -> int:
   console = terminal.log_to_terminal(quiet=_QUIET.value)
   workdir_lib.log_to(workdir)
   if old:
-    config = workdir_lib.resume_config(
+    config = resume.resume_config(
       old, config, [key for key, _ in overrides], _ALLOW_CHANGED.value
     )
 

@@ -9,7 +9,6 @@ import optax
 from optax import contrib
 
 from nanomoe.config import schema
-from nanomoe.config.overrides import Config
 from nanomoe.schedules import SCHEDULES
 from trainers import spec
 from trainers.errors import UserError
@@ -141,7 +140,7 @@ OPTIMIZERS = {
 
 
 def build(
-  config: Config, num_train_steps: int
+  config: schema.Optimizer, num_train_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """What `config.optimizer` says: clipping, then the optimizer.
 

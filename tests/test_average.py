@@ -16,6 +16,7 @@ from nanomoe import evaluate as evaluate_lib
 from nanomoe import experiment
 from nanomoe import generate as generate_lib
 from nanomoe.config import overrides as config_lib
+from nanomoe.config import resume
 from nanomoe.data import pipeline as text_lib
 from nanomoe.run import workdir as workdir_lib
 from nanomoe.sampling import Generator, Sampling
@@ -237,7 +238,7 @@ def test_a_run_keeps_the_decay_that_it_has(tiny, decay):
   old, new = tiny({'optimizer.ema_decay': 0.9}), tiny()
   new.optimizer.ema_decay = decay
   with pytest.raises(UserError, match=r'^optimizer\.ema_decay was 0\.9'):
-    workdir_lib.resume_config(old, new, ['optimizer.ema_decay'])
+    resume.resume_config(old, new, ['optimizer.ema_decay'])
 
 
 def test_what_is_evaluated_changes_only_by_name(tiny):
@@ -245,6 +246,6 @@ def test_what_is_evaluated_changes_only_by_name(tiny):
   old = tiny({'optimizer.ema_decay': 0.9})
   new = tiny({'optimizer.ema_decay': 0.9, 'eval_weights': 'average'})
   with pytest.raises(UserError, match=r'--config\.eval_weights'):
-    workdir_lib.resume_config(old, new, [])
-  got = workdir_lib.resume_config(old, new, ['eval_weights'])
+    resume.resume_config(old, new, [])
+  got = resume.resume_config(old, new, ['eval_weights'])
   assert got.eval_weights == 'average'

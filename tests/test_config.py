@@ -14,7 +14,7 @@ import pytest
 from configs import base
 from nanomoe import experiment
 from nanomoe.config import overrides as config_lib
-from nanomoe.config import schema
+from nanomoe.config import resume, schema, validation
 from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 from trainers.files import to_json
@@ -279,7 +279,7 @@ def test_a_typo_is_answered_with_the_nearest_key(key):
   section, dot, name = key.rpartition('.')
   typo = f'{section}{dot}{name[0]}{name[2:]}'
   (line,) = mistakes((typo, '1'))
-  assert f'config.{typo} ' in line
+  assert repr(typo) in line
   assert hint(line) == key
 
 
@@ -300,7 +300,7 @@ def test_the_right_name_in_the_wrong_section_is_answered_with_the_right_one():
 @pytest.mark.parametrize('key', ['', '.', 'xyzzy', 'a.b.c.d', 'moe.', 'Ⅷ'])
 def test_a_key_like_nothing_else(key):
   (line,) = mistakes((key, '1'))
-  assert f'config.{key} ' in line
+  assert repr(key) in line
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_a_key_like_nothing_else(key):
 )
 def test_a_section_is_no_key_and_its_keys_are_told(section):
   (line,) = mistakes((section, '5'))
-  assert f'config.{section} ' in line
+  assert section in line
   assert 'section' in line
   assert f'{section}.' in line.replace(f'config.{section}', '')
 
@@ -465,7 +465,7 @@ def test_overrides_give_a_sound_config_or_a_user_error(overrides):
     assert all(line.strip() for line in error.problems)
     return
   values = flat(config)
-  assert schema.problems(config.to_dict()) == []
+  assert validation.problems(config.to_dict()) == []
   for key, field in schema.FIELDS.items():
     value = values[key]
     assert type(value) is field.kind
@@ -515,7 +515,7 @@ def test_base_has_the_keys_of_the_schema_and_no_others():
   values = flat(base.get_config())
   assert {k for k in values if schema.spec_of(k) is None} == set(schema.FIELDS)
   assert {schema.spec_of(k) for k in values} >= set(schema.SPECS)
-  assert schema.problems(base.get_config().to_dict()) == []
+  assert validation.problems(base.get_config().to_dict()) == []
   arguments = {k for k in values if k.startswith('callbacks.')}
   assert {k for k in arguments if not k.endswith('.type')} == set(
     schema.ARGUMENTS
@@ -627,7 +627,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path):
 
 def test_what_makes_it_another_run_is_refused_with_both_values():
   with pytest.raises(UserError) as error:
-    workdir_lib.resume_config(
+    resume.resume_config(
       decided(),
       decided(
         ('seed', '77'),
@@ -668,7 +668,7 @@ def test_what_makes_it_another_run_is_refused_with_both_values():
 )
 def test_what_a_run_may_change(key, text):
   old, new = decided(), decided((key, text))
-  got = workdir_lib.resume_config(old, new, [key])
+  got = resume.resume_config(old, new, [key])
   assert flat(got) == applied(
     ('precision', 'float32'), ('moe.dispatch', 'dropless'), (key, text)
   )
@@ -679,7 +679,7 @@ def test_what_a_run_may_change(key, text):
 )
 def test_what_a_run_may_not_change(key):
   with pytest.raises(UserError, match=rf'^{key} '):
-    workdir_lib.resume_config(decided(), decided((key, '1')), [key])
+    resume.resume_config(decided(), decided((key, '1')), [key])
 
 
 def test_what_nobody_asked_for_by_name_is_refused():
@@ -691,13 +691,13 @@ def test_what_nobody_asked_for_by_name_is_refused():
   ]
   new = decided(*changes)
   with pytest.raises(UserError) as error:
-    workdir_lib.resume_config(decided(), new, [])
+    resume.resume_config(decided(), new, [])
   lines = {line.split()[0]: line for line in error.value.problems}
   assert lines.keys() == {key for key, _ in changes}
   for key, line in lines.items():
     assert f'--config.{key}' in line
   asked = ['optimizer.learning_rate', 'optimizer.schedule.type']
-  assert workdir_lib.resume_config(decided(), new, asked) == new
+  assert resume.resume_config(decided(), new, asked) == new
 
 
 @pytest.mark.parametrize(
@@ -713,22 +713,22 @@ def test_what_nobody_asked_for_by_name_is_refused():
 def test_what_changes_the_end_is_asked_for_by_name(key, text):
   old, new = decided(), decided((key, text))
   with pytest.raises(UserError, match=rf'--config\.{re.escape(key)}'):
-    workdir_lib.resume_config(old, new, [])
-  assert flat(workdir_lib.resume_config(old, new, [key])) == flat(new)
+    resume.resume_config(old, new, [])
+  assert flat(resume.resume_config(old, new, [key])) == flat(new)
 
 
 def test_an_argument_of_the_router_may_not_appear_or_vanish():
   plain, other = decided(), decided(('moe.router.x', '1'))
   for old, new in [(plain, other), (other, plain)]:
     with pytest.raises(UserError, match=r'moe\.router\.x .*None'):
-      workdir_lib.resume_config(old, new, ['moe.router.x'])
+      resume.resume_config(old, new, ['moe.router.x'])
 
 
 def test_auto_takes_what_the_run_had_decided():
   old = decided(('precision', 'bfloat16'), ('moe.dispatch', 'dense'))
   new = config_lib.apply(base.get_config(), [])
   assert new.precision == new.moe.dispatch == 'auto'
-  got = workdir_lib.resume_config(old, new, [])
+  got = resume.resume_config(old, new, [])
   assert got.precision == 'bfloat16'
   assert got.moe.dispatch == 'dense'
   assert got.to_dict() == old.to_dict()
@@ -743,17 +743,17 @@ def test_the_command_that_started_a_run_goes_on_with_it(
   new = config_lib.apply(base.get_config(), [('data.path', corpus.name)])
   old = experiment.resolve_auto(new)
   workdir_lib.write_json(tmp_path / 'config.json', old.to_dict())
-  got = workdir_lib.resume_config(workdir_lib.read_config(tmp_path), new, [])
+  got = resume.resume_config(workdir_lib.read_config(tmp_path), new, [])
   assert experiment.resolve_auto(got).to_dict() == old.to_dict()
 
 
 def test_changes_are_logged(caplog):
-  logger = logging.getLogger('nanomoe.run.workdir')
+  logger = logging.getLogger('nanomoe.config.resume')
   logger.addHandler(caplog.handler)
   try:
-    with caplog.at_level(logging.INFO, logger='nanomoe.run.workdir'):
+    with caplog.at_level(logging.INFO, logger='nanomoe.config.resume'):
       new = decided(('eval_iters', '17'))
-      workdir_lib.resume_config(decided(), new, ['eval_iters'])
+      resume.resume_config(decided(), new, ['eval_iters'])
   finally:
     logger.removeHandler(caplog.handler)
   lines = {record.getMessage() for record in caplog.records}
@@ -821,17 +821,17 @@ def test_what_json_has_no_number_for_is_null(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('factor', 'patience', 'told'),
+  ('factor', 'patience', 'key'),
   [
-    (0.5, 10, 'would refuse ordinary updates'),
-    (3.0, 0, 'may refuse every update, for ever'),
+    (0.5, 10, 'optimizer.spike_factor=0.5'),
+    (3.0, 0, 'callbacks.non_finite.patience'),
     (3.0, 10, None),
     (0.0, 0, None),
   ],
 )
-def test_a_guard_against_spikes_is_one(factor, patience, told):
+def test_a_guard_against_spikes_is_one(factor, patience, key):
   config = base.get_config()
   config.optimizer.spike_factor = factor
   config.callbacks.non_finite.patience = patience
-  lines = schema.problems(config.to_dict())
-  assert [told in line for line in lines] == [True] * (told is not None)
+  lines = validation.problems(config.to_dict())
+  assert [key in line for line in lines] == [True] * (key is not None)

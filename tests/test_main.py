@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -111,6 +112,14 @@ def test_workdir_is_the_contract(finished, corpus):
   steps = {p.name for p in (workdir / 'checkpoints').iterdir()}
   best = str(result_of(workdir)['best_step'])
   assert steps == {'8', '12', best}
+
+
+def test_every_file_of_a_run_is_documented(finished):
+  workdir, _ = finished
+  files = runpy.run_path(str(ROOT / 'docs' / 'reference.py'))['FILES']
+  named = {name.rstrip('/') for name in files}
+  for path in workdir.iterdir():
+    assert path.name in named or path.name.startswith('events.out.tfevents.')
 
 
 def test_metrics_are_flat_and_once_per_step_and_kind(finished):

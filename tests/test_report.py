@@ -22,6 +22,12 @@ def test_a_table_is_what_the_script_makes(document, name):
   assert f'<!-- {name} -->\n{made}\n<!-- /{name} -->' in text
 
 
+@pytest.mark.parametrize('name', report.numbers())
+def test_a_number_of_the_readme_is_what_the_script_makes(name):
+  text = (ROOT / 'README.md').read_text()
+  assert f'<!-- {name} -->{report.numbers()[name]}<!-- /{name} -->' in text
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_config_says_what_it_gave(name):
   line = report.measured(f'configs/{name}')

@@ -10,6 +10,7 @@ import pytest
 from nanomoe import experiment, optimizers
 from nanomoe.callbacks import AuxWeight
 from nanomoe.config import overrides as config_lib
+from nanomoe.config import resume
 from nanomoe.run import workdir
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, make
 from trainers import metrics as metrics_lib
@@ -220,7 +221,7 @@ def test_a_raised_weight_and_the_bias_survive_a_resume(tiny, tmp_path):
   old = workdir.config_of(tmp_path / 'parts')
   new = config_lib.apply(old, list(more.items()))
   trainer = experiment.build(
-    workdir.resume_config(old, new, more), tmp_path / 'parts'
+    resume.resume_config(old, new, more), tmp_path / 'parts'
   )
   assert trainer.fit() == 'done'
   assert trainer.state.model_state['aux_weight'] == 0.5

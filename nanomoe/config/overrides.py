@@ -8,6 +8,7 @@ import ast
 from collections.abc import Iterator
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -19,12 +20,10 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 import nanomoe
-from nanomoe.config import home, schema
+from nanomoe.config import home, older, schema, validation
+from nanomoe.config.schema import Config
 from trainers import spec as spec_lib
 from trainers.errors import UserError
-
-# A ConfigDict, whose attributes have no static types.
-Config = Any
 
 Override = tuple[str, str]  # key, value: both as given
 
@@ -52,16 +51,22 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[Override]]:
   return rest, overrides
 
 
-def load_file(path: str) -> ConfigDict:
-  """What get_config() of a Python file returns.
+def load_file(path: str) -> Config:
+  """Returns the config that get_config() of a Python file returns.
+
+  Args:
+    path: Path of the file. `FILE.py:ARGUMENT` calls get_config('ARGUMENT'), as
+      ml_collections does.
 
   Raises:
-    UserError: there is no such file, or it is no config.
+    UserError: There is no such file, or it is no config, or its get_config()
+      takes no argument.
   """
+  name, argument = _split_argument(path)
   try:
-    file = pathlib.Path(home.expand(path, '--config'))
+    file = pathlib.Path(home.expand(name, '--config'))
     if not file.exists():  # Ours, from wherever they are asked for.
-      ours = pathlib.Path(__file__).parents[2] / path
+      ours = pathlib.Path(__file__).parents[2] / name
       file = ours if ours.is_file() else file
     is_file = file.is_file()
   except OSError as error:  # A name that is too long, for example.
@@ -83,17 +88,40 @@ def load_file(path: str) -> ConfigDict:
       spec.loader.exec_module(module)
       if not hasattr(module, 'get_config'):
         raise UserError(f'--config={path}: it has no function get_config()')
-      config = module.get_config()
+      config = module.get_config(*_arguments(path, module, argument))
       if not isinstance(config, ConfigDict):
         raise UserError(
           f'--config={path}: get_config() must return a ConfigDict'
         )
-      return ConfigDict(_plain(config))
+      return schema.make(older.rename(_plain(config)))
   except UserError:
     raise
   except (Exception, SystemExit) as error:  # Whatever somebody's file does.
     where = spec_lib.raised(error, str(file))
     raise UserError(f'--config={path}: {where}') from error
+
+
+def _split_argument(path: str) -> tuple[str, str | None]:
+  """Returns the path of a config file and the argument behind it, if any."""
+  match = re.fullmatch(r'(.*\.py):(.*)', path, re.DOTALL)
+  return (match[1], match[2]) if match else (path, None)
+
+
+def _arguments(
+  path: str, module: types.ModuleType, argument: str | None
+) -> tuple[str, ...]:
+  """Returns the arguments for get_config() of a config file.
+
+  Raises:
+    UserError: get_config() takes no argument, or needs one.
+  """
+  given = () if argument is None else (argument,)
+  try:
+    inspect.signature(module.get_config).bind(*given)
+  except TypeError as error:
+    takes = 'takes no argument' if given else 'needs an argument: FILE.py:ARG'
+    raise UserError(f'--config={path}: get_config() {takes}') from error
+  return given
 
 
 @contextlib.contextmanager
@@ -139,7 +167,7 @@ def _plain(value: Any) -> Any:
   return value
 
 
-def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
+def apply(config: Config, overrides: list[Override]) -> Config:
   """A checked copy of `config` with `overrides`; the last of a key holds.
 
   Raises:
@@ -149,15 +177,15 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
   lines = []
   # Types first: another type comes with arguments of its own.
   for key, text in sorted(overrides, key=lambda o: not o[0].endswith('.type')):
-    if not schema.known(key):
-      lines.append(schema.unknown(key))
+    if not validation.known(key):
+      lines.append(validation.unknown(key))
       continue
     try:
-      value = _parse(key, text)
+      value = _parse(key, older.renamed(key, text))
     except (ValueError, OverflowError):
       field = schema.FIELDS[key]
       lines.append(
-        f'config.{key}={schema.shown(text)}: it must be {field.allowed}'
+        f'config.{key}={validation.shown(text)}: it must be {field.allowed}'
       )
       continue
     *sections, name = key.split('.')
@@ -169,7 +197,7 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
     else:
       _assign(section, key, value)
   lines += _expand_paths(values)
-  lines += schema.problems(values)
+  lines += validation.problems(values)
   if lines:
     raise UserError(lines)
   for key, field in schema.FIELDS.items():
@@ -185,7 +213,7 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
       raise UserError(
         f'{name}={section[name]!r}: the current directory does not exist'
       ) from error
-  return ConfigDict(values)
+  return schema.make(values)
 
 
 # Paths of files of the user. That of a tokenizer, if BPE has it.

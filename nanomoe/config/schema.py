@@ -1,11 +1,31 @@
-"""Every config key: its type, what is allowed, what it means."""
+"""Every config key: its type, its range, its meaning and its resume policy.
 
-from collections.abc import Collection, Iterator, Mapping
-import math
-from typing import Any, NamedTuple
+`Config` and its sections are the typed view of a config: editors and type
+checkers read them, and `FIELDS` is derived from them. `configs/base.py` holds
+the defaults.
+"""
 
-from nanomoe.run import terminal
-from trainers.spec import did_you_mean
+from collections.abc import Iterator, Mapping
+import enum
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from ml_collections import ConfigDict
+
+
+class Resume(enum.Enum):
+  """What a resumed run may do with a key.
+
+  Attributes:
+    FIXED: The key must stay: another value would be another run.
+    BY_NAME: The key may change if the command line names it. It changes how
+      training ends, so another --config file must not change it by accident.
+    FREE: The key may change. It affects reports, files or the end of a run.
+  """
+
+  FIXED = 'fixed'
+  BY_NAME = 'by name'
+  FREE = 'free'
+
 
 _NOUNS = {
   bool: 'true or false',
@@ -16,9 +36,19 @@ _NOUNS = {
 
 
 class Field(NamedTuple):
-  """Of a number: low <= value <= most, above < value < below.
+  """Type, range, meaning and resume policy of a config key.
 
-  Integers are below 2**31 if nothing else is said.
+  Attributes:
+    kind: bool, int, float or str.
+    meaning: Meaning, with its unit; a noun phrase.
+    low, most: Smallest and largest value.
+    above, below: Exclusive bounds. Integers are below 2**31 by default.
+    choices: Allowed texts; () allows any.
+    resume: What a resumed run may do with the key.
+    allow: Name in --allow_changed that makes a FIXED key changeable.
+    absent: Value of runs of versions that did not have the key; None if every
+      version has it.
+    renamed: Values of older versions, by their old name.
   """
 
   kind: type
@@ -26,194 +56,350 @@ class Field(NamedTuple):
   low: float | None = None
   below: float | None = None
   above: float | None = None
-  choices: tuple[str, ...] = ()
   most: float | None = None
+  choices: tuple[str, ...] = ()
+  resume: Resume = Resume.FIXED
+  allow: str = ''
+  absent: Any = None
+  renamed: Mapping[str, str] = {}
 
   @property
   def allowed(self) -> str:
+    """Sentence part that says which values are allowed."""
     if self.choices:
       return f'one of {", ".join(map(repr, self.choices))}'
-    noun = _NOUNS[self.kind]
-    bounds = [] if self.low is None else [f'>= {self.low:.10g}']
-    bounds += [] if self.above is None else [f'> {self.above:.10g}']
-    bounds += [] if self.most is None else [f'<= {self.most:.10g}']
-    bounds += [] if self.below is None else [f'< {self.below:.10g}']
-    return f'{noun} {" and ".join(bounds)}'.strip()
+    bounds = [
+      f'{sign} {bound:.10g}'
+      for sign, bound in (
+        ('>=', self.low),
+        ('>', self.above),
+        ('<=', self.most),
+        ('<', self.below),
+      )
+      if bound is not None
+    ]
+    return f'{_NOUNS[self.kind]} {" and ".join(bounds)}'.strip()
 
 
-FIELDS: dict[str, Field] = {
-  'seed': Field(int, 'of parameters, batches and dropout', 0, 2**32),
-  'num_train_steps': Field(int, 'updates', 1),
-  'batch_size': Field(int, 'windows in an update', 1),
-  'block_size': Field(int, 'tokens in a window', 1),
-  'eval_interval': Field(int, 'steps between evaluations, checkpoints', 1),
-  'eval_iters': Field(int, 'batches to evaluate on; 0: the whole split', 0),
-  'eval_weights': Field(
-    str,
-    'that evaluations, samples and the commands use',
-    choices=('params', 'average'),
-  ),
-  'log_interval': Field(int, 'steps between progress lines', 1),
-  'confidence_weight': Field(float, "of predictions' negative entropy", 0),
-  'precision': Field(
-    str, 'of matrix products', choices=('auto', 'float32', 'bfloat16')
-  ),
-  'init_from': Field(str, "a run whose weights this one starts from; '': none"),
-  'data.path': Field(str, "a UTF-8 text; '': Tiny Shakespeare"),
-  'data.fallback': Field(
-    str,
-    "the text where Tiny Shakespeare cannot be had; '': an error",
+class SpecField(NamedTuple):
+  """Section with a `type`; its other keys are arguments of that type.
+
+  Attributes:
+    meaning: What the section chooses; a noun phrase.
+    resume, allow: As of `Field`, for the type and for all arguments.
+    absent: Type in runs of versions that did not have the section.
+    renamed: Types of older versions, by their old name.
+  """
+
+  meaning: str
+  resume: Resume = Resume.FIXED
+  allow: str = ''
+  absent: str = ''
+  renamed: Mapping[str, str] = {}
+
+
+def key(
+  meaning: str,
+  low: int | float | None = None,
+  below: int | float | None = None,
+  **rest: Any,
+) -> Any:
+  """Returns a Field without its kind, which the annotation states."""
+  return Field(object, meaning, low, below, **rest)
+
+
+def spec(meaning: str, **rest: Any) -> Any:
+  """Returns a SpecField."""
+  return SpecField(meaning, **rest)
+
+
+if TYPE_CHECKING:
+  _Section = ConfigDict
+else:
+
+  class _IsConfigDict(type):
+    """At run time, each ConfigDict is an instance of every section."""
+
+    def __instancecheck__(cls, value):
+      return isinstance(value, ConfigDict)
+
+  class _Section(metaclass=_IsConfigDict):
+    pass
+
+
+class Spec(_Section):
+  """Section with a `type`: a name or an import path, and its arguments."""
+
+  type: str
+
+
+_FREE = Resume.FREE
+_BY_NAME = Resume.BY_NAME
+
+
+class Data(_Section):
+  path: str = key(
+    'Path of a UTF-8 text; empty selects Tiny Shakespeare', resume=_FREE
+  )  # The text itself is recorded by its SHA-256, and may not change.
+  fallback: str = key(
+    'Text to train on if Tiny Shakespeare cannot be found; empty is an error',
     choices=('pydoc_data.topics', ''),
-  ),
-  'model.d_model': Field(int, 'width of the residual stream', 1),
-  'model.num_layers': Field(int, 'blocks', 1),
-  'model.num_heads': Field(int, 'of attention; a divisor of d_model', 1),
-  'model.dropout_rate': Field(float, 'of every dropout', 0, 1),
-  'model.remat': Field(bool, 'computes blocks twice, to keep less of them'),
-  'model.norm': Field(
-    str, 'of blocks and of what leaves them', choices=('LayerNorm', 'RMSNorm')
-  ),
-  'model.position': Field(
-    str, 'how attention tells places apart', choices=('learned', 'rope')
-  ),
-  'model.conv_width': Field(
-    int, 'last inputs that a short convolution before each layer sees', 1
-  ),
-  'model.max_ngram': Field(
-    int, 'the most tokens that have an embedding together; 1: none do', 1
-  ),
-  'model.ngram_rows': Field(
-    int, 'of embeddings of n-grams, for each n; more share rows', 1, 2**24
-  ),
-  'model.num_kv_heads': Field(
-    int, 'of keys and values; a divisor of num_heads; 0: num_heads', 0
-  ),
-  'model.qk_norm': Field(bool, 'normalizes queries and keys, each head'),
-  'model.bias': Field(bool, 'of linear layers and experts'),
-  'model.zero_outputs': Field(
-    bool, "starts blocks' last weights at 0: each is then the identity"
-  ),
-  'model.tie_embeddings': Field(
-    bool, "makes logits by the tokens' embeddings, without a bias"
-  ),
-  'model.logit_softcap': Field(
-    float, 'logits stay within, by a tanh; 0: anywhere', 0
-  ),
-  'moe.num_experts': Field(int, 'experts in a layer', 1),
-  'moe.top_k': Field(int, 'experts for a token', 1),
-  'moe.d_ff': Field(int, "width of an expert's hidden layer", 1),
-  'moe.activation': Field(
-    str, 'of hidden layers', choices=('gelu', 'relu2', 'swiglu')
-  ),
-  'moe.num_shared': Field(
-    int,
-    'experts that every token has, beside top_k: one so many times as wide',
-    0,
-  ),
-  'moe.first_dense_layers': Field(int, 'layers before any experts', 0),
-  'moe.every': Field(
-    int, 'layers from one with experts to the next; between, dense ones', 1
-  ),
-  'moe.dense_d_ff': Field(int, "width of a dense layer's hidden layer", 1),
-  'moe.dispatch': Field(
-    str,
-    'how tokens reach experts',
-    choices=('auto', 'dense', 'dropless', 'capacity', 'grouped'),
-  ),
-  'moe.capacity_factor': Field(
-    float, "an expert's rows over an even load, in dispatch capacity", above=0
-  ),
-  'moe.balance': Field(
-    str,
-    'definition of the balance loss',
-    choices=('documented', 'mean', 'sequence'),
-  ),
-  'moe.aux_weight': Field(float, 'of the balance loss', 0),
-  'moe.z_weight': Field(float, "of the routers' z-loss", 0),
-  'moe.entropy_weight': Field(
-    float, "of the routers' entropy: > 0 has them decide, < 0 explore"
-  ),
-  'optimizer.learning_rate': Field(float, 'at its highest', 0),
-  'optimizer.weight_decay': Field(float, 'decoupled', 0),
-  'optimizer.beta1': Field(float, 'of the first moment', 0, 1),
-  'optimizer.beta2': Field(float, 'of the second moment', 0, 1),
-  'optimizer.clip_norm': Field(float, 'of the gradient; 0: never', 0),
-  'optimizer.decay_mask': Field(
-    str, 'what weight decay applies to', choices=('all', 'matrices')
-  ),
-  'optimizer.spike_factor': Field(
-    float,
-    'updates whose loss is above so many medians are refused; 0: none',
-    0,
-  ),
-  'optimizer.spike_window': Field(
-    int, 'accepted updates whose losses have that median', 2
-  ),
-  'optimizer.ema_decay': Field(
-    float, "of the parameters' average; 0: none is kept", 0, 1
-  ),
-  'checkpoint.keep_latest': Field(int, 'checkpoints, beside the best', 1),
-  'sample.every_steps': Field(int, 'steps between samples; 0: at the end', 0),
-  'sample.num_tokens': Field(int, 'generated each time; 0: none', 0),
-  'sample.temperature': Field(float, 'of the sample; 0: the likeliest', 0),
-}
+    resume=_FREE,
+  )
+  tokenizer: Spec = spec('Tokenizer', allow='tokenizer')
+  dataset: Spec = spec('Dataset: how tokens become batches', allow='data')
 
 
-def help_text(config: Mapping[str, Any] | None = None) -> str:
-  """Every key and its meaning, and what it is in `config`."""
-  rows = [(key, f'{f.meaning}; {f.allowed}') for key, f in FIELDS.items()]
-  rows += [(f'{key}.type', meaning) for key, meaning in SPECS.items()]
-  rows += [(f'{key}.NAME.type', text) for key, text in SPEC_GROUPS.items()]
-  rows += list(ARGUMENTS.items())
-  values = dict(flatten(config or {}))
-  return terminal.columns(
-    (key, f'{text} [{values[key]!r}]' if key in values else text)
-    for key, text in rows
+class Model(_Section):
+  d_model: int = key('Width of the residual stream', 1)
+  num_layers: int = key('Number of blocks', 1)
+  num_heads: int = key('Number of attention heads; must divide d_model', 1)
+  dropout_rate: float = key('Rate of every dropout; 0 disables it', 0, 1)
+  remat: bool = key(
+    'Recomputation of blocks in the backward pass, which saves memory',
+    resume=_FREE,
+  )
+  norm: str = key(
+    'Normalization of blocks and of the output',
+    choices=('LayerNorm', 'RMSNorm'),
+  )
+  position: str = key('Position encoding', choices=('learned', 'rope'))
+  conv_width: int = key(
+    'Width of a causal convolution before each layer; 1 disables it', 1
+  )
+  max_ngram: int = key(
+    'Longest n-gram with an embedding of its own; 1 disables n-grams', 1
+  )
+  ngram_rows: int = key(
+    'Rows of the embedding table of each n; more n-grams share rows', 1, 2**24
+  )
+  num_kv_heads: int = key(
+    'Number of key and value heads; must divide num_heads; 0 means num_heads',
+    0,
+  )
+  qk_norm: bool = key('Normalization of queries and keys in each head')
+  bias: bool = key('Biases in linear layers and experts')
+  zero_outputs: bool = key(
+    'Zero initialization of the last weights of each branch of a block'
+  )
+  tie_embeddings: bool = key(
+    'Output layer with the token embeddings as weights, without a bias'
+  )
+  logit_softcap: float = key(
+    'Bound on the magnitude of logits, by a tanh; 0 disables it', 0
   )
 
 
-# Sections with a `type`: their other keys are arguments of what it names.
-SPECS = {
-  'data.tokenizer': 'text to integers and back',
-  'data.dataset': 'tokens to batches',
-  'moe.router': 'which experts a token goes to',
-  'optimizer': 'gradients to updates',
-  'optimizer.schedule': 'learning rate over steps',
+class MoE(_Section):
+  num_experts: int = key('Number of experts in a layer', 1)
+  top_k: int = key('Number of experts per token', 1)
+  d_ff: int = key('Width of the hidden layer of an expert', 1)
+  activation: str = key(
+    'Activation of hidden layers', choices=('gelu', 'relu2', 'swiglu')
+  )
+  num_shared: int = key(
+    'Number of shared experts, which every token uses; they form one wide '
+    'expert',
+    0,
+  )
+  first_dense_layers: int = key('Number of dense layers before the experts', 0)
+  every: int = key(
+    'Distance in layers between layers with experts; the others are dense', 1
+  )
+  dense_d_ff: int = key('Width of the hidden layer of a dense layer', 1)
+  router: Spec = spec('Router: which experts process a token')
+  dispatch: str = key(
+    'Algorithm that moves tokens to experts',
+    choices=('auto', 'dense', 'dropless', 'capacity', 'grouped'),
+  )
+  capacity_factor: float = key(
+    'Capacity of an expert over its balanced load, in dispatch capacity',
+    above=0,
+  )
+  balance: str = key(
+    'Definition of the load-balancing loss',
+    choices=('documented', 'mean', 'sequence'),
+  )
+  aux_weight: float = key(
+    'Weight of the load-balancing loss; 0 disables it', 0, resume=_BY_NAME
+  )
+  z_weight: float = key(
+    'Weight of the router z-loss; 0 disables it', 0, resume=_BY_NAME
+  )
+  entropy_weight: float = key(
+    'Weight of the router entropy; > 0 sharpens routing, < 0 flattens it',
+    resume=_BY_NAME,
+  )
+
+
+class Optimizer(_Section):
+  type: str = spec('Optimizer: how gradients become updates')
+  learning_rate: float = key('Peak learning rate', 0, resume=_BY_NAME)
+  weight_decay: float = key(
+    'Decoupled weight decay; 0 disables it', 0, resume=_BY_NAME
+  )
+  beta1: float = key('Decay of the first moment', 0, 1, resume=_BY_NAME)
+  beta2: float = key('Decay of the second moment', 0, 1, resume=_BY_NAME)
+  schedule: Spec = spec(
+    'Schedule of the learning rate over steps', resume=_BY_NAME
+  )
+  clip_norm: float = key(
+    'Largest norm of the gradient; 0 disables clipping', 0, resume=_BY_NAME
+  )
+  decay_mask: str = key(
+    'Parameters that weight decay applies to',
+    choices=('all', 'matrices'),
+    resume=_BY_NAME,
+  )
+  spike_factor: float = key(
+    'Largest loss of an accepted update, over the median of recent losses; '
+    '0 disables it',
+    0,
+    resume=_BY_NAME,
+  )
+  spike_window: int = key(
+    'Number of accepted updates whose losses form that median', 2
+  )
+  ema_decay: float = key(
+    'Decay of the running average of parameters; 0 keeps no average', 0, 1
+  )
+
+
+class Checkpoint(_Section):
+  keep_latest: int = key(
+    'Number of newest checkpoints to keep, beside the best', 1, resume=_FREE
+  )
+
+
+class Sample(_Section):
+  every_steps: int = key(
+    'Steps between samples; 0 samples at the end only', 0, resume=_FREE
+  )
+  num_tokens: int = key(
+    'Number of tokens in a sample; 0 disables samples', 0, resume=_FREE
+  )
+  temperature: float = key(
+    'Sampling temperature; 0 takes the most likely token', 0, resume=_FREE
+  )
+
+
+class Keys(_Section):
+  """Typed view of a whole config."""
+
+  seed: int = key(
+    'Random seed of parameters, batches and dropout', 0, 2**32, allow='seed'
+  )
+  num_train_steps: int = key('Number of training steps', 1, resume=_BY_NAME)
+  batch_size: int = key('Sequences in a batch', 1, allow='batch_size')
+  block_size: int = key('Tokens in a sequence', 1)
+  eval_interval: int = key(
+    'Steps between evaluations, and between checkpoints', 1, resume=_FREE
+  )
+  eval_iters: int = key(
+    'Batches of an evaluation; 0 means the whole split', 0, resume=_FREE
+  )
+  eval_weights: str = key(
+    'Weights that evaluation, sampling and the commands use',
+    choices=('params', 'average'),
+    resume=_BY_NAME,
+  )
+  log_interval: int = key('Steps between progress lines', 1, resume=_FREE)
+  confidence_weight: float = key(
+    'Weight of the penalty on confident predictions; 0 disables it',
+    0,
+    resume=_BY_NAME,
+  )
+  precision: str = key(
+    'Precision of matrix products', choices=('auto', 'float32', 'bfloat16')
+  )
+  init_from: str = key(
+    'Directory of a run whose best weights this run starts from; empty for none'
+  )
+  data: Data
+  model: Model
+  moe: MoE
+  optimizer: Optimizer
+  checkpoint: Checkpoint
+  sample: Sample
+  callbacks: ConfigDict
+  writers: ConfigDict
+
+
+if TYPE_CHECKING:
+  Config = Keys
+else:
+  Config = ConfigDict
+
+
+def make(values: Mapping[str, Any]) -> Config:
+  """Returns a config that holds `values`."""
+  return cast(Config, ConfigDict(values))
+
+
+def _walk(section: type, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """Yields (dotted key, Field or SpecField) in the order of definition."""
+  for name, kind in section.__annotations__.items():
+    declared = vars(section).get(name)
+    if isinstance(declared, SpecField):
+      own = prefix.rstrip('.') if name == 'type' else f'{prefix}{name}'
+      yield own, declared
+    elif isinstance(declared, Field):
+      yield f'{prefix}{name}', declared._replace(kind=kind)
+    elif kind is not ConfigDict:
+      yield from _walk(kind, f'{prefix}{name}.')
+
+
+FIELDS: dict[str, Field] = {
+  k: f for k, f in _walk(Keys) if isinstance(f, Field)
 }
-# The arguments that are an optimizer's own, of ours.
+# Sections with a `type`. Their other keys are arguments of what it names.
+SPECS: dict[str, SpecField] = {
+  k: f for k, f in _walk(Keys) if isinstance(f, SpecField)
+}
+# Sections that hold any number of specs, under any name.
+SPEC_GROUPS: dict[str, SpecField] = {
+  'callbacks': SpecField('Callback of that name', Resume.FREE),
+  'writers': SpecField('Metric writer of that name', Resume.FREE),
+}
+
+# Arguments of our optimizers that are not keys of every optimizer.
 OPTIMIZER_ARGUMENTS = {
   'AdamW': (),
   'Lion': (),
   'Adafactor': (),
   'Muon': ('muon_beta',),
 }
-# What base.py's own callbacks are given.
+# Arguments of specs, for --help.
 ARGUMENTS = {
   'callbacks.early_stopping.patience': (
-    'evaluations without a new best, at which it stops; 0: never'
+    'Evaluations without a new best after which the run stops; 0 disables it'
   ),
   'callbacks.non_finite.patience': (
-    'refused updates in a row, at which it stops or goes back; 0: never'
+    'Refused updates in a row after which the run rolls back or stops; 0 '
+    'disables it'
   ),
-  'callbacks.non_finite.max_rollbacks': 'times to go back before it stops',
-  'callbacks.profile.num_steps': 'steps that are traced; 0: none',
+  'callbacks.non_finite.max_rollbacks': (
+    'Number of rollbacks before the run stops as diverged'
+  ),
+  'callbacks.profile.num_steps': 'Number of steps to trace; 0 disables it',
   'callbacks.routing_alarm.action': (
-    "on dead or crowded experts: 'warn'; 'raise' the balance loss's weight; "
-    "'stop' the run"
+    "Action on dead or overloaded experts: 'warn', 'raise' the weight of the "
+    "load-balancing loss, or 'stop' the run"
   ),
   'callbacks.routing_alarm.dead_steps': (
-    'steps without a token for an expert; and steps between two actions'
+    'Steps without a token after which an expert is dead; also the steps '
+    'between two actions'
   ),
   'callbacks.routing_alarm.max_vio': (
-    'limit of (largest - mean) / mean load; None: nine tenths of its worst, '
-    'num_experts / top_k - 1'
+    'Limit of (largest - mean) / mean load; None means 0.9 * (num_experts / '
+    'top_k - 1)'
   ),
-  'callbacks.routing_alarm.factor': 'of the weight, each time it is raised',
-  'callbacks.routing_alarm.min_weight': 'what it is raised to, at least',
-  'callbacks.routing_alarm.max_weight': 'what it is not raised above',
+  'callbacks.routing_alarm.factor': 'Factor of each increase of the weight',
+  'callbacks.routing_alarm.min_weight': 'Smallest weight after an increase',
+  'callbacks.routing_alarm.max_weight': 'Largest weight after an increase',
 }
-# What NanoMoE hands to a spec is said once, elsewhere: with two values, half of
-# a run would have the one, and half the other.
+# Arguments that NanoMoE injects, and the key that states each. A second value
+# in the spec would contradict that key.
 INJECTED = {
   'moe.router': {
     'num_experts': 'moe.num_experts',
@@ -229,193 +415,31 @@ INJECTED = {
     'eval_iters': 'eval_iters',
   },
 }
-# Any number of specs, by any name.
-SPEC_GROUPS = {
-  'callbacks': 'what else happens while training',
-  'writers': 'where metrics go, too',
-}
 
 
-def spec_of(key: str) -> str | None:
-  """The spec that `key` is an argument (or the type) of, if it is."""
-  if key in FIELDS or key in SPECS:
+def spec_of(name: str) -> str | None:
+  """Returns the spec that the key `name` is an argument or the type of."""
+  if name in FIELDS or name in SPECS:
     return None
-  section, _, _ = key.rpartition('.')
+  section, _, _ = name.rpartition('.')
   in_group = section.count('.') == 1 and section.split('.')[0] in SPEC_GROUPS
   return section if section in SPECS or in_group else None
 
 
-def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple]:
-  """(dotted key, value) of every leaf."""
-  for key, value in config.items():
+def policy(name: str) -> Field | SpecField | None:
+  """Returns what declares the key `name`: its field, its spec or its group."""
+  if name in FIELDS:
+    return FIELDS[name]
+  section = spec_of(name) or ''
+  return SPECS.get(section) or SPEC_GROUPS.get(section.split('.')[0])
+
+
+def flatten(
+  config: Mapping[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, Any]]:
+  """Yields (dotted key, value) of every leaf."""
+  for name, value in config.items():
     if isinstance(value, Mapping):
-      yield from flatten(value, f'{prefix}{key}.')
+      yield from flatten(value, f'{prefix}{name}.')
     else:
-      yield f'{prefix}{key}', value
-
-
-def problems(config: Mapping[str, Any]) -> list[str]:
-  """Everything that is wrong with `config`, a line each."""
-  flat = dict(flatten(config))
-  lines = [unknown(key) for key in flat if not known(key)]
-  lines += [
-    f'{key} is missing: {field.meaning}; {field.allowed}'
-    for key, field in FIELDS.items()
-    if key not in flat
-  ]
-  specs = {*SPECS, *(s for k in flat if (s := spec_of(k)) is not None)}
-  lines += [
-    f'{spec}.type is missing: the name of a class, or its import path.'
-    + did_you_mean(spec, specs - {spec})
-    for spec in sorted(specs)
-    if not isinstance(flat.get(f'{spec}.type'), str)
-  ]
-  lines += _unknown_to_optimizer(flat)
-  lines += [
-    f'config.{spec}.{key} is no argument of its own: {other} says it'
-    for spec, keys in INJECTED.items()
-    for key, other in keys.items()
-    if f'{spec}.{key}' in flat
-  ]
-  sound = dict(flat)
-  for key, field in FIELDS.items():
-    if key in flat and (reason := violation(field, flat[key])):
-      lines.append(f'{key}={shown(flat[key])}: {reason}')
-      del sound[key]
-  lines += [
-    f'{key}={shown(value)}: it must be a finite number (an integer, of '
-    f'{bits} bits at most), a text, true, false, null, or a list of these'
-    for key, value in flat.items()
-    if (spec := spec_of(key)) is not None
-    and not _is_json(value, bits := _bits(key, flat.get(f'{spec}.type')))
-  ]
-  return [*lines, *_contradictions(sound)]
-
-
-def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
-  """Between `values`, each allowed by itself; some may be missing."""
-  if {'moe.top_k', 'moe.num_experts'} <= set(values):
-    top_k, num_experts = values['moe.top_k'], values['moe.num_experts']
-    if top_k > num_experts:
-      yield f'moe.top_k={top_k} is more than moe.{num_experts=}'
-  if {'model.d_model', 'model.num_heads'} <= set(values):
-    d_model, num_heads = values['model.d_model'], values['model.num_heads']
-    if d_model % num_heads:
-      yield f'model.{num_heads=} does not divide model.{d_model=}'
-    elif values.get('model.position') == 'rope' and d_model // num_heads % 2:
-      yield (
-        f"model.position='rope' turns pairs: model.{d_model=} over "
-        f'model.{num_heads=} must be even'
-      )
-  if {'model.num_heads', 'model.num_kv_heads'} <= set(values):
-    num_heads = values['model.num_heads']
-    num_kv_heads = values['model.num_kv_heads'] or num_heads
-    if num_heads % num_kv_heads:
-      yield f'model.{num_kv_heads=} does not divide model.{num_heads=}'
-  factor = values.get('optimizer.spike_factor', 0)
-  if 0 < factor <= 1:
-    yield (
-      f'optimizer.spike_{factor=} would refuse ordinary updates: it must be 0 '
-      'or > 1'
-    )
-  # Refused losses never move the median.
-  if factor and values.get('callbacks.non_finite.patience') == 0:
-    yield (
-      f'optimizer.spike_{factor=} may refuse every update, for ever: '
-      'callbacks.non_finite.patience must be > 0'
-    )
-  average = values.get('eval_weights') == 'average'
-  if average and values.get('optimizer.ema_decay') == 0:
-    yield "eval_weights='average' needs an optimizer.ema_decay above 0"
-
-
-def _unknown_to_optimizer(flat: Mapping[str, Any]) -> list[str]:
-  """Told here, with all other mistakes: a plug-in tells it when it is built."""
-  name = str(flat.get('optimizer.type', ''))
-  if '.' in name or name not in OPTIMIZER_ARGUMENTS:
-    return []
-  allowed = {f'optimizer.{a}' for a in ('type', *OPTIMIZER_ARGUMENTS[name])}
-  return [
-    unknown(key, allowed)
-    for key in flat
-    if spec_of(key) == 'optimizer' and key not in allowed
-  ]
-
-
-def shown(value: Any) -> str:
-  """Its repr, cut where it is long."""
-  try:
-    text = repr(value)
-  except ValueError:  # Python writes no integer of more than 4300 digits.
-    return f'an integer of {value.bit_length()} bits'
-  return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
-
-
-def _bits(key: str, kind: Any) -> int:
-  """Bits of an integer argument. JAX's are of 32; plug-ins may take others."""
-  is_plug_in = isinstance(kind, str) and '.' in kind
-  return 64 if is_plug_in or key.endswith('.seed') else 31
-
-
-def _is_json(value: Any, bits: int) -> bool:
-  """Whether config.json can hold it: JSON has no nan and no infinity."""
-  if type(value) is int:
-    return abs(value) < 2**bits
-  if isinstance(value, float):
-    return math.isfinite(value)
-  if isinstance(value, (list, tuple)):
-    return all(_is_json(v, bits) for v in value)
-  if isinstance(value, Mapping):  # In a list.
-    return all(
-      isinstance(k, str) and _is_json(v, bits) for k, v in value.items()
-    )
-  return value is None or isinstance(value, (bool, int, str))
-
-
-def known(key: str) -> bool:
-  return key in FIELDS or spec_of(key) is not None
-
-
-def unknown(key: str, arguments: Collection[str] = ()) -> str:
-  """What to say of a key that is none, nor one of a spec's `arguments`."""
-  names = [*FIELDS, *(f'{s}.type' for s in SPECS), *arguments]
-  group = key.split('.')[0]
-  if group in SPEC_GROUPS and key.count('.') < 2:
-    name = key if '.' in key else f'{group}.NAME'
-    return (
-      f'config.{key} is a section; its keys are {name}.type and {name}.ARGUMENT'
-    )
-  if any(name.startswith(f'{key}.') for name in names):
-    inside = [n for n in names if n.startswith(f'{key}.')]
-    return f'config.{key} is a section; its keys are {", ".join(inside)}'
-  last = key.rpartition('.')[2]
-  same = [n for n in names if n.rpartition('.')[2] == last]
-  hint = f' Did you mean {same[0]!r}?' if same else did_you_mean(key, names)
-  return f'config.{key} is no key of the config.{hint}'
-
-
-def violation(field: Field, value: Any) -> str | None:
-  """What is wrong with `value`, or None."""
-  wrong = f'it must be {field.allowed}'
-  if field.kind is float and type(value) is int:
-    if abs(value) > 2**1000:
-      return wrong  # No float is as large.
-    value = float(value)
-  if type(value) is not field.kind:
-    return wrong
-  if field.choices and value not in field.choices:
-    return wrong + did_you_mean(str(value), field.choices)
-  if field.kind in (bool, str):
-    return None
-  if isinstance(value, float) and not math.isfinite(value):
-    return wrong
-  if field.low is not None and value < field.low:
-    return wrong
-  if field.above is not None and value <= field.above:
-    return wrong
-  if field.most is not None and value > field.most:
-    return wrong
-  below = 2**31 if field.kind is int and field.below is None else field.below
-  if below is not None and value >= below:
-    return f'{wrong} and < {below}' if field.below is None else wrong
-  return None
+      yield f'{prefix}{name}', value

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Int, Integer
 import numpy as np
 
-from nanomoe.config.overrides import Config
+from nanomoe.config.schema import Config
 from nanomoe.data import corpus as corpus_lib
 from nanomoe.data import large_text, tokenizers
 from nanomoe.data.corpus import Corpus

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Int, UInt32
 import numpy as np
 
-from nanomoe.config import schema
+from nanomoe.config import validation
 from nanomoe.data import large_text
 from nanomoe.data.bpe import BPE
 from nanomoe.data.large_text import LargeText
@@ -46,7 +46,7 @@ class Characters(Tokenizer):
       at = int(unknown[0])
       raise UserError(
         f'character {text[at]!r} at position {at} is not in the vocabulary: '
-        f'{schema.shown(self.characters)}'
+        f'{validation.shown(self.characters)}'
       )
     return tokens
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from nanomoe.config.overrides import Config
+from nanomoe.config.schema import Config
 from nanomoe.model.attention import Attention
 from nanomoe.model.convolution import ShortConvolution
 from nanomoe.model.heads import HEADS, softcap

@@ -1,6 +1,6 @@
 """Whether text can be generated: what a token's experts depend on."""
 
-from nanomoe.config.overrides import Config
+from nanomoe.config.schema import Config
 from nanomoe.moe.dispatch import registry
 from nanomoe.moe.routers import ROUTERS
 from trainers import spec

@@ -3,7 +3,7 @@
 from typing import Any
 
 from nanomoe.config import schema
-from nanomoe.config.overrides import Config
+from nanomoe.config.schema import Config
 from trainers.writers.run_writer import Chart, TensorBoardLayout
 
 # Metrics without their split. An element of a vector, and a row of a matrix,

@@ -17,9 +17,8 @@ import warnings
 from absl import app, flags
 
 import nanomoe
-from nanomoe.config import home
+from nanomoe.config import help, home
 from nanomoe.data import corpus
-from nanomoe.run import terminal
 from trainers.errors import UserError, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -113,7 +112,7 @@ def _flags_help(values: flags.FlagValues) -> str:
         default = ' '.join(map(repr, flag.default)) if listed else flag.default
         text = f'{text} [{default}]'
       rows.append((f'{name}--{flag.name}', text))
-  return terminal.columns([*rows, ('-h, --help', 'This.')])
+  return help.columns([*rows, ('-h, --help', 'This.')])
 
 
 def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -1,6 +1,6 @@
 """What to change in a config whose step needs too much memory."""
 
-from nanomoe.config.overrides import Config
+from nanomoe.config.schema import Config
 from trainers.memory import StepMemory
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from nanomoe.config.overrides import Config
+from nanomoe.config.schema import Config
 
 _PACKAGES = (
   'jax',

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 import logging
 import sys
-import textwrap
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -75,20 +73,6 @@ def _console(stream: TextIO | None) -> Console | None:
 
   console = Console(file=stream, highlight=False, soft_wrap=True)
   return None if console.is_dumb_terminal else console
-
-
-def columns(rows: Iterable[tuple[str, str]]) -> str:
-  """Names, and what they mean beside them, in 80 columns."""
-  return '\n'.join(
-    textwrap.fill(
-      text,
-      80,
-      initial_indent=f'  {name:25} ',
-      subsequent_indent=' ' * 28,
-      break_on_hyphens=False,
-    )
-    for name, text in rows
-  )
 
 
 class _DrawingHandler(logging.Handler):

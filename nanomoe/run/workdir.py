@@ -1,6 +1,5 @@
 """A run's directory: its files, its log, and going on in it."""
 
-from collections.abc import Collection
 import datetime
 import fcntl
 import itertools
@@ -12,62 +11,13 @@ import shutil
 import tempfile
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from nanomoe.config import schema
-from nanomoe.config.overrides import Config
+from nanomoe.config import older, schema, validation
+from nanomoe.config.schema import Config
 from nanomoe.run import terminal
 from trainers.errors import UserError
 from trainers.files import to_json, write_atomically
 
 log = logging.getLogger(__name__)
-
-# What a run in progress may change: when it ends and what it reports, and how
-# fast it learns. Anything else would make it another run.
-_MAY_CHANGE = (
-  'num_train_steps',
-  'eval_',
-  'log_interval',
-  'optimizer.learning_rate',
-  'optimizer.schedule.',
-  'optimizer.weight_decay',
-  'optimizer.decay_mask',
-  'optimizer.beta',
-  'optimizer.clip_norm',
-  'optimizer.spike_factor',
-  'confidence_weight',
-  'model.remat',
-  'moe.aux_weight',
-  'moe.z_weight',
-  'moe.entropy_weight',
-  'checkpoint.',
-  'callbacks.',
-  'writers.',
-  'sample.',
-  'data.path',  # The text itself may not: its SHA-256 is recorded.
-  'data.fallback',
-)
-
-# What --allow_changed may name, and the keys that it allows: another run, if
-# somebody wants to go on with it all the same. The text's own key is above.
-ALLOWABLE = {
-  'data': ('data.dataset.',),
-  'seed': ('seed',),
-  'batch_size': ('batch_size',),
-  'tokenizer': ('data.tokenizer.',),
-}
-
-# Of what may change, this changes how it ends: never by a file, which may be
-# meant for another run, or lack what the command line had.
-_BY_NAME_ALONE = (
-  'num_train_steps',
-  'eval_weights',
-  'optimizer.',
-  'confidence_weight',
-  'moe.aux_weight',
-  'moe.z_weight',
-  'moe.entropy_weight',
-)
 
 
 def make_default(config_path: str) -> pathlib.Path:
@@ -93,14 +43,14 @@ def make_default(config_path: str) -> pathlib.Path:
   raise AssertionError('unreachable')
 
 
-def read_config(workdir: pathlib.Path) -> ConfigDict | None:
+def read_config(workdir: pathlib.Path) -> Config | None:
   """The config of the run in `workdir`, or None if there is no run."""
   path = workdir / 'config.json'
   try:
     values = json.loads(path.read_text(encoding='utf-8-sig'))
     if not isinstance(values, dict) or not values:
       raise ValueError('it is not an object with keys')
-    return ConfigDict(values)
+    return schema.make(older.upgrade(values))
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
@@ -117,68 +67,9 @@ def config_of(workdir: pathlib.Path) -> Config:
   config = read_config(workdir)
   if config is None:
     raise UserError(f'--workdir={workdir}: no run is there (no config.json)')
-  if lines := schema.problems(config.to_dict()):
+  if lines := validation.problems(config.to_dict()):
     raise UserError([f'{workdir / "config.json"}: {line}' for line in lines])
   return config
-
-
-def resume_config(
-  old: ConfigDict,
-  new: ConfigDict,
-  asked: Collection[str],
-  allow_changed: Collection[str] = (),
-) -> ConfigDict:
-  """`new`, with what `old` had decided; the changes are logged.
-
-  Args:
-    old: the config of the run.
-    new: the one to go on with.
-    asked: the keys that were given by name; what else differs came with a
-      file.
-    allow_changed: of `ALLOWABLE`.
-
-  Raises:
-    UserError: naming every key that may not change within a run, or not
-      without being asked for.
-  """
-  before = dict(schema.flatten(old.to_dict()))
-  after = dict(schema.flatten(new.to_dict()))
-  decided = new.copy_and_resolve_references()
-  for key in ('precision', 'moe.dispatch'):
-    if after[key] == 'auto' and key in before:
-      after[key] = before[key]
-      with decided.unlocked():
-        decided.update_from_flattened_dict({key: before[key]})
-  changed = [
-    key for key in {**before, **after} if before.get(key) != after.get(key)
-  ]
-  specs = tuple(k.removesuffix('type') for k in asked if k.endswith('.type'))
-  lines = []
-  for key in changed:
-    tell = (
-      f'{key} was {before.get(key)!r} in this run, and is {after.get(key)!r} '
-      'now: '
-    )
-    names = [n for n, keys in ALLOWABLE.items() if key.startswith(keys)]
-    if set(names) & set(allow_changed):
-      pass
-    elif not key.startswith(_MAY_CHANGE):
-      hint = f', or --allow_changed={names[0]}' if names else ''
-      lines.append(f'{tell}choose another --workdir{hint}')
-    elif (
-      key.startswith(_BY_NAME_ALONE)
-      and key not in asked
-      and not key.startswith(specs)
-    ):
-      lines.append(
-        tell + f'to change it, give --config.{key}; to go on as it was, leave '
-        'out --config'
-      )
-  if lines:
-    raise UserError(lines)
-  for key in changed:
-    log.info('changed: %s from %r to %r', key, before.get(key), after.get(key))
-  return decided
 
 
 def discard(workdir: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ from configs import base
 from faults.conftest import MAIN
 from nanomoe import main as main_lib
 from nanomoe.config import overrides as config_lib
-from nanomoe.config import schema
+from nanomoe.config import resume, schema
 from nanomoe.data import bpe
 from nanomoe.run import workdir as workdir_lib
 from tests.shrunk import ROOT
@@ -52,7 +52,7 @@ def case(injected, words, *parts):
   ('words', 'parts'),
   [
     case('a typo', ['--config.modle.d_model=8'], 'modle', "'model.d_model'"),
-    case('a key like no other', ['--config.dd=1'], 'config.dd'),
+    case('a key like no other', ['--config.dd=1'], "'dd'"),
     case('None for a number', ['--config.seed=None'], 'seed', 'None'),
     case('a list for a number', ['--config.seed=[1, 2]'], 'seed', '[1, 2]'),
     case(
@@ -190,7 +190,7 @@ def test_a_tuple_comes_back_from_json(tmp_path, happened):
   )
   workdir_lib.write_json(tmp_path / 'config.json', new.to_dict())
   old = workdir_lib.read_config(tmp_path)
-  assert workdir_lib.resume_config(old, new, []).moe.router.x == [1, [2, 3]]
+  assert resume.resume_config(old, new, []).moe.router.x == [1, [2, 3]]
   happened('nothing has changed')
 
 

@@ -12,7 +12,7 @@ from configs import base
 from faults.conftest import fault
 from nanomoe import evaluate, experiment, generate
 from nanomoe.config import overrides as config_lib
-from nanomoe.config import schema
+from nanomoe.config import schema, validation
 from nanomoe.moe.routers import ROUTERS
 from nanomoe.run import workdir
 from nanomoe.sampling import Sampling, draw
@@ -72,7 +72,7 @@ def test_a_number_for_generate(tmp_path, happened, name, text):
   generate._parse(['generate', f'--workdir={tmp_path}', f'--{name}={text}'])
   line = one_line(generate.main, None)
   assert f'--{name}=' in line
-  assert schema.shown(text)[:10].strip("'") in line
+  assert validation.shown(text)[:10].strip("'") in line
   assert generate.NUMBERS[name][1].allowed in line
   happened(line[:120])
 

@@ -1,0 +1,70 @@
+"""Configs of older versions, under the names of this one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanomoe.config.schema import FIELDS, SPEC_GROUPS, SPECS
+
+
+def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config of an older run with the keys that it lacks.
+
+  A key that the version of the run did not have gets the value by which that
+  version behaved; see `Field.absent`. Renamed values get their new names.
+  """
+  values = rename(config)
+  for name, field in FIELDS.items():
+    if field.absent is not None:
+      *sections, last = name.split('.')
+      section = _section(values, sections)
+      if section is not None:
+        section.setdefault(last, field.absent)
+  for name, spec in SPECS.items():
+    *sections, last = name.split('.')
+    section = _section(values, sections)
+    if spec.absent and section is not None:
+      section.setdefault(last, {'type': spec.absent})
+  return values
+
+
+def rename(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a copy of a config with renamed values under their new names."""
+  values: dict[str, Any] = _copy(config)
+  for name in FIELDS:
+    *sections, last = name.split('.')
+    section = _section(values, sections)
+    if section is not None and last in section:
+      section[last] = renamed(name, section[last])
+  specs = [*SPECS]
+  for group in SPEC_GROUPS:
+    specs += [f'{group}.{n}' for n in _section(values, [group]) or ()]
+  for name in specs:
+    section = _section(values, name.split('.'))
+    if section is not None and 'type' in section:
+      section['type'] = renamed(f'{name}.type', section['type'])
+  return values
+
+
+def renamed(name: str, value: Any) -> Any:
+  """Returns the new name of a value of the key `name`, or the value itself."""
+  if name in FIELDS:
+    table = FIELDS[name].renamed
+  else:
+    section = name.removesuffix('.type')
+    spec = SPECS.get(section) or SPEC_GROUPS.get(section.split('.')[0])
+    table = spec.renamed if spec and name.endswith('.type') else {}
+  return table.get(value, value) if isinstance(value, str) else value
+
+
+def _section(values: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
+  """Returns the section under `names`, or None if there is none."""
+  section: Any = values
+  for name in names:
+    section = section.get(name) if isinstance(section, dict) else None
+  return section if isinstance(section, dict) else None
+
+
+def _copy(values: Any) -> Any:
+  if isinstance(values, Mapping):
+    return {k: _copy(v) for k, v in values.items()}
+  return values
