@@ -18,7 +18,7 @@ from trainers.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Of a text in memory at once: BPE needs a thousand times as much.
+# Of a text in memory at once.
 PIECE_BYTES = 1 << 17
 
 
@@ -77,10 +77,10 @@ class LargeText:
     whole: its words do not go from one piece to the next.
     """
     rest = ''
-    for piece in self._blocks():
+    for piece in self.blocks():
       rest += piece
       # Where nothing is like a word, somewhere.
-      at = _last_word(rest) or (len(rest) > 4 * PIECE_BYTES and len(rest))
+      at = last_word(rest) or (len(rest) > 4 * PIECE_BYTES and len(rest))
       if at:
         yield rest[:at]
         rest = rest[at:]
@@ -99,8 +99,8 @@ class LargeText:
     before = text[: char - mark.char].encode()
     return _Mark(mark.byte + len(before), char)
 
-  def _blocks(self) -> Iterator[str]:
-    """From mark to mark."""
+  def blocks(self) -> Iterator[str]:
+    """From mark to mark: about `PIECE_BYTES` each."""
     ends = [m.byte for m in self._marks if m.byte > self._start.byte]
     with self._opened() as file:
       place = self._start.byte
@@ -203,7 +203,20 @@ def pieces(text: str | LargeText) -> Iterator[str]:
     yield text
 
 
-def _last_word(text: str) -> int:
+def chunks(text: str | LargeText, size: int) -> Iterator[str]:
+  """Yields `size` characters at a time: the same of a str and of a file."""
+  rest = ''
+  for block in [text] if isinstance(text, str) else text.blocks():
+    rest += block
+    whole = len(rest) - len(rest) % size
+    for start in range(0, whole, size):
+      yield rest[start : start + size]
+    rest = rest[whole:]
+  if rest:
+    yield rest
+
+
+def last_word(text: str) -> int:
   """Where the last white space after something else begins; 0: not near."""
   for at in range(len(text) - 1, max(len(text) - 1000, 0), -1):
     if text[at] in ' \n\r\t' and not text[at - 1].isspace():
@@ -211,12 +224,14 @@ def _last_word(text: str) -> int:
   return 0
 
 
-Encode = Callable[[str], Int[np.ndarray, ' length']]
+EncodePieces = Callable[
+  [str | LargeText], Iterator[tuple[str, Int[np.ndarray, ' length']]]
+]
 
 
 def tokenize(
   splits: Mapping[str, LargeText],
-  encode: Encode,
+  encode_pieces: EncodePieces,
   vocab_size: int,
   fingerprint: str,
   directory: pathlib.Path,
@@ -227,7 +242,7 @@ def tokenize(
   and of how its beginning is tokenized.
 
   Args:
-    encode: of a tokenizer: int32 tokens below `vocab_size`, of a piece.
+    encode_pieces: of a tokenizer: pieces, and int32 tokens below `vocab_size`.
     fingerprint: of the text.
 
   Raises:
@@ -244,13 +259,18 @@ def tokenize(
   digest = hashlib.sha256(f'{fingerprint}:{vocab_size}'.encode())
   for name, text in splits.items():
     digest.update(f':{name}:{len(text)}:'.encode())
-    digest.update(encode(next(text.pieces(), '')).tobytes())
+    num_bytes = 0
+    for piece, tokens in encode_pieces(text):
+      digest.update(tokens.tobytes())
+      num_bytes += len(piece.encode())
+      if num_bytes >= PIECE_BYTES // 2:
+        break
   prefix = f'tokens-{digest.hexdigest()[:32]}'
   try:
     directory.mkdir(parents=True, exist_ok=True)
     found = _find(directory, prefix, dtype)
     if not found:
-      _make(directory, prefix, dtype, splits, encode)
+      _make(directory, prefix, dtype, splits, encode_pieces)
       found = _find(directory, prefix, dtype)
     path, lengths = found  # pyright: ignore
     whole = np.memmap(path, dtype, 'r')
@@ -283,7 +303,7 @@ def _make(
   prefix: str,
   dtype: np.dtype,
   splits: Mapping[str, LargeText],
-  encode: Encode,
+  encode_pieces: EncodePieces,
 ) -> None:
   _remove_abandoned(directory)
   temporary = directory / f'.{prefix}.{os.getpid()}.tmp'
@@ -295,12 +315,7 @@ def _make(
       fcntl.flock(file, fcntl.LOCK_EX)  # While it is held, it is in use.
       for text in splits.values():
         length = 0
-        for piece in text.pieces():
-          try:
-            tokens = encode(piece)
-          except UserError as error:
-            where = f'in what follows character {done:,}'
-            raise UserError(f'{where}: {error}') from error
+        for piece, tokens in encode_pieces(text):
           file.write(tokens.astype(dtype).tobytes())
           length += len(tokens)
           done += len(piece)

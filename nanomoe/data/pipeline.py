@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import pathlib
 from typing import Any
 
-from jaxtyping import Int, Integer
+from jaxtyping import Integer
 import numpy as np
 
 from nanomoe.config.schema import Config
@@ -80,19 +80,22 @@ def tokenize(
       there is no room for the tokens of a large one.
   """
 
-  def encode(text: str) -> Int[np.ndarray, ' length']:
-    tokens = tokenizer.encode(text)
+  def check(tokens: np.ndarray) -> np.ndarray:
     _check('data.tokenizer', tokens, tokenizer.vocab_size)
     return tokens
 
+  def encode_pieces(text: str | LargeText):
+    for piece, tokens in tokenizer.encode_pieces(text):
+      yield piece, check(tokens)
+
   large_ones = {k: v for k, v in splits.items() if isinstance(v, LargeText)}
   small_ones = {k: v for k, v in splits.items() if isinstance(v, str)}
-  tokens = {name: encode(text) for name, text in small_ones.items()}
+  tokens = {n: check(tokenizer.encode(t)) for n, t in small_ones.items()}
   if large_ones:
     place = corpus_lib.cache_directory()
     vocab_size = tokenizer.vocab_size
     tokens |= large_text.tokenize(
-      large_ones, encode, vocab_size, fingerprint, place
+      large_ones, encode_pieces, vocab_size, fingerprint, place
     )
   return tokens
 

@@ -1,10 +1,14 @@
 """What a tokenizer must do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Int
 import numpy as np
+
+from nanomoe.data import large_text
+from nanomoe.data.large_text import LargeText
+from trainers.errors import UserError
 
 
 class Tokenizer:
@@ -38,6 +42,26 @@ class Tokenizer:
       UserError: a part of the text has no token.
     """
     raise NotImplementedError
+
+  def encode_pieces(
+    self, text: str | LargeText
+  ) -> Iterator[tuple[str, Int[np.ndarray, ' length']]]:
+    """Yields the pieces of `text`, each with its tokens.
+
+    A str is a single piece; a large text is cut in front of white space.
+
+    Raises:
+      UserError: a part of the text has no token.
+    """
+    position = 0
+    for piece in large_text.pieces(text):
+      try:
+        tokens = self.encode(piece)
+      except UserError as error:
+        where = f'in what follows character {position:,}: ' if position else ''
+        raise UserError(f'{where}{error}') from error
+      yield piece, tokens
+      position += len(piece)
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
     """U+FFFD stands for bytes that are no whole character."""

@@ -17,6 +17,8 @@ from nanomoe.data.tokenizer import Tokenizer
 from trainers import spec
 from trainers.errors import UserError
 
+CHUNK_CHARS = 1 << 16  # Of a text in temporary arrays.
+
 
 class Characters(Tokenizer):
   """One token for each distinct character, in the order of code points."""
@@ -29,8 +31,8 @@ class Characters(Tokenizer):
   def fit(self, texts: Mapping[str, str | LargeText]) -> None:
     is_there = np.zeros(sys.maxunicode + 1, bool)
     for text in texts.values():
-      for piece in large_text.pieces(text):
-        is_there[_code_points(piece)] = True
+      for chunk in large_text.chunks(text, CHUNK_CHARS):
+        is_there[_code_points(chunk)] = True
     self._set(''.join(map(chr, np.flatnonzero(is_there))))
 
   @property
@@ -39,15 +41,18 @@ class Characters(Tokenizer):
 
   def encode(self, text: str) -> Int[np.ndarray, ' length']:
     """Raises UserError naming a character without a token, and its position."""
-    codes = _code_points(text)
-    tokens = self._tokens[np.minimum(codes, len(self._tokens) - 1)]
-    unknown = np.flatnonzero(tokens < 0)
-    if unknown.size:
-      at = int(unknown[0])
-      raise UserError(
-        f'character {text[at]!r} at position {at} is not in the vocabulary: '
-        f'{validation.shown(self.characters)}'
-      )
+    tokens = np.empty(len(text), np.int32)
+    for start in range(0, len(text), CHUNK_CHARS):
+      codes = _code_points(text[start : start + CHUNK_CHARS])
+      chunk = self._tokens[np.minimum(codes, len(self._tokens) - 1)]
+      unknown = np.flatnonzero(chunk < 0)
+      if unknown.size:
+        at = start + int(unknown[0])
+        raise UserError(
+          f'character {text[at]!r} at position {at} is not in the vocabulary: '
+          f'{validation.shown(self.characters)}'
+        )
+      tokens[start : start + len(chunk)] = chunk
     return tokens
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:

@@ -1,0 +1,128 @@
+"""Learning the merges of byte-pair encoding from a text of any size."""
+
+import atexit
+from collections.abc import Iterator
+from concurrent import futures
+import logging
+import os
+import sys
+import threading
+import time
+
+import tokenizers as library
+
+from nanomoe.data import large_text
+from nanomoe.data.large_text import LargeText
+
+log = logging.getLogger(__name__)
+
+# Characters of a word. Learning takes time quadratic in the length of a word,
+# and a text without white space is a single word.
+MAX_WORD = 256
+# The words of GPT-2 (Radford et al. 2019), none above MAX_WORD characters.
+_WORDS = (
+  "'s|'t|'re|'ve|'m|'ll|'d"
+  r'| ?\p{{L}}{{1,{rest}}}| ?\p{{N}}{{1,{rest}}}'
+  r'| ?[^\s\p{{L}}\p{{N}}]{{1,{rest}}}'
+  r'|\s{{1,{whole}}}(?!\S)|\s{{1,{whole}}}'
+).format(rest=MAX_WORD - 1, whole=MAX_WORD)
+# Characters that the library gets at once: its memory grows with them.
+PIECE_CHARS = 1 << 14
+PROGRESS_SECONDS = 10.0  # Between two lines of progress.
+_STOP_SECONDS = 0.5  # Given to the library after a signal.
+
+
+def learn(vocab_size: int, text: str | LargeText) -> library.Tokenizer:
+  """Returns a byte-level tokenizer of merges that are frequent in `text`.
+
+  Words above `MAX_WORD` characters are split there. The split is a part of the
+  tokenizer, so encoding, here or by any other tool, splits them likewise.
+
+  The library does not answer signals, so it works in a thread of its own, and
+  the caller's thread only waits: KeyboardInterrupt is raised at once.
+
+  Args:
+    vocab_size: largest number of tokens, the 256 bytes included.
+    text: training text.
+  """
+  pre = library.pre_tokenizers  # pyright: ignore
+  tokenizer = library.Tokenizer(library.models.BPE())
+  words = pre.Split(library.Regex(_WORDS), 'isolated')
+  tokenizer.pre_tokenizer = pre.Sequence(  # pyright: ignore
+    [words, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+  )
+  trainer = library.trainers.BpeTrainer(  # pyright: ignore
+    vocab_size=vocab_size,
+    show_progress=False,
+    initial_alphabet=pre.ByteLevel.alphabet(),
+  )
+  stop = threading.Event()
+  num_read = 0
+
+  def read() -> Iterator[str]:
+    nonlocal num_read
+    for piece in _pieces(text, words):
+      if stop.is_set():
+        raise RuntimeError('interrupted')
+      num_read += len(piece)
+      yield piece
+
+  done: futures.Future = futures.Future()
+
+  def work() -> None:
+    try:
+      tokenizer.train_from_iterator(read(), trainer)
+      done.set_result(None)
+    except BaseException as error:  # It is raised in the caller's thread.
+      done.set_exception(error)
+
+  thread = threading.Thread(target=work, name='bpe', daemon=True)
+
+  def leave() -> None:
+    # The library aborts the process if it returns while Python shuts down.
+    if thread.is_alive():
+      logging.shutdown()
+      for stream in (sys.stdout, sys.stderr):
+        if stream:
+          stream.flush()
+      os._exit(os.EX_TEMPFAIL)  # The exit code of an interrupted command.
+
+  log.info(
+    'learning %d tokens from %s characters', vocab_size, f'{len(text):,}'
+  )
+  began = time.monotonic()
+  atexit.register(leave)
+  thread.start()
+  try:
+    while not futures.wait([done], PROGRESS_SECONDS).done:
+      share = 100 * num_read // len(text)
+      doing = f'read {share} %' if share < 100 else 'merging pairs'
+      log.info(
+        'learning tokens: %s, %.0f s so far', doing, time.monotonic() - began
+      )
+    done.result()
+  finally:
+    stop.set()
+    thread.join(_STOP_SECONDS)
+    if not thread.is_alive():
+      atexit.unregister(leave)
+  return tokenizer
+
+
+def _pieces(
+  text: str | LargeText, splitter: library.pre_tokenizers.PreTokenizer
+) -> Iterator[str]:
+  """Yields `text` in pieces that begin with a word."""
+  rest = ''
+  for chunk in large_text.chunks(text, PIECE_CHARS):
+    rest += chunk
+    at = large_text.last_word(rest)
+    if not at:
+      # The last word may be longer in the whole text.
+      words = splitter.pre_tokenize_str(rest)
+      at = words[-2][1][0] if len(words) > 1 else 0
+    if at:
+      yield rest[:at]
+      rest = rest[at:]
+  if rest:
+    yield rest
