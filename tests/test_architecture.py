@@ -28,15 +28,34 @@ CONFIGS = sorted(
 # Trained in the default tests: to compile one takes ten seconds.
 FAST = ('base',)
 
-# package: what none of its modules may import.
+# Package: the packages that none of its modules may import.
 FORBIDDEN = {
   'trainers': ('nanomoe', 'configs', 'flax.linen', 'benchmarks', 'tests'),
   'nanomoe': ('configs', 'benchmarks', 'tests'),
   'configs': ('nanomoe', 'trainers', 'jax', 'flax', 'optax', 'numpy'),
 }
+# Room of nanomoe: the rooms that its modules may import, beside themselves.
+# Modules of the folder itself are rooms of their own.
+ARROWS = {
+  'config': (),
+  'ops': (),
+  'run': ('config',),
+  'data': ('run', 'config'),
+  'moe': ('ops', 'config'),
+  'model': ('moe', 'ops', 'config'),
+  'schedules': (),
+  'optimizers': ('schedules', 'model', 'config'),
+  'sampling': ('model',),
+  'task': ('model', 'moe', 'ops'),
+  'callbacks': ('task', 'sampling', 'model', 'moe', 'ops', 'data', 'run'),
+}
+# They may import every room; no room imports them.
+DOORS = ('__main__', 'console', 'main', 'evaluate', 'generate', 'experiment')
+MAX_ENTRIES = 20  # In a folder.
 
 
 def _imports(path):
+  """Yields the imports of a file, also those of functions and of types."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -57,6 +76,87 @@ def test_imports_go_one_way(package):
     if name == forbidden or name.startswith(f'{forbidden}.')
   ]
   assert not found
+
+
+def _room(module: str) -> str:
+  """Returns the room of a module of nanomoe: its folder, or its own name."""
+  return module.split('.')[1] if '.' in module else ''
+
+
+def test_rooms_import_along_the_arrows():
+  found = []
+  for path in (ROOT / 'nanomoe').rglob('*.py'):
+    own = _room(_module(path))
+    if own in DOORS or not own:
+      continue
+    allowed = {own, '', *ARROWS[own]}
+    found += [
+      f'{path.relative_to(ROOT)} imports {name}'
+      for name in _imports(path)
+      if name.startswith('nanomoe.') and _room(name) not in allowed
+    ]
+  assert not found
+
+
+def _module(path) -> str:
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+def _graph():
+  """Returns {module: the modules that it imports by name}."""
+  paths = {
+    _module(path): path
+    for package in ('nanomoe', 'trainers')
+    for path in (ROOT / package).rglob('*.py')
+  }
+  graph = {}
+  for module, path in paths.items():
+    names = set(_imports(path)) & set(paths)
+    # `from package import module` names both; it needs the module.
+    packages = {n for n in names if any(o.startswith(f'{n}.') for o in names)}
+    graph[module] = names - packages - {module}
+  return graph
+
+
+def _circle(graph):
+  """Returns modules that import each other in a circle, or ()."""
+  done = set()
+
+  def visit(module, path):
+    if module in path:
+      return (*path[path.index(module) :], module)
+    if module in done:
+      return ()
+    for other in sorted(graph[module]):
+      if found := visit(other, (*path, module)):
+        return found
+    done.add(module)
+    return ()
+
+  return next((c for m in sorted(graph) if (c := visit(m, ()))), ())
+
+
+def test_no_modules_import_each_other_in_a_circle():
+  assert not _circle(_graph())
+
+
+def test_a_circle_would_be_found():
+  assert _circle({'a': {'b'}, 'b': {'c'}, 'c': {'b'}}) == ('b', 'c', 'b')
+  assert not _circle({'a': {'b', 'c'}, 'b': {'c'}, 'c': set()})
+
+
+def test_no_folder_is_crowded():
+  for package in ('nanomoe', 'trainers', 'configs'):
+    for folder in (ROOT / package, *(ROOT / package).rglob('*')):
+      if not folder.is_dir() or '__pycache__' in folder.parts:
+        continue
+      entries = [
+        path.name
+        for path in folder.iterdir()
+        if path.name not in ('__pycache__', '__init__.py', 'py.typed')
+      ]
+      assert len(entries) <= MAX_ENTRIES, (folder, sorted(entries))
 
 
 def test_every_package_is_listed_for_installation():
