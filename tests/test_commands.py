@@ -170,7 +170,7 @@ def test_any_text_can_be_evaluated_on(finished, corpus, tmp_path):
     (None, 'no such file'),
     ('', 'empty'),
     ('abcZ' * 20, "'Z' at position 3"),
-    ('abc', 'needs 17'),
+    ('a', '1 of the 2'),
   ],
 )
 def test_texts_that_cannot_be_evaluated_on(finished, tmp_path, text, told):

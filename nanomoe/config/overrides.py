@@ -128,7 +128,7 @@ def _arguments(
 def _importable(name: str, module: types.ModuleType, directory: pathlib.Path):
   """Registers `module` as `name`, and lets it import files of `directory`.
 
-  Dataclasses, pickle and typing look a class's module up in sys.modules, some
+  Dataclasses and typing look the module of a class up in sys.modules, some
   of them long after the file was read: a module without an error stays there.
   """
   # A user's own package of this name stays if the program has imported it.

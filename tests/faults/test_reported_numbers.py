@@ -52,54 +52,57 @@ BAD = {
 }
 
 
+PYTHON = {
+  'seed': [-1, 2**32, 10**5000, 1.0, None, '٣'],
+  'top_k': [-1, 2**31, True, np.int64(-1)],
+  'num_tokens': [-1, 10**400, True, '1e-3'],
+  'temperature': [-0.1, math.nan, math.inf, 10**400, [0.8], None],
+  'top_p': [-0.1, math.nan, np.float32(1.5), 2],
+}
+
+
 def written(text):
   base, _, rest = text.partition('**')
   power, _, more = rest.partition('+')
   return str(int(base) ** int(power) + int(more or 0)) if rest else text
 
 
+def named(text):
+  return f'{len(text)} digits' if len(text) > 20 else text
+
+
 @pytest.mark.parametrize(
-  ('name', 'text'),
+  ('name', 'texts'),
   [
-    case(f'generate --{name}={text[:12]}', name, written(text))
+    case(f'generate --{name}= {", ".join(map(named, texts))}', name, texts)
     for name, texts in BAD.items()
-    for text in texts
   ],
 )
-def test_a_number_for_generate(tmp_path, happened, name, text):
-  """As a flag; and, if it is one, as Python's number."""
-  generate._FLAGS.unparse_flags()
-  generate._parse(['generate', f'--workdir={tmp_path}', f'--{name}={text}'])
-  line = one_line(generate.main, None)
-  assert f'--{name}=' in line
-  assert validation.shown(text)[:10].strip("'") in line
-  assert generate.NUMBERS[name][1].allowed in line
+def test_a_flag_of_generate(tmp_path, happened, name, texts):
+  for text in map(written, texts):
+    generate._FLAGS.unparse_flags()
+    generate._parse(['generate', f'--workdir={tmp_path}', f'--{name}={text}'])
+    line = one_line(generate.main, None)
+    assert line.startswith(f'--{name}={validation.shown(text)}: ')
+    assert generate.NUMBERS[name][1].allowed in line
   happened(line[:120])
 
 
 @pytest.mark.parametrize(
-  ('name', 'value'),
+  ('name', 'values'),
   [
-    case(f'generate({name}={what})', name, value)
-    for name, what, value in [
-      ('seed', '-1', -1),
-      ('seed', '2**32', 2**32),
-      ('seed', '10**5000', 10**5000),
-      ('seed', '1.0', 1.0),
-      ('seed', 'None', None),
-      ('num_tokens', 'True', True),
-      ('top_k', 'np.int64(-1)', np.int64(-1)),
-      ('top_p', 'nan', math.nan),
-      ('top_p', 'np.float32(1.5)', np.float32(1.5)),
-      ('temperature', 'inf', math.inf),
-      ('temperature', '10**400', 10**400),
-      ('temperature', '[0.8]', [0.8]),
-    ]
+    case(f'generate({name}=...) in Python, out of range or no number', name, v)
+    for name, v in PYTHON.items()
   ],
 )
-def test_a_number_for_generate_in_python(tmp_path, happened, name, value):
-  line = one_line(generate._checked, **{name: value})
-  assert f'--{name}=' in line
+def test_a_number_for_generate_in_python(tmp_path, happened, name, values):
+  for value in values:
+    line = one_line(generate._checked, **{name: value})
+    assert line.startswith(f'--{name}=')
+    assert generate.NUMBERS[name][1].allowed in line
+  # Before anything of the run is read.
+  line = one_line(generate.generate, tmp_path, ['a'], **{name: values[0]})
+  assert line.startswith(f'--{name}=')
   happened(line[:120])
 
 
@@ -126,38 +129,33 @@ def test_numbers_that_are_allowed(happened):
   happened('--seed=4294967295, --num_tokens=1e3, --top_p=1')
 
 
-@pytest.mark.parametrize(
-  'temperature',
-  [
-    case(f'a temperature of {t}', t, promised='the likeliest token, as of 0')
-    for t in (1e-320, 1e-40, 1e-31)
-  ],
+@fault(
+  'temperatures of 1e-320, 1e-40 and 1e-31: float32 cannot divide by them',
+  'the likeliest token, as of 0',
 )
-def test_a_temperature_that_float32_cannot_divide_by(happened, temperature):
+def test_a_temperature_that_float32_cannot_divide_by(happened):
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 9)) * 9)
   key = jax.random.key(0)
-  found = draw(logits, key, Sampling(temperature))
-  np.testing.assert_array_equal(found, jnp.argmax(logits, axis=-1))
+  for temperature in (1e-320, 1e-40, 1e-31, 0):
+    found = draw(logits, key, Sampling(temperature))
+    np.testing.assert_array_equal(found, jnp.argmax(logits, axis=-1))
   happened('the likeliest, for 64 rows of 9 logits')
 
 
 # --step.
 
 
-@pytest.mark.parametrize(
-  'step',
-  [
-    case(f'--step={step[:12]}', step)
-    for step in ('-1', '3', '1e1', '٣', '010', '1_0', ' 10', '', 'BEST', HUGE)
-  ],
-)
-def test_a_step(tmp_path, happened, step):
-  for name in ('10', '20'):
+STEPS = ['-1', '3', '1e1', '٣', '010', '1_0', ' 10', '', 'BEST', HUGE]
+
+
+@fault(f'--step= {", ".join(map(named, STEPS))}', ONE_LINE)
+def test_a_step(tmp_path, happened):
+  for name in ('10', '20', '٣'):
     (tmp_path / name).mkdir()
-  (tmp_path / '٣').mkdir()
-  line = one_line(reader.read, tmp_path, step)
-  assert '--step=' in line
-  assert '10, 20, best and latest' in line
+  for step in STEPS:
+    line = one_line(reader.read, tmp_path, step)
+    assert line.startswith(f'--step={step[:10]}')
+    assert '10, 20, best and latest' in line
   happened(line.replace(str(tmp_path), '...')[:120])
 
 
@@ -184,26 +182,28 @@ INTEGERS = [k for k, f in schema.FIELDS.items() if f.kind is int]
 FLOATS = [k for k, f in schema.FIELDS.items() if f.kind is float]
 
 
+WHOLE = ['2147483648', HUGE, BEYOND, 'nan', '1e999', '1.5', '٣', '-2']
+REAL = [HUGE, BEYOND, 'nan', '-inf', '1e999', '٣', '½', '0x1p3']
+
+
 @pytest.mark.parametrize(
-  ('keys', 'text'),
+  ('keys', 'texts'),
   [
-    *(
-      case(f'every integer key of the config is {t[:12]}', INTEGERS, t)
-      for t in ('2147483648', HUGE, BEYOND, 'nan', '1e999', '1.5', '٣', '-2')
-    ),
-    *(
-      case(f'every real key of the config is {t[:12]}', FLOATS, t)
-      for t in (HUGE, BEYOND, 'nan', '-inf', '1e999', '٣', '½', '0x1p3')
-    ),
+    case(f'every {kind} key of the config= {", ".join(map(named, t))}', keys, t)
+    for kind, keys, t in [
+      ('integer', INTEGERS, WHOLE),
+      ('real', FLOATS, REAL),
+    ]
   ],
 )
-def test_numbers_of_the_config(happened, keys, text):
+def test_numbers_of_the_config(happened, keys, texts):
   for key in keys:
-    if (key, text) == ('seed', '2147483648'):
-      continue  # It is below 2**32.
-    line = one_line(config_lib.apply, base.get_config(), [(key, text)])
-    assert line.startswith((f'config.{key}=', f'{key}='))
-    assert schema.FIELDS[key].allowed in line
+    for text in texts:
+      if (key, text) == ('seed', '2147483648'):
+        continue  # It is below 2**32.
+      line = one_line(config_lib.apply, base.get_config(), [(key, text)])
+      assert line.startswith((f'config.{key}=', f'{key}='))
+      assert schema.FIELDS[key].allowed in line
   happened(line[:120])
 
 
@@ -229,22 +229,20 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(
-  'text',
-  [
-    case(f'an argument of each kind of part is {t[:12]}', t)
-    for t in ('18446744073709551616', HUGE, '-' + HUGE)
-  ],
+@fault(
+  'integers of 65 bits, and of 401 digits, for arguments of every kind of part',
+  ONE_LINE,
 )
-def test_arguments(happened, text):
+def test_arguments(happened):
   """A tokenizer's, a router's, an optimizer's, a schedule's, a callback's."""
   for part, kind, name in ARGUMENTS:
-    line = one_line(
-      config_lib.apply,
-      base.get_config(),
-      [(f'{part}.type', kind), (f'{part}.{name}', text)],
-    )
-    assert line.startswith(f'{part}.{name}=')
+    for text in ('18446744073709551616', HUGE, '-' + HUGE):
+      line = one_line(
+        config_lib.apply,
+        base.get_config(),
+        [(f'{part}.type', kind), (f'{part}.{name}', text)],
+      )
+      assert line.startswith(f'{part}.{name}=')
   happened(line[:120])
 
 

@@ -256,6 +256,7 @@ def test_empty_directories_that_hide_packages(tmp_path, happened):
 
 @reported('8', 'an empty directory nanomoe/, and an editable installation')
 def test_a_directory_that_hides_nanomoe(monkeypatch, capsys, happened):
+  monkeypatch.setenv('GLIBC_TUNABLES', 'x')  # It starts no other process.
   monkeypatch.setattr(nanomoe, '__file__', None)
   monkeypatch.setattr(nanomoe, '__path__', ['/project/nanomoe'])
   with pytest.raises(SystemExit) as error:
