@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
   config.moe.dispatch = 'auto'
   config.moe.capacity_factor = 1.25  # Of an even load: dispatch capacity.
   config.moe.router = ConfigDict({'type': 'TopK'})
-  config.moe.balance = 'documented'
+  config.moe.balance = 'switch_sum'
   config.moe.aux_weight = 0.01
   config.moe.z_weight = 0.0  # 0.001 keeps the routers' logits small.
   config.moe.entropy_weight = 0.0  # > 0: routers decide; < 0: they explore.

@@ -29,7 +29,7 @@ VARIANTS = {
 assert {name for name, _ in VARIANTS.values()} == set(ROUTERS)
 
 
-def make(variant: str, balance: str = 'mean', **changes):
+def make(variant: str, balance: str = 'all_choices', **changes):
   name, arguments = VARIANTS[variant]
   arguments = {**arguments, **changes}
   return ROUTERS[name](NUM_EXPERTS, TOP_K, balance, **arguments)

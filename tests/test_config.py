@@ -369,6 +369,35 @@ def test_another_type_does_not_inherit_arguments():
   assert same['callbacks.non_finite.patience'] == 10
 
 
+@pytest.mark.parametrize(
+  ('key', 'old', 'new'),
+  [
+    ('moe.balance', 'documented', 'switch_sum'),
+    ('moe.balance', 'mean', 'all_choices'),
+    ('moe.balance', 'sequence', 'per_sequence'),
+  ],
+)
+def test_an_old_name_of_a_value_is_read_and_the_new_one_recorded(
+  key, old, new, tmp_path
+):
+  """An old name is read in an override, a config file and a config.json."""
+  assert applied((key, old)) == applied((key, new))
+  file = base.get_config()
+  file.update_from_flattened_dict({key: old})
+  config = config_lib.apply(file, [])
+  assert flat(config) == applied((key, new))
+  workdir_lib.write_json(tmp_path / 'config.json', file.to_dict())
+  recorded = workdir_lib.read_config(tmp_path)
+  assert flat(recorded)[key] == new
+  assert flat(workdir_lib.resume_config(recorded, config, [])) == flat(config)
+
+
+def test_a_choice_does_not_offer_old_names():
+  (line,) = mistakes(('moe.balance', 'documentd'))
+  assert 'switch_sum' in line
+  assert 'documented' not in line
+
+
 def test_arguments_without_a_type():
   (line,) = mistakes(('callbacks.mine.patience', '3'))
   assert 'callbacks.mine.type' in line

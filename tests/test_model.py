@@ -11,9 +11,8 @@ import pytest
 
 from configs import base
 from nanomoe import experiment
-from nanomoe.moe import experts
+from nanomoe.moe import RouterInputs, experts
 from nanomoe.moe.losses import BALANCE
-from nanomoe.moe.routing import RouterInputs
 from nanomoe.ops.dropout import Dropout
 from nanomoe.run import provenance
 from tests.shrunk import MODERN
@@ -227,7 +226,7 @@ def test_a_block_is_its_parts(tiny, rng):
   own = params['feed_forward']
   wanted = (
     x_then
-    + part(layer.chosen(), own['moe'], normed, given)
+    + part(layer.routed(), own['moe'], normed, given)
     + part(layer.shared(), own['shared'], normed, given)
   )
   block = task.model.blocks[0](name='block_0')

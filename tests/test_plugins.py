@@ -36,6 +36,18 @@ SECTIONS = {
   'writers.csv',
 }
 
+# A router with five positional arguments, as older versions called it.
+OLD_ROUTER = """
+from flax import linen as nn
+
+
+class Old(nn.Module):
+
+  @nn.compact
+  def __call__(self, x, tokens, mask, bias, train):
+    raise AssertionError('never called')
+"""
+
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
@@ -43,6 +55,7 @@ def files(tmp_path_factory):
   directory = tmp_path_factory.mktemp('plugins')
   blocks = re.findall(r'```python\n# (\w+\.py)\n(.*?)```', DOCS, re.DOTALL)
   assert len(blocks) == len(SECTIONS)
+  blocks.append(('my_old_router.py', OLD_ROUTER))
   for name, code in blocks:
     (directory / name).write_text(code)
   return directory
@@ -213,6 +226,14 @@ def test_clipping_and_the_schedule_stand_before_the_optimizer(importable, tiny):
     (
       {'data.tokenizer.type': 'my_tokenizer.Wrods'},
       ['data.tokenizer', 'my_tokenizer', "Did you mean 'my_tokenizer.Words'?"],
+    ),
+    (
+      {'moe.router.type': 'my_old_router.Old'},
+      ["moe.router.type='my_old_router.Old'", '(self, x, inputs, *, train)'],
+    ),
+    (
+      {'moe.router.type': 'flax.linen.Dropout', 'moe.router.rate': 0.5},
+      ['inputs'],
     ),
     ({'writers.w.type': 'Csv'}, ['writers.w.type', 'import path']),
   ],

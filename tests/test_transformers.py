@@ -11,7 +11,7 @@ import pytest
 from benchmarks import peers
 from configs import base
 from nanomoe import experiment
-from nanomoe.moe.routing import RouterInputs
+from nanomoe.moe import RouterInputs
 
 pytestmark = pytest.mark.slow
 

@@ -110,7 +110,7 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
   Raises:
     UserError: everything that is wrong, with the config and the overrides.
   """
-  values = config.to_dict()
+  values = schema.with_current_values(config.to_dict())
   lines = []
   # Types first: another type comes with arguments of its own.
   for key, text in sorted(overrides, key=lambda o: not o[0].endswith('.type')):
@@ -118,7 +118,7 @@ def apply(config: ConfigDict, overrides: list[Override]) -> ConfigDict:
       lines.append(schema.unknown(key))
       continue
     try:
-      value = _parse(key, text)
+      value = schema.current_value(key, _parse(key, text))
     except (ValueError, OverflowError):
       field = schema.FIELDS[key]
       lines.append(

@@ -1,6 +1,7 @@
 """Every config key: its type, what is allowed, what it means."""
 
 from collections.abc import Collection, Iterator, Mapping
+import fnmatch
 import math
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ FIELDS: dict[str, Field] = {
   'moe.balance': Field(
     str,
     'definition of the balance loss',
-    choices=('documented', 'mean', 'sequence'),
+    choices=('switch_sum', 'all_choices', 'per_sequence'),
   ),
   'moe.aux_weight': Field(float, 'of the balance loss', 0),
   'moe.z_weight': Field(float, "of the routers' z-loss", 0),
@@ -224,6 +225,15 @@ INJECTED = {
     'eval_iters': 'eval_iters',
   },
 }
+# Values that older versions named otherwise, by key: {old name: new name}. A
+# key may be a pattern. Old names are read everywhere and written nowhere.
+VALUE_ALIASES = {
+  'moe.balance': {
+    'documented': 'switch_sum',
+    'mean': 'all_choices',
+    'sequence': 'per_sequence',
+  },
+}
 # Any number of specs, by any name.
 SPEC_GROUPS = {
   'callbacks': 'what else happens while training',
@@ -238,6 +248,31 @@ def spec_of(key: str) -> str | None:
   section, _, _ = key.rpartition('.')
   in_group = section.count('.') == 1 and section.split('.')[0] in SPEC_GROUPS
   return section if section in SPECS or in_group else None
+
+
+def current_value(key: str, value: Any) -> Any:
+  """Returns `value` under its current name, if an older version named it.
+
+  Args:
+    key: Dotted key of the config.
+    value: Value of the key, of any type.
+  """
+  for pattern, names in VALUE_ALIASES.items():
+    if isinstance(value, str) and fnmatch.fnmatchcase(key, pattern):
+      return names.get(value, value)
+  return value
+
+
+def with_current_values(
+  config: Mapping[str, Any], prefix: str = ''
+) -> dict[str, Any]:
+  """Returns a copy of `config` with every value under its current name."""
+  return {
+    key: with_current_values(value, f'{prefix}{key}.')
+    if isinstance(value, Mapping)
+    else current_value(f'{prefix}{key}', value)
+    for key, value in config.items()
+  }
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple]:

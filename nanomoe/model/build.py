@@ -17,7 +17,7 @@ from nanomoe.model.transformer import Block, Transformer
 from nanomoe.moe import experts as experts_lib
 from nanomoe.moe.dispatch import registry
 from nanomoe.moe.layer import FeedForward, MoE, RoutedAndShared
-from nanomoe.moe.routers import ROUTERS
+from nanomoe.moe.routers import ROUTERS, interface_problem
 from nanomoe.task import LanguageModel
 from trainers import spec
 from trainers.errors import UserError
@@ -40,11 +40,8 @@ def build_task(
     balance=moe.balance,
     vocab_size=vocab_size,
   )
-  if not isinstance(router(), nn.Module):
-    raise UserError(
-      f'moe.router.type={moe.router.type!r} made a {type(router()).__name__}; '
-      'it must be a Linen module'
-    )
+  if problem := interface_problem(router()):
+    raise UserError(f'moe.router.type={moe.router.type!r}: {problem}')
   norm = NORMS[model.norm]
   position = POSITIONS[model.position](config.block_size)
   zeros = {'out_init': nn.initializers.zeros_init()}
@@ -91,7 +88,7 @@ def build_task(
   if moe.num_shared:
     shared = dense(moe.num_shared * moe.d_ff, 'shared')
     sparse = functools.partial(
-      RoutedAndShared, chosen=sparse, shared=shared, name='feed_forward'
+      RoutedAndShared, routed=sparse, shared=shared, name='feed_forward'
     )
   with_experts = layers_with_experts(config)
   blocks = [

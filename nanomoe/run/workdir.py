@@ -93,7 +93,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict | None:
     values = json.loads(path.read_text(encoding='utf-8'))
     if not isinstance(values, dict) or not values:
       raise ValueError('it is not an object with keys')
-    return ConfigDict(values)
+    return ConfigDict(schema.with_current_values(values))
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
