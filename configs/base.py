@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     {'type': 'EarlyStopping', 'patience': 0}
   )
   config.callbacks.non_finite = ConfigDict(
-    {'type': 'StopOnNonFinite', 'patience': 10, 'max_rollbacks': 0}
+    {'type': 'RefusedUpdates', 'patience': 10, 'max_rollbacks': 0}
   )
   config.callbacks.profile = ConfigDict(
     {'type': 'Profile', 'num_steps': 0}  # Traced after the start; 0: none.

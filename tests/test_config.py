@@ -365,7 +365,7 @@ def test_another_type_does_not_inherit_arguments():
   values = applied(('callbacks.non_finite.type', 'EarlyStopping'))
   assert values['callbacks.non_finite.type'] == 'EarlyStopping'
   assert 'callbacks.non_finite.patience' not in values
-  same = applied(('callbacks.non_finite.type', 'StopOnNonFinite'))
+  same = applied(('callbacks.non_finite.type', 'RefusedUpdates'))
   assert same['callbacks.non_finite.patience'] == 10
 
 
@@ -375,6 +375,7 @@ def test_another_type_does_not_inherit_arguments():
     ('moe.balance', 'documented', 'switch_sum'),
     ('moe.balance', 'mean', 'all_choices'),
     ('moe.balance', 'sequence', 'per_sequence'),
+    ('callbacks.non_finite.type', 'StopOnNonFinite', 'RefusedUpdates'),
   ],
 )
 def test_an_old_name_of_a_value_is_read_and_the_new_one_recorded(

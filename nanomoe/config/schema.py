@@ -233,6 +233,7 @@ VALUE_ALIASES = {
     'mean': 'all_choices',
     'sequence': 'per_sequence',
   },
+  'callbacks.*.type': {'StopOnNonFinite': 'RefusedUpdates'},
 }
 # Any number of specs, by any name.
 SPEC_GROUPS = {

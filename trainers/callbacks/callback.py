@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent import futures
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clu import periodic_actions, profiler
 
@@ -16,7 +16,15 @@ log = logging.getLogger(__name__)
 
 
 class Callback:
-  """Called by the trainer, in the order in which callbacks are listed."""
+  """Called by the trainer, in the order in which callbacks are listed.
+
+  Attributes:
+    state_name: Name under which checkpoints refer to callbacks of this very
+      class; '' uses the class name. A class that is renamed sets it to its old
+      name. Subclasses do not inherit it.
+  """
+
+  state_name: ClassVar[str] = ''
 
   def on_fit_start(self, loop: Trainer) -> None:
     """Parameters exist, or are restored; no step has run."""
@@ -120,10 +128,11 @@ class Callbacks(list[Callback]):
 
   @property
   def names(self) -> list[str]:
-    """The class names, numbered where one occurs again."""
+    """The names in checkpoints, numbered where one occurs again."""
     names: list[str] = []
     for callback in self:
-      name = type(callback).__name__
+      kind = type(callback)
+      name = vars(kind).get('state_name') or kind.__name__
       number = 1 + sum(n.partition(':')[0] == name for n in names)
       names.append(f'{name}:{number}' if number > 1 else name)
     return names
