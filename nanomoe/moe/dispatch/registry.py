@@ -51,10 +51,19 @@ def build(name: str, moe: Mapping[str, Any]) -> DispatchFn:
   return jax.jit(with_arguments, static_argnums=3)
 
 
+def eval_dispatch(moe: Mapping[str, Any]) -> str:
+  """Returns the name of the dispatch of evaluation and generation.
+
+  Args:
+    moe: Config section `moe`.
+  """
+  return moe['eval_dispatch'] or moe['dispatch']
+
+
 def resolve_dispatch(name: str) -> str:
   """Returns the dispatch that 'auto' stands for; other names are unchanged.
 
-  'auto' is the fastest dispatch of the backend that drops no token.
+  'auto' stands for the fastest dispatch of the backend that drops no token.
   """
   if name != 'auto':
     return name
