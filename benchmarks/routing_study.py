@@ -27,7 +27,7 @@ COMMON = {
   'moe.num_experts': 8,
   'moe.top_k': 2,
   'moe.d_ff': 192,
-  'moe.balance': 'mean',
+  'moe.balance': 'all_choices',
   'moe.aux_weight': 0.01,
   'optimizer.learning_rate': 2e-3,
   'optimizer.schedule.type': 'warmup_cosine',

@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
   config.model.num_heads = 4
   config.model.dropout_rate = 0.1
   config.model.remat = False  # True: less memory, a third more work.
+  config.model.attention = ConfigDict({'type': 'CausalSelfAttention'})
   config.model.norm = 'LayerNorm'
   config.model.position = 'learned'
   config.model.conv_width = 1  # Inputs that a layer's are mixed of; 1: none.
@@ -60,9 +61,10 @@ def get_config() -> ConfigDict:
   config.moe.every = 1  # 2: every other layer has experts.
   config.moe.dense_d_ff = 1024  # Of layers without experts.
   config.moe.dispatch = 'auto'
+  config.moe.eval_dispatch = ''  # Of evaluation; '': as in training.
   config.moe.capacity_factor = 1.25  # Of an even load: dispatch capacity.
   config.moe.router = ConfigDict({'type': 'TopK'})
-  config.moe.balance = 'documented'
+  config.moe.balance = 'switch_sum'
   config.moe.aux_weight = 0.01
   config.moe.z_weight = 0.0  # 0.001 keeps the routers' logits small.
   config.moe.entropy_weight = 0.0  # > 0: routers decide; < 0: they explore.
@@ -88,7 +90,7 @@ def get_config() -> ConfigDict:
     {'type': 'EarlyStopping', 'patience': 0}
   )
   config.callbacks.non_finite = ConfigDict(
-    {'type': 'StopOnNonFinite', 'patience': 10, 'max_rollbacks': 0}
+    {'type': 'RefusedUpdates', 'patience': 10, 'max_rollbacks': 0}
   )
   config.callbacks.profile = ConfigDict(
     {'type': 'Profile', 'num_steps': 0}  # Traced after the start; 0: none.

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         'first_dense_layers': 1,
         'dense_d_ff': 672,  # (3 + 1) * 168
         'router': {'type': 'Sigmoid', 'num_groups': 4, 'groups_kept': 2},
-        'balance': 'sequence',
+        'balance': 'per_sequence',
         'aux_weight': 1e-4,
       },
     }

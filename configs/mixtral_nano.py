@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         'd_ff': 344,
         'activation': 'swiglu',
         'router': {'type': 'Softmax', 'renormalize': True},
-        'balance': 'mean',
+        'balance': 'all_choices',
         # Transformers has 0.02, of a loss that is top_k if uniform.
         'aux_weight': 0.04,
       },

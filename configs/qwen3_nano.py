@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         'd_ff': 168,
         'activation': 'swiglu',
         'router': {'type': 'Softmax', 'renormalize': True},
-        'balance': 'mean',
+        'balance': 'all_choices',
         # Transformers has 0.001, of a loss that is top_k if uniform.
         'aux_weight': 0.004,
       },

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
         'top_k': 1,
         'num_shared': 1,
         'router': {'type': 'Softmax'},
-        'balance': 'mean',
+        'balance': 'all_choices',
       },
       'optimizer': {
         'type': 'Muon',

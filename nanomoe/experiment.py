@@ -25,8 +25,8 @@ from nanomoe.data import pipeline as text_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.pipeline import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.model.build import build_task, layers_with_experts
-from nanomoe.moe import causality
+from nanomoe.model import parameters
+from nanomoe.model.build import generation_problem, layers_with_experts
 from nanomoe.moe.dispatch import registry
 from nanomoe.ops import matmul
 from nanomoe.run import (
@@ -36,7 +36,7 @@ from nanomoe.run import (
   trusted_imports,
   workdir,
 )
-from nanomoe.task import LanguageModel
+from nanomoe.task import LanguageModel, build_task
 from trainers import callbacks, spec
 from trainers.callbacks.group import Callbacks
 from trainers.checkpoint import arrays as arrays_lib
@@ -91,7 +91,9 @@ def build(
     'corpus_sha256': corpus.fingerprint,
     'num_characters': len(corpus.text),
     'vocab_size': tokenizer.vocab_size,
-    **provenance.count_params(params, config),
+    'dispatch': config.moe.dispatch,
+    'eval_dispatch': registry.eval_dispatch(config.moe),
+    **parameters.count(params, config.moe.top_k),
     **provenance.facts(),
   }
   recorded = {
@@ -151,16 +153,17 @@ def build(
     corpus.fingerprint[:16],
   )
   log.info(
-    'model: %s parameters, %s of them active for a token; %s dispatch, '
-    '%s products, on %s',
+    'model: %s parameters, %s of them active for a token; dispatch %s, in '
+    'evaluation %s; %s products, on %s',
     f'{facts["num_params"]:,}',
     f'{facts["num_active_params"]:,}',
-    config.moe.dispatch,
+    facts['dispatch'],
+    facts['eval_dispatch'],
     config.precision,
     ', '.join(facts['devices']),
   )
-  if objection := causality.objection(config):
-    log.warning('%s; no text is sampled', objection)
+  if problem := generation_problem(config):
+    log.warning('%s; no text is sampled', problem)
   return trainer
 
 
@@ -205,7 +208,9 @@ def resolve_auto(config: Config) -> Config:
   """A copy without 'auto': what a resumed run must find decided."""
   config = config.copy_and_resolve_references()
   config.precision = matmul.resolve_precision(config.precision)
-  config.moe.dispatch = registry.resolve_dispatch(config.moe.dispatch)
+  moe = config.moe
+  moe.dispatch = registry.resolve_dispatch(moe.dispatch)
+  moe.eval_dispatch = registry.resolve_dispatch(moe.eval_dispatch)
   return config
 
 
@@ -264,7 +269,7 @@ def build_callbacks(
     callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
     *plugins,
     callbacks.Checkpoints(config.eval_interval),
-    *([] if causality.objection(config) else [sample]),
+    *([] if generation_problem(config) else [sample]),
     callbacks.Result(
       facts,
       tokens_per_step,

@@ -264,7 +264,7 @@ OTHER = {
   'moe.activation': 'relu2',
   'moe.num_shared': 1,
   'moe.dense_d_ff': 16,
-  'moe.balance': 'mean',
+  'moe.balance': 'all_choices',
   'moe.aux_weight': 0.5,
   'moe.z_weight': 0.5,
   'moe.entropy_weight': 0.5,
@@ -297,7 +297,9 @@ ELSEWHERE = {
   'data.dataset.type',
   'optimizer.type',
   'moe.dispatch',
+  'moe.eval_dispatch',
   'moe.capacity_factor',
+  'model.attention.type',
   'moe.router.type',
   'callbacks.early_stopping.type',
   'callbacks.early_stopping.patience',
@@ -328,7 +330,7 @@ def _left_behind(changes, workdir):
   """What a run leaves that does not depend on the clock."""
   # Four checkpoints: by default the last two are kept, and the best.
   start = {**TINY, 'precision': 'bfloat16', 'num_train_steps': 8}
-  start |= {'eval_interval': 2, 'moe.balance': 'documented'}
+  start |= {'eval_interval': 2, 'moe.balance': 'switch_sum'}
   overrides = [(k, str(v)) for k, v in (start | changes).items()]
   config = config_lib.apply(base.get_config(), overrides)
   trainer = experiment.build(config, workdir)

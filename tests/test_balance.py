@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.moe import losses
+from nanomoe.moe import RouterInputs, losses
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, make
 
 E, K = NUM_EXPERTS, TOP_K
@@ -22,13 +22,14 @@ def test_balance_is_1_if_uniform(name):
 
 
 @pytest.mark.parametrize(
-  ('name', 'worst'), [('documented', 4), ('mean', 2), ('sequence', 2)]
+  ('name', 'worst'),
+  [('switch_sum', 4), ('all_choices', 2), ('per_sequence', 2)],
 )
 def test_balance_if_collapsed(name, worst):
   """First choices on one of E experts: E; both on two of them: E / K."""
   expert = jnp.tile(jnp.array([[2, 1]]), (8, 1))
   probs = jax.nn.one_hot(expert, 4).mean(axis=1)
-  if name == 'documented':
+  if name == 'switch_sum':
     probs = jax.nn.one_hot(expert[:, 0], 4)
   loss = losses.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
   np.testing.assert_allclose(loss, worst)
@@ -50,7 +51,7 @@ def test_sequences_that_are_even_together_alone():
 def test_how_layers_are_joined():
   layers = jnp.array([1.0, 2.0])
   joined = {name: b.join(layers) for name, b in losses.BALANCE.items()}
-  assert joined == {'documented': 3.0, 'mean': 1.5, 'sequence': 1.5}
+  assert joined == {'switch_sum': 3.0, 'all_choices': 1.5, 'per_sequence': 1.5}
 
 
 def test_entropy_of_the_uniform_and_of_the_certain():
@@ -79,14 +80,15 @@ def case(rng):
 def test_value_and_gradient_are_those_by_hand(loss, variant, case):
   """Of the router's kernel, in float64; what is selected is constant."""
   x, mask, kernel = case
-  name = loss if loss in losses.BALANCE else 'mean'
+  name = loss if loss in losses.BALANCE else 'all_choices'
   router = make(variant, name)
   key = 'balance' if loss in losses.BALANCE else loss
 
   def of(kernel, x, mask):
     params = {'params': {'kernel': kernel, 'noise': jnp.zeros_like(kernel)}}
     tokens = jnp.zeros(mask.shape, jnp.int32)
-    routing = router.apply(params, x, tokens, mask, None, False)
+    inputs = RouterInputs(tokens, mask)
+    routing = router.apply(params, x, inputs, train=False)
     return routing.losses[key], routing.expert
 
   with jax.enable_x64(True):
@@ -115,9 +117,9 @@ def test_value_and_gradient_are_those_by_hand(loss, variant, case):
   entropy = -np.sum(p * np.log(p), axis=1)
   squares = np.log(np.exp(z).sum(axis=1))
   # E sum_e f_e P_e has dp = E f_e / n.
-  f = share(chosen[:, :1] if loss == 'documented' else chosen)
+  f = share(chosen[:, :1] if loss == 'switch_sum' else chosen)
   f = np.tile(f, (len(z), 1)) * E / n
-  if loss == 'sequence':  # Two sequences count.
+  if loss == 'per_sequence':  # Two sequences count.
     own = [share(rows) for rows in chosen.reshape(BATCH, TIME, K)]
     f = (
       np.repeat(own, TIME, axis=0)
@@ -143,9 +145,10 @@ def test_z_loss_where_experts_choose(case):
 
   def of(kernel, x, mask):
     tokens = jnp.zeros(mask.shape, jnp.int32)
-    router = make('ExpertChoice', 'mean')
+    router = make('ExpertChoice', 'all_choices')
     params = {'params': {'kernel': kernel}}
-    return router.apply(params, x, tokens, mask, None, False).losses['z_loss']
+    inputs = RouterInputs(tokens, mask)
+    return router.apply(params, x, inputs, train=False).losses['z_loss']
 
   z = x[mask] @ kernel
   wanted = np.mean(np.log(np.exp(z).sum(axis=1)) ** 2)

@@ -15,6 +15,7 @@ from regression import Rows, bits, host, make_trainer
 from tests.runs import lines_of, result_of
 from trainers import callbacks
 from trainers.callbacks import Callback
+from trainers.callbacks.group import Callbacks
 from trainers.checkpoint.checkpointer import Checkpointer, SaveError
 from trainers.errors import UserError
 from trainers.metrics import Score
@@ -216,7 +217,21 @@ def test_a_last_state_that_cannot_be_saved_is_told(tmp_path, listed):
   assert result_of(tmp_path)['status'] == 'unsaved'
 
 
-# StopOnNonFinite.
+# RefusedUpdates.
+
+
+def test_checkpoints_keep_the_old_name_of_a_renamed_callback():
+  """A subclass, which has a name of its own, does not inherit the old one."""
+
+  class Mine(callbacks.RefusedUpdates):
+    pass
+
+  group = Callbacks([callbacks.RefusedUpdates(3), Mine(3)])
+  assert group.names == ['StopOnNonFinite', 'Mine']
+  state = {**group[0].state_dict(), 'num_in_a_row': 2}
+  group.load_state_dict({'StopOnNonFinite': state})
+  assert group[0].num_in_a_row == 2
+  assert group[1].num_in_a_row == 0
 
 
 @pytest.mark.parametrize(
@@ -236,7 +251,7 @@ def test_stops_after_refused_updates_in_a_row(patience, poison, last):
     dataset=Rows(dict.fromkeys(poison, NAN)),
     num_train_steps=20,
     log_interval=100,
-    callbacks=[callbacks.StopOnNonFinite(patience)],
+    callbacks=[callbacks.RefusedUpdates(patience)],
   )
   assert trainer.fit() == last
   if last == 'done':
@@ -257,7 +272,7 @@ def test_a_diverged_end_is_not_saved(tmp_path, every_steps):
     num_train_steps=50,
     keep_latest=50,
     callbacks=[
-      callbacks.StopOnNonFinite(3),
+      callbacks.RefusedUpdates(3),
       callbacks.Checkpoints(every_steps),
       callbacks.Result({}, 1, 'mse', {}),
     ],
@@ -283,7 +298,7 @@ def test_refused_updates_are_counted_across_a_resume(tmp_path):
       tmp_path,
       dataset=Rows(dict.fromkeys((3, 4, 5), NAN)),
       num_train_steps=20,
-      callbacks=[callbacks.StopOnNonFinite(3), *pause],
+      callbacks=[callbacks.RefusedUpdates(3), *pause],
     )
     status = trainer.fit()
   assert status == 'diverged'
@@ -440,7 +455,7 @@ def test_callbacks_change_nothing_that_is_learned(tmp_path):
         callbacks.Progress(24),
         callbacks.Evaluation(2, 'mse'),
         callbacks.EarlyStopping(0),
-        callbacks.StopOnNonFinite(2),
+        callbacks.RefusedUpdates(2),
         callbacks.Checkpoints(3),
         result_callback(),
       ],
@@ -471,7 +486,7 @@ def test_early_stopping_counts_an_evaluation_once(tmp_path):
 
 @pytest.mark.parametrize(
   'make',
-  [callbacks.EarlyStopping, callbacks.StopOnNonFinite, callbacks.Profile],
+  [callbacks.EarlyStopping, callbacks.RefusedUpdates, callbacks.Profile],
 )
 def test_a_negative_number_is_refused(make):
   with pytest.raises(ValueError, match='=-1 must be >= 0'):

@@ -13,8 +13,8 @@ import pytest
 
 from configs import base
 from nanomoe import experiment
+from nanomoe.config import older, resume, schema, validation
 from nanomoe.config import overrides as config_lib
-from nanomoe.config import resume, schema, validation
 from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 from trainers.files import to_json
@@ -365,8 +365,55 @@ def test_another_type_does_not_inherit_arguments():
   values = applied(('callbacks.non_finite.type', 'EarlyStopping'))
   assert values['callbacks.non_finite.type'] == 'EarlyStopping'
   assert 'callbacks.non_finite.patience' not in values
-  same = applied(('callbacks.non_finite.type', 'StopOnNonFinite'))
+  same = applied(('callbacks.non_finite.type', 'RefusedUpdates'))
   assert same['callbacks.non_finite.patience'] == 10
+
+
+@pytest.mark.parametrize(
+  ('key', 'old', 'new'),
+  [
+    ('moe.balance', 'documented', 'switch_sum'),
+    ('moe.balance', 'mean', 'all_choices'),
+    ('moe.balance', 'sequence', 'per_sequence'),
+    ('callbacks.non_finite.type', 'StopOnNonFinite', 'RefusedUpdates'),
+  ],
+)
+def test_an_old_name_of_a_value_is_read_and_the_new_one_recorded(
+  key, old, new, tmp_path
+):
+  """An old name is read in an override, a config file and a config.json."""
+  assert applied((key, old)) == applied((key, new))
+  file = base.get_config()
+  file.update_from_flattened_dict({key: old})
+  config = config_lib.apply(file, [])
+  assert flat(config) == applied((key, new))
+  workdir_lib.write_json(tmp_path / 'config.json', file.to_dict())
+  recorded = workdir_lib.read_config(tmp_path)
+  assert flat(recorded)[key] == new
+  assert flat(workdir_lib.resume_config(recorded, config, [])) == flat(config)
+
+
+def test_a_key_that_an_older_run_lacks_gets_its_value(tmp_path):
+  """The older run then resumes without a change."""
+  new = decided()
+  older = new.to_dict()
+  del older['moe']['eval_dispatch']
+  workdir_lib.write_json(tmp_path / 'config.json', older)
+  recorded = workdir_lib.read_config(tmp_path)
+  assert recorded.to_dict() == new.to_dict()
+  assert workdir_lib.config_of(tmp_path) == recorded
+  assert workdir_lib.resume_config(recorded, new, []).to_dict() == new.to_dict()
+
+
+def test_a_section_that_a_config_lacks_is_still_missing():
+  assert older.upgrade({'seed': 1}) == {'seed': 1}
+  assert older.upgrade({'moe': 3}) == {'moe': 3}
+
+
+def test_a_choice_does_not_offer_old_names():
+  (line,) = mistakes(('moe.balance', 'documentd'))
+  assert 'switch_sum' in line
+  assert 'documented' not in line
 
 
 def test_arguments_without_a_type():
@@ -517,9 +564,16 @@ def test_base_has_the_keys_of_the_schema_and_no_others():
   assert {schema.spec_of(k) for k in values} >= set(schema.SPECS)
   assert validation.problems(base.get_config().to_dict()) == []
   arguments = {k for k in values if k.startswith('callbacks.')}
-  assert {k for k in arguments if not k.endswith('.type')} == set(
-    schema.ARGUMENTS
-  )
+  described = {k for k in schema.ARGUMENTS if k.startswith('callbacks.')}
+  assert {k for k in arguments if not k.endswith('.type')} == described
+
+
+def test_base_states_no_argument_of_a_router():
+  """A config file that changes the type alone would hand it on."""
+  stated = {k for k in flat(base.get_config()) if k.startswith('moe.router.')}
+  assert stated == {'moe.router.type'}
+  given = {'moe.router.route_scale': 2.5}
+  assert applied(*given.items()) == {**parsed(), **given}
 
 
 def write(path, text):
@@ -708,6 +762,7 @@ def test_what_nobody_asked_for_by_name_is_refused():
     ('moe.aux_weight', '0.5'),
     ('moe.z_weight', '0.5'),
     ('moe.entropy_weight', '0.5'),
+    ('moe.eval_dispatch', 'dense'),
   ],
 )
 def test_what_changes_the_end_is_asked_for_by_name(key, text):
@@ -733,6 +788,16 @@ def test_auto_takes_what_the_run_had_decided():
   assert got.moe.dispatch == 'dense'
   assert got.to_dict() == old.to_dict()
   assert new.precision == 'auto'
+
+
+def test_auto_in_evaluation_takes_what_the_run_had_decided_if_it_had():
+  name = 'moe.eval_dispatch'
+  new = config_lib.apply(base.get_config(), [(name, 'auto')])
+  old = decided((name, 'dense'))
+  assert workdir_lib.resume_config(old, new, []).moe.eval_dispatch == 'dense'
+  got = workdir_lib.resume_config(decided(), new, [name])
+  assert got.moe.eval_dispatch == 'auto'
+  assert experiment.resolve_auto(got).moe.eval_dispatch == 'dropless'
 
 
 def test_the_command_that_started_a_run_goes_on_with_it(

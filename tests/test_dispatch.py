@@ -11,7 +11,7 @@ from benchmarks import products
 from nanomoe import experiment
 from nanomoe.config import schema
 from nanomoe.moe import experts as experts_lib
-from nanomoe.moe.dispatch import capacity, dropless, grouped, pieces, registry
+from nanomoe.moe.dispatch import capacity, dense, dropless, grouped, registry
 from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.routers import Routing
 from nanomoe.ops.activations import ACTIVATIONS
@@ -149,7 +149,7 @@ def test_dense_equals_a_loop_over_tokens(rng):
   routing = _routing(_choices('padding', 2, rng), rng)
   experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
-  y, _ = dropless.dense(x, routing, experts, 'float32')
+  y, _ = dense.dense(x, routing, experts, 'float32')
   w_in, b_in, w_out, b_out = (
     np.float64(w)
     for w in (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
@@ -176,18 +176,18 @@ def test_bfloat16_is_close(name, rng):
   routing = _routing(_choices('random', 2, rng), rng)
   experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
-  exact, _ = dropless.dense(x, routing, experts, 'float32')
+  exact, _ = dense.dense(x, routing, experts, 'float32')
   combine = jax.jit(_combine(name), static_argnums=3)
   rounded, _ = combine(x, routing, experts, 'bfloat16')
   error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
   assert 0 < error < 0.02
 
 
-@pytest.mark.parametrize('at_once', [1, 2, 4])
+@pytest.mark.parametrize('chunk_size', [1, 2, 4])
 @pytest.mark.parametrize('kind', ['random', 'one expert'])
-def test_bfloat16_gradients_are_close(kind, at_once, rng, monkeypatch):
-  """Whether all experts are multiplied at once, or some."""
-  monkeypatch.setattr(pieces, 'at_once', lambda piece_bytes, num: at_once)
+def test_bfloat16_gradients_are_close(kind, chunk_size, rng, monkeypatch):
+  """The gradients are close for every number of experts in a chunk."""
+  monkeypatch.setattr(dropless, 'chunk_size', lambda *_: chunk_size)
   expert = rng.random((203, 4)).argsort(axis=1)[:, :2]
   if kind == 'one expert':
     expert[:] = [1, 3]
@@ -402,3 +402,19 @@ def test_the_capacity_of_a_model_is_the_configs(tiny, rng):
 
   metrics = run(jax.random.key(0))
   np.testing.assert_array_equal(metrics['dropped_fraction'], [[124], [128]])
+
+
+@pytest.mark.parametrize(
+  ('in_cache', 'num_experts', 'expected'),
+  [(9, 4, 4), (3, 4, 2), (4, 7, 1), (6, 12, 6), (0.5, 4, 1)],
+)
+def test_a_chunk_fits_the_cache_and_divides_the_experts(
+  in_cache, num_experts, expected
+):
+  expert_bytes = int(dropless.CACHE_BYTES / in_cache)
+  assert dropless.chunk_size(expert_bytes, num_experts) == expected
+
+
+def test_a_gpu_computes_all_experts_in_one_chunk(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert dropless.chunk_size(dropless.CACHE_BYTES, 4) == 4

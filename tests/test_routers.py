@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.moe import experts
-from nanomoe.moe.dispatch.dropless import dense
+from nanomoe.moe import RouterInputs, experts
+from nanomoe.moe.dispatch.dense import dense
 from nanomoe.moe.dispatch.registry import DISPATCH
-from nanomoe.moe.layer import by_row
-from nanomoe.moe.routing import RouterInputs
+from nanomoe.moe.layer import dispatch_rows
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
 from tests.routed import layer as make_moe
 
@@ -43,9 +42,8 @@ def route(router, params, x, tokens, mask=None, bias=None, key=None):
 
   @QUICKLY
   def run(params, x, tokens, mask, bias, rngs):
-    return router.apply(
-      params, x, tokens, mask, bias, key is not None, rngs=rngs
-    )
+    inputs = RouterInputs(tokens, mask, bias)
+    return router.apply(params, x, inputs, train=key is not None, rngs=rngs)
 
   return run(params, x, tokens, mask, bias, rngs)
 
@@ -144,7 +142,8 @@ def test_gates_have_the_gradient_of_their_definition(variant, rng):
 
   def total(kernel, x, bias, up):
     params = {'params': {'kernel': kernel, 'noise': jnp.zeros_like(kernel)}}
-    routing = router.apply(params, x, tokens, mask, bias, False)
+    inputs = RouterInputs(tokens, mask, bias)
+    routing = router.apply(params, x, inputs, train=False)
     token = routing.token
     row = jnp.arange(len(routing.expert)) if token is None else token
     return jnp.sum(routing.weight * up[row[:, None], routing.expert])
@@ -161,6 +160,35 @@ def test_gates_have_the_gradient_of_their_definition(variant, rng):
   assert abs(slope) > 1e-2
   found = np.sum(np.asarray(gradient) * direction)
   assert found == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_route_scale_multiplies_the_weights_alone(variant, x, tokens, params):
+  """Experts, probabilities and losses are bitwise the same."""
+  plain = route(make(variant), params, x, tokens)
+  scaled = route(make(variant, route_scale=2.5), params, x, tokens)
+  np.testing.assert_array_equal(scaled.weight, 2.5 * plain.weight)
+  np.testing.assert_allclose(
+    scaled.metrics['first_gate'].compute(),
+    2.5 * plain.metrics['first_gate'].compute(),
+    rtol=1e-6,
+  )
+  for name in ('expert', 'probs', 'load', 'losses'):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(scaled, name), getattr(plain, name)
+    )
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_route_scale_of_1_is_no_operation(variant, x, tokens, params):
+  inputs = RouterInputs(tokens, jnp.ones(tokens.shape, bool))
+
+  def program(router):
+    run = functools.partial(router.apply, train=False)
+    return str(jax.make_jaxpr(run)(params, x, inputs))
+
+  assert program(make(variant, route_scale=1.0)) == program(make(variant))
+  assert program(make(variant, route_scale=2.5)) != program(make(variant))
 
 
 def test_the_bias_selects_and_does_not_weigh(x, tokens, params):
@@ -250,7 +278,7 @@ def layer(request):
   """
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(0, VOCAB, (BATCH, TIME)), jnp.int32)
-  given = RouterInputs(
+  inputs = RouterInputs(
     tokens, jnp.arange(BATCH * TIME).reshape(tokens.shape) < 22
   )
 
@@ -261,13 +289,13 @@ def layer(request):
   x = random(np.zeros((BATCH, TIME, D_MODEL)))
   init = functools.partial(make_layer('dense').init, train=False)
   params = jax.tree.map(
-    random, jax.eval_shape(init, jax.random.key(0), x, given)
+    random, jax.eval_shape(init, jax.random.key(0), x, inputs)
   )
 
   def run(name):
     def loss(params, x):
       rngs = {'routing': jax.random.key(1)}
-      y, aux = make_layer(name).apply(params, x, given, train=True, rngs=rngs)
+      y, aux = make_layer(name).apply(params, x, inputs, train=True, rngs=rngs)
       return jnp.sum(jnp.sin(y)) + aux.losses['balance'], (y, aux.load)
 
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -307,7 +335,7 @@ def test_rows_of_a_token_are_added_up(x, tokens, params, rng):
   @QUICKLY
   def run(routing):
     flat = x.reshape(-1, D_MODEL)
-    return by_row(dense, flat, routing, weights, 'float32')[0]
+    return dispatch_rows(dense, flat, routing, weights, 'float32')[0]
 
   np.testing.assert_allclose(run(routing), run(by_token), rtol=1e-4, atol=1e-5)
 
@@ -322,6 +350,8 @@ def test_rows_of_a_token_are_added_up(x, tokens, params, rng):
     ('Sigmoid', {'bias_rate': -1.0}, 'bias_rate'),
     ('Switch', {'jitter': 1.0}, 'jitter=1.0 must'),
     ('ExpertChoice', {'capacity_factor': 0.0}, 'capacity_factor=0.0 must'),
+    ('TopK', {'route_scale': 0.0}, 'route_scale=0.0 must'),
+    ('Hash', {'route_scale': -1.0}, 'route_scale=-1.0 must'),
   ],
 )
 def test_arguments_that_mean_nothing(variant, arguments, words):

@@ -11,6 +11,7 @@ from nanomoe import experiment, optimizers
 from nanomoe.callbacks import AuxWeight
 from nanomoe.config import overrides as config_lib
 from nanomoe.config import resume
+from nanomoe.moe import RouterInputs
 from nanomoe.run import workdir
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, make
 from trainers import metrics as metrics_lib
@@ -98,7 +99,8 @@ def test_the_bias_evens_out_the_loads(tiny, rng):
 
   def load(bias):
     params = {'params': {'kernel': kernel}}
-    return make('Sigmoid').apply(params, x, tokens, mask, bias, True).load
+    inputs = RouterInputs(tokens, mask, bias)
+    return make('Sigmoid').apply(params, x, inputs, train=True).load
 
   @QUICKLY
   def balanced(bias):

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from nanomoe.model.transformer import _stack
-from nanomoe.moe import statistics
+from nanomoe.moe import RouterInputs, make_routing, statistics
 from nanomoe.moe.layer import MoEAux
-from nanomoe.moe.routing import RouterInputs, make_routing
 from nanomoe.task import LanguageModel
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, layer, make
 from trainers import metrics as metrics_lib
@@ -36,7 +35,7 @@ class Routed(nn.Module):
     for expert, weight in zip(self.expert, self.weight, strict=True):
       routing = make_routing(
         jnp.asarray(expert)[tokens], jnp.asarray(weight)[tokens], probs, mask,
-        'mean',
+        'all_choices',
       )  # fmt: skip
       reports.append(
         MoEAux(
@@ -67,7 +66,7 @@ def draw_batch(rng, rows):
 
 def measured(model, *batches, train=False):
   """The metrics of all batches, merged."""
-  task = LanguageModel(model, 0.25, 'mean', watched=WATCHED)
+  task = LanguageModel(model, 0.25, 'all_choices', watched=WATCHED)
 
   @QUICKLY
   def metrics(batch):
@@ -202,7 +201,8 @@ def test_every_router_reports(variant, rng):
   @QUICKLY
   def run():
     rngs = {'params': jax.random.key(1), 'routing': jax.random.key(2)}
-    return router.init_with_output(rngs, x, tokens, mask, None, True)[0]
+    inputs = RouterInputs(tokens, mask)
+    return router.init_with_output(rngs, x, inputs, train=True)[0]
 
   routing = run()
   one = jax.tree.map(lambda a: a[None], (routing.expert, routing.token))

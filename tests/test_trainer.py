@@ -563,7 +563,7 @@ def test_a_signal_ends_an_evaluation_and_it_is_done_again(tmp_path, whole):
 
 
 def test_hooks_that_run_again_find_the_metrics_of_their_step(tmp_path):
-  """As those of `StopOnNonFinite` do, wherever it is listed."""
+  """As those of `RefusedUpdates` do, wherever it is listed."""
 
   def record(loop):
     found.append(float(loop.metrics['train/loss'].total))
@@ -576,7 +576,7 @@ def test_hooks_that_run_again_find_the_metrics_of_their_step(tmp_path):
       callbacks=[
         callbacks.Checkpoints(4),
         At(record, 4),
-        callbacks.StopOnNonFinite(3),
+        callbacks.RefusedUpdates(3),
         *[At(lambda loop: loop.stop('a pause'), 4)] * stop,
       ],
     ).fit()
@@ -707,7 +707,7 @@ def test_the_steady_state_has_no_implicit_transfers(tmp_path, guarded):
     callbacks=[
       At(on, 3),
       callbacks.Progress(24),
-      callbacks.StopOnNonFinite(2),
+      callbacks.RefusedUpdates(2),
       At(off, 18),
     ],
   )

@@ -46,7 +46,7 @@ def resume_config(
   after = dict(flatten(new.to_dict()))
   resolved = new.copy_and_resolve_references()
   for name, field in FIELDS.items():
-    if 'auto' in field.choices and after[name] == 'auto' and name in before:
+    if 'auto' in field.choices and after[name] == 'auto' and before.get(name):
       after[name] = before[name]
       with resolved.unlocked():
         resolved.update_from_flattened_dict({name: before[name]})

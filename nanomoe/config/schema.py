@@ -163,6 +163,10 @@ class Model(_Section):
     'Normalization of blocks and of the output',
     choices=('LayerNorm', 'RMSNorm'),
   )
+  attention: Spec = spec(
+    'Attention: how tokens attend to each other',
+    absent='CausalSelfAttention',
+  )
   position: str = key('Position encoding', choices=('learned', 'rope'))
   conv_width: int = key(
     'Width of a causal convolution before each layer; 1 disables it', 1
@@ -190,6 +194,9 @@ class Model(_Section):
   )
 
 
+_DISPATCHES = ('auto', 'dense', 'dropless', 'capacity', 'grouped')
+
+
 class MoE(_Section):
   num_experts: int = key('Number of experts in a layer', 1)
   top_k: int = key('Number of experts per token', 1)
@@ -209,8 +216,13 @@ class MoE(_Section):
   dense_d_ff: int = key('Width of the hidden layer of a dense layer', 1)
   router: Spec = spec('Router: which experts process a token')
   dispatch: str = key(
-    'Algorithm that moves tokens to experts',
-    choices=('auto', 'dense', 'dropless', 'capacity', 'grouped'),
+    'Algorithm that moves tokens to experts', choices=_DISPATCHES
+  )
+  eval_dispatch: str = key(
+    'Dispatch of evaluation and generation; empty means as in training',
+    choices=('', *_DISPATCHES),
+    resume=_BY_NAME,
+    absent='',
   )
   capacity_factor: float = key(
     'Capacity of an expert over its balanced load, in dispatch capacity',
@@ -218,7 +230,12 @@ class MoE(_Section):
   )
   balance: str = key(
     'Definition of the load-balancing loss',
-    choices=('documented', 'mean', 'sequence'),
+    choices=('switch_sum', 'all_choices', 'per_sequence'),
+    renamed={
+      'documented': 'switch_sum',
+      'mean': 'all_choices',
+      'sequence': 'per_sequence',
+    },
   )
   aux_weight: float = key(
     'Weight of the load-balancing loss; 0 disables it', 0, resume=_BY_NAME
@@ -358,12 +375,19 @@ SPECS: dict[str, SpecField] = {
 }
 # Sections that hold any number of specs, under any name.
 SPEC_GROUPS: dict[str, SpecField] = {
-  'callbacks': SpecField('Callback of that name', Resume.FREE),
+  'callbacks': SpecField(
+    'Callback of that name',
+    Resume.FREE,
+    renamed={'StopOnNonFinite': 'RefusedUpdates'},
+  ),
   'writers': SpecField('Metric writer of that name', Resume.FREE),
 }
 
 # Arguments of our optimizers that are not keys of every optimizer.
 OPTIMIZER_ARGUMENTS = {
+  'moe.router.route_scale': (
+    'Factor of the weights of the selected experts, > 0; 1.0 by default'
+  ),
   'AdamW': (),
   'Lion': (),
   'Adafactor': (),
@@ -371,6 +395,9 @@ OPTIMIZER_ARGUMENTS = {
 }
 # Arguments of specs, for --help.
 ARGUMENTS = {
+  'moe.router.route_scale': (
+    'Factor of the weights of the selected experts, > 0; 1.0 by default'
+  ),
   'callbacks.early_stopping.patience': (
     'Evaluations without a new best after which the run stops; 0 disables it'
   ),
@@ -401,6 +428,16 @@ ARGUMENTS = {
 # Arguments that NanoMoE injects, and the key that states each. A second value
 # in the spec would contradict that key.
 INJECTED = {
+  'model.attention': {
+    'num_heads': 'model.num_heads',
+    'num_kv_heads': 'model.num_kv_heads',
+    'norm': 'model.qk_norm',
+    'position': 'model.position',
+    'use_bias': 'model.bias',
+    'dropout_rate': 'model.dropout_rate',
+    'precision': 'precision',
+    'out_init': 'model.zero_outputs',
+  },
   'moe.router': {
     'num_experts': 'moe.num_experts',
     'top_k': 'moe.top_k',

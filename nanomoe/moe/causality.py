@@ -1,4 +1,4 @@
-"""Whether text can be generated: what a token's experts depend on."""
+"""Causality of a model: whether text can be generated from it."""
 
 from nanomoe.config.schema import Config
 from nanomoe.moe.dispatch import registry
@@ -7,20 +7,27 @@ from trainers import spec
 
 
 def objection(config: Config) -> str:
-  """Why a model of this config generates no text; '' if it does.
+  """Returns why a model of this config generates no text, or '' if it does.
 
-  By the labels of its router and its dispatch; one without is taken for causal.
+  The answer follows the label `causal` of the router and of the dispatch that
+  evaluation and generation use. A plug-in without the label counts as causal.
   """
-  router, name = config.moe.router.type, config.moe.dispatch
-  parts = {
-    f'moe.router.type={router}': spec.resolve('moe.router', router, ROUTERS),
-    f'moe.dispatch={name}': registry.DISPATCH[name],
-  }
-  blamed = [k for k, part in parts.items() if not getattr(part, 'causal', True)]
-  if not blamed:
+  router, name = config.moe.router.type, registry.eval_dispatch(config.moe)
+  key = 'moe.eval_dispatch' if config.moe.eval_dispatch else 'moe.dispatch'
+  culprits = []
+  router_type = spec.resolve('moe.router', router, ROUTERS)
+  if not getattr(router_type, 'causal', True):
+    culprits.append(f'moe.router.type={router}')
+  if not registry.DISPATCH[name].causal:
+    culprits.append(f'{key}={name}')
+  if not culprits:
     return ''
+  hint = (
+    ''
+    if any('router' in culprit for culprit in culprits)
+    else "; generation needs a causal moe.eval_dispatch, such as 'dropless'"
+  )
   return (
-    f'not causal: {" and ".join(blamed)}; what a token gets depends on later '
-    'tokens and on other sequences, which text that is being generated does '
-    'not have'
+    f'{" and ".join(culprits)}: not causal, since the experts of a token '
+    f'depend on later tokens and on other sequences{hint}'
   )

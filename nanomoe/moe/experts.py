@@ -1,7 +1,7 @@
-"""The experts: feed-forward networks with one set of weights each."""
+"""Experts: feed-forward networks with one set of weights each."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from flax import linen as nn
 from flax import struct
@@ -11,28 +11,32 @@ from jaxtyping import Array, Float, Int
 from nanomoe.ops.activations import ACTIVATIONS
 from nanomoe.ops.matmul import einsum
 
-# x, or the hidden layer, of an expert by one of its weights.
+# Product of each expert's rows, of x or of the hidden layer, with its weights.
 PRODUCT = 'gni,gio->gno'
 
-# He et al. 2015, for each expert on its own.
+# He et al. 2015; each expert's fan-in is that of its own matrix.
 HE = nn.initializers.he_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
-# (rows, weights, bias or None) -> rows, whatever the rows are.
+# (rows, weights, bias or None) -> rows; the layout of the rows is the
+# product's own.
 Product = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 @struct.dataclass
 class Experts:
-  """Two-layer networks, G of them.
+  """Weights of G two-layer networks.
 
   Attributes:
-    w_in, b_in: to the hidden layer: [G, d_model, d_ff], [G, d_ff].
-    w_gate: to its gate, as w_in; None where the activation has none.
-    w_out, b_out: from it: [G, d_ff, d_model], [G, d_model].
-    activation: a name in `ACTIVATIONS`.
+    w_in: Weights of the hidden layer, `[G, d_model, d_ff]`.
+    w_out: Weights of the output, `[G, d_ff, d_model]`.
+    b_in: Biases of the hidden layer, `[G, d_ff]`, or None.
+    b_out: Biases of the output, `[G, d_model]`, or None.
+    w_gate: Weights of the gate, shaped as `w_in`; None if the activation has
+      no gate.
+    activation: Name of the activation, a key of `ACTIVATIONS`.
   """
 
-  # JAX puts other things than arrays in their places.
+  # JAX's transformations put values in these fields that are no arrays.
   w_in: Any
   w_out: Any
   b_in: Any = None
@@ -43,7 +47,12 @@ class Experts:
   def __call__(
     self, x: Float[Array, 'G rows d_model'], precision: str
   ) -> Float[Array, 'G rows d_model']:
-    """Each expert's rows through it."""
+    """Returns each expert's output for its own rows.
+
+    Args:
+      x: Rows of each expert.
+      precision: Precision of the products, 'float32' or 'bfloat16'.
+    """
     return self.apply(
       lambda x, w, bias: einsum(PRODUCT, x, w, precision, bias), x
     )
@@ -51,7 +60,12 @@ class Experts:
   def apply(
     self, product: Product, x: Float[Array, '*rows d_model']
   ) -> Float[Array, '*rows d_model']:
-    """The same of rows in any order: `product` knows whose they are."""
+    """Returns the experts' outputs for rows in the layout of `product`.
+
+    Args:
+      product: Multiplies each row by the weights of its expert.
+      x: Rows in any layout that `product` understands.
+    """
     hidden = [product(x, self.w_in, self.b_in)]
     if self.w_gate is not None:
       hidden.append(product(x, self.w_gate, None))
@@ -59,8 +73,19 @@ class Experts:
     return product(hidden, self.w_out, self.b_out)
 
   def take(self, expert: Int[Array, ' H']) -> 'Experts':
-    """Those experts."""
+    """Returns the weights of the given experts, in their order."""
     return jax.tree.map(lambda w: w[expert], self)
+
+
+@runtime_checkable
+class MakeExperts(Protocol):
+  """Factory of a layer's experts, such as a partial application of `make`."""
+
+  def __call__(
+    self, param: Callable[..., jax.Array], d_model: int, /
+  ) -> Experts:
+    """Returns experts whose weights are parameters made by `param`."""
+    ...
 
 
 def make(
@@ -73,7 +98,17 @@ def make(
   use_bias: bool,
   out_init: nn.initializers.Initializer = HE,
 ) -> Experts:
-  """Experts of new parameters of a module, whose `param` is given."""
+  """Returns experts whose weights are new parameters of a module.
+
+  Args:
+    param: Method `param` of the module.
+    d_model: Width of the residual stream.
+    num_experts: Number of experts.
+    d_ff: Width of an expert's hidden layer.
+    activation: Name of the activation, a key of `ACTIVATIONS`.
+    use_bias: Whether both layers have biases.
+    out_init: Initializer of the output weights.
+  """
   zeros = nn.initializers.zeros_init()
 
   def weights(name, *shape, init=HE):

@@ -4,23 +4,25 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flax import linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanomoe.moe.experts import Experts
+from nanomoe.moe.dispatch.interface import DispatchFn
+from nanomoe.moe.experts import Experts, MakeExperts
 from nanomoe.moe.routing import RouterInputs, Routing
 from trainers.metrics import Mean
 
 
 class MoEAux(NamedTuple):
-  """What a layer reports of its routing.
+  """Report of a layer on its routing.
 
   Attributes:
-    load: assignments per expert: additive over batches and devices.
-    losses: unweighted, by name.
-    metrics: the router's and the dispatch's own, by name.
-    expert, token: as of `Routing`.
+    load: Number of assignments of each expert. Loads of several batches, or of
+      several devices, may be added up.
+    losses: Unweighted losses by name.
+    metrics: Metrics of the router and of the dispatch, by name.
+    expert: Experts of each row, as in `Routing`.
+    token: Token of each row, as in `Routing`.
   """
 
   load: Int[Array, ' experts']
@@ -31,34 +33,49 @@ class MoEAux(NamedTuple):
 
 
 class MoE(nn.Module):
-  """Each token's weighted sum of the experts that the router chose for it.
+  """Layer that gives each token the weighted sum of its experts' outputs.
 
   Attributes:
-    router: makes the router, a module (x, tokens, mask, bias, train) ->
-      Routing.
-    experts: (param, d_model) -> Experts, as of `experts.make`.
-    dispatch: (x, routing, experts, precision) -> (y, metrics), as of
-      `dispatchers.build`.
-    precision: of the experts' products.
+    router: Factory of the router, a module `(x, inputs, *, train) -> Routing`.
+    experts: Factory of the experts.
+    dispatch: Dispatch in training, as built by `registry.build`.
+    eval_dispatch: Dispatch in evaluation and generation.
+    precision: Precision of the experts' products.
   """
 
   router: Callable[[], nn.Module]
-  experts: Callable[..., Experts]
-  dispatch: Callable[..., tuple[jax.Array, Mapping[str, Mean]]]
+  experts: MakeExperts
+  dispatch: DispatchFn
+  eval_dispatch: DispatchFn
   precision: str
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    given: RouterInputs,
+    inputs: RouterInputs,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
-    routing = self.router()(x, given.tokens, given.mask, given.bias, train)
+    """Routes, dispatches, applies the experts and combines their outputs.
+
+    Args:
+      x: Activations.
+      inputs: Token ids, padding mask and selection bias.
+      train: Selects the router's noise and the dispatch of training.
+
+    Returns:
+      The layer's output and the report on its routing.
+    """
+    # Route: the experts of each token, with their weights.
+    routing = self.router()(x, inputs, train=train)
     experts = self.experts(self.param, x.shape[-1])
-    flat = x.reshape(-1, x.shape[-1])
-    y, metrics = by_row(self.dispatch, flat, routing, experts, self.precision)
+    # Dispatch tokens to experts, apply the experts, combine their outputs.
+    tokens = x.reshape(-1, x.shape[-1])  # [tokens, d_model]
+    dispatch = self.dispatch if train else self.eval_dispatch
+    y, metrics = dispatch_rows(
+      dispatch, tokens, routing, experts, self.precision
+    )
     aux = MoEAux(
       load=routing.load,
       losses=routing.losses,
@@ -69,65 +86,80 @@ class MoE(nn.Module):
     return y.reshape(x.shape), aux
 
 
-def by_row(
-  combine: Callable[..., tuple[jax.Array, Mapping[str, Mean]]],
+def dispatch_rows(
+  dispatch: DispatchFn,
   x: Float[Array, 'tokens d_model'],
   routing: Routing,
   experts: Experts,
   precision: str,
 ) -> tuple[Float[Array, 'tokens d_model'], Mapping[str, Mean]]:
-  """What `combine` makes of the rows of a routing, added up by token."""
+  """Dispatches the rows of a routing and adds up the rows of each token.
+
+  Args:
+    dispatch: Dispatch of rows.
+    x: Activations of the tokens.
+    routing: Routing of the tokens.
+    experts: Experts of the layer.
+    precision: Precision of the experts' products.
+
+  Returns:
+    The combined output of each token, and the dispatch's metrics.
+  """
   if routing.token is None:
-    return combine(x, routing, experts, precision)
-  y, metrics = combine(x[routing.token], routing, experts, precision)
+    return dispatch(x, routing, experts, precision)
+  rows = x[routing.token]  # [rows, d_model]
+  y, metrics = dispatch(rows, routing, experts, precision)
   return jnp.zeros_like(x).at[routing.token].add(y), metrics
 
 
 class FeedForward(nn.Module):
-  """One expert, for every token.
+  """Dense feed-forward layer: one expert for every token.
 
   Attributes:
-    experts: (param, d_model) -> Experts, one.
-    precision: of its products.
+    experts: Factory of the one expert.
+    precision: Precision of its products.
   """
 
-  experts: Callable[..., Experts]
+  experts: MakeExperts
   precision: str
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    given: RouterInputs,
+    inputs: RouterInputs,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], None]:
-    del given, train
+    """Returns the expert's output, and None: there is no routing to report."""
+    del inputs, train
     expert = self.experts(self.param, x.shape[-1])
-    tokens = x.reshape(1, -1, x.shape[-1])
+    tokens = x.reshape(1, -1, x.shape[-1])  # [1, tokens, d_model]
     return expert(tokens, self.precision).reshape(x.shape), None
 
 
 class RoutedAndShared(nn.Module):
-  """Experts that are chosen, plus one that all tokens share.
+  """Sum of a layer of routed experts and an expert that all tokens share.
 
   Dai et al. 2024 (DeepSeekMoE), sec. 3.2.
 
   Attributes:
-    chosen, shared: make modules (x, given, train) -> (y, what it reports).
+    routed: Factory of the `MoE` layer.
+    shared: Factory of the shared expert, a `FeedForward`.
   """
 
-  chosen: Callable[[], nn.Module]
+  routed: Callable[[], nn.Module]
   shared: Callable[[], nn.Module]
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    given: RouterInputs,
+    inputs: RouterInputs,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux]:
-    chosen, aux = self.chosen()(x, given, train=train)
-    shared, _ = self.shared()(x, given, train=train)
-    return chosen + shared, aux
+    """Returns the sum of both outputs, and the routed layer's report."""
+    routed, aux = self.routed()(x, inputs, train=train)
+    shared, _ = self.shared()(x, inputs, train=train)
+    return routed + shared, aux

@@ -1,136 +1,191 @@
-"""Routers: modules (x, tokens, mask, bias, train) -> Routing.
+"""Routers: Linen modules that choose the experts of each token.
 
-x is float[B, T, D], tokens int[B, T], mask bool[B, T] (False for padding), bias
-float[E] or None. One with a `bias_rate` is given a bias, in model_state, that
-moves by that rate after each update towards experts with less than their share.
-`causal` says whether a token's experts, and their weights, are independent of
-later tokens and of other sequences; tests/test_causality.py finds out.
+A router is called as `router(x, inputs, train=train)` and returns a `Routing`.
+`x` are activations, `float[batch, time, d_model]`; `inputs` are a
+`RouterInputs` of token ids, padding mask and selection bias.
+
+A router with a `bias_rate` above 0 gets a bias from model_state. After each
+update the bias moves by that rate towards experts with less than the mean load.
+
+The class attribute `causal` says whether a token's experts and weights are
+independent of later tokens and of other sequences. tests/test_causality.py
+measures it.
 """
 
+import dataclasses
+import inspect
 import math
 from typing import ClassVar
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe.moe.routing import Routing, chosen, make_routing
+from nanomoe.moe.routing import (
+  RouterInputs,
+  Routing,
+  gather_scores,
+  make_routing,
+)
 from nanomoe.ops import matmul
 
-Rows = Float[Array, 'batch time d_model']
-Tokens = Int[Array, 'batch time']
-Mask = Bool[Array, 'batch time']
-Bias = Float[Array, ' experts'] | None
+Activations = Float[Array, 'batch time d_model']
 
 XAVIER = nn.initializers.xavier_uniform()
 
 
 class Router(nn.Module):
-  """What routers have in common.
+  """Base class of the routers of this package; a plug-in may use it too.
 
   Attributes:
-    num_experts: E.
-    top_k: K.
-    balance: a name in `balance.BALANCE`.
+    num_experts: Number of experts, E.
+    top_k: Number of experts of a token, K.
+    balance: Definition of the balance loss, a key of `losses.BALANCE`.
+    route_scale: Factor of the weights of the chosen experts, > 0. DeepSeek-AI
+      2024 (V3) uses 2.5.
   """
 
   num_experts: int
   top_k: int
   balance: str
+  # Keyword-only: routers may have arguments without a default.
+  route_scale: float = dataclasses.field(default=1.0, kw_only=True)
 
   causal: ClassVar[bool] = True
 
+  def __post_init__(self):
+    """Raises ValueError if `route_scale` is not positive."""
+    if self.route_scale <= 0:
+      raise ValueError(f'route_scale={self.route_scale} must be > 0')
+    super().__post_init__()
+
   def scores(
     self,
-    x: Rows,
+    x: Activations,
     name: str = 'kernel',
     init: nn.initializers.Initializer = XAVIER,
   ) -> Float[Array, 'tokens experts']:
-    """x @ a parameter: the logits."""
+    """Returns the logits `x @ kernel` of a new parameter `name`.
+
+    The product is float32 whatever the config's precision: a rounded logit
+    changes the choice of experts, not only their weights.
+    """
     kernel = self.param(name, init, (x.shape[-1], self.num_experts))
-    x = x.reshape(-1, x.shape[-1])
-    # Always float32: a rounded logit changes the choice, not only its weight.
+    x = x.reshape(-1, x.shape[-1])  # [tokens, d_model]
     return matmul.einsum('nd,de->ne', x, kernel, 'float32')
 
   def highest(
     self, scores: Float[Array, 'tokens experts']
   ) -> Int[Array, 'tokens k']:
-    """The K experts with the highest, in their order."""
+    """Returns the K experts with the highest scores, highest first."""
     return jax.lax.top_k(jax.lax.stop_gradient(scores), self.top_k)[1]
+
+  def make_routing(
+    self,
+    expert: Int[Array, 'rows k'],
+    weight: Float[Array, 'rows k'],
+    probs: Float[Array, 'tokens experts'],
+    inputs: RouterInputs,
+    logits: Float[Array, 'tokens experts'] | None = None,
+    token: Int[Array, ' rows'] | None = None,
+  ) -> Routing:
+    """Builds the routing with this router's scale and balance loss.
+
+    Args:
+      expert: Experts of each row, as in `Routing`.
+      weight: Weights of these experts, before `route_scale`.
+      probs: Probabilities of all experts, as in `Routing`.
+      inputs: The inputs of the router.
+      logits: Logits for the z-loss, which is 0 without them.
+      token: Token of each row, as in `Routing`.
+
+    Returns:
+      The routing of the layer.
+    """
+    if self.route_scale != 1:
+      weight = self.route_scale * weight
+    return make_routing(
+      expert, weight, probs, inputs.mask, self.balance, logits, token
+    )
 
 
 class TopK(Router):
-  """Softmax over the logits of the `top_k` highest experts; no bias, no noise.
+  """Router by a softmax over the logits of the `top_k` highest experts.
 
-  Shazeer et al. 2017, eq. 3 and 5, without noise. Causal: a token's experts
-  depend on that token alone.
+  Shazeer et al. 2017, eq. 3 and 5, without noise. The router is causal: a
+  token's experts depend on that token alone.
   """
 
   @nn.compact
   def __call__(
-    self, x: Rows, tokens: Tokens, mask: Mask, bias: Bias, train: bool
+    self, x: Activations, inputs: RouterInputs, *, train: bool
   ) -> Routing:
-    del tokens, bias, train
-    logits = self.scores(x)
-    expert = self.highest(logits)
-    weight = jax.nn.softmax(chosen(logits, expert))
-    probs = jax.nn.softmax(logits)
-    return make_routing(expert, weight, probs, mask, self.balance, logits)
+    """Routes `x`; `train` has no effect."""
+    del train
+    logits = self.scores(x)  # [tokens, experts]
+    expert = self.highest(logits)  # [tokens, k]
+    weight = jax.nn.softmax(gather_scores(logits, expert))  # [tokens, k]
+    probs = jax.nn.softmax(logits)  # [tokens, experts]
+    return self.make_routing(expert, weight, probs, inputs, logits)
 
 
 class Softmax(Router):
-  """Softmax over all experts, then the `top_k` highest probabilities.
+  """Router by the `top_k` highest probabilities of a softmax over all experts.
 
-  Fedus et al. 2021 (Switch), eq. 1 and 2; Muennighoff et al. 2024 (OLMoE).
-  Causal.
+  Fedus et al. 2021 (Switch), eq. 1 and 2; Muennighoff et al. 2024 (OLMoE). The
+  router is causal.
 
   Attributes:
-    renormalize: weights are divided by their sum: Jiang et al. 2024 (Mixtral),
-      Qwen3. It is then TopK, in another order of steps.
-    jitter: in training, what the router sees is multiplied, element by element,
-      by a number uniform in 1 - jitter to 1 + jitter. Switch, app. C.
+    renormalize: Divides weights by their sum, as Jiang et al. 2024 (Mixtral)
+      and Qwen3 do. The result is that of `TopK`, in another order of steps.
+    jitter: Half width of the noise on the router's input, in training. Each
+      element is multiplied by a number uniform in 1 - jitter to 1 + jitter.
+      Switch, app. C. 0 disables it.
   """
 
   renormalize: bool = False
   jitter: float = 0.0
 
   def __post_init__(self):
+    """Raises ValueError if `jitter` is not in [0, 1)."""
     if not 0 <= self.jitter < 1:
       raise ValueError(f'jitter={self.jitter} must be >= 0 and < 1')
     super().__post_init__()
 
   @nn.compact
   def __call__(
-    self, x: Rows, tokens: Tokens, mask: Mask, bias: Bias, train: bool
+    self, x: Activations, inputs: RouterInputs, *, train: bool
   ) -> Routing:
-    del tokens, bias
+    """Routes `x`, with jitter if `train`."""
     if train and self.jitter:
       key, bounds = self.make_rng('routing'), (1 - self.jitter, 1 + self.jitter)
       x *= jax.random.uniform(key, x.shape, x.dtype, *bounds)
-    logits = self.scores(x)
-    probs = jax.nn.softmax(logits)
-    expert = self.highest(probs)
-    weight = chosen(probs, expert)
+    logits = self.scores(x)  # [tokens, experts]
+    probs = jax.nn.softmax(logits)  # [tokens, experts]
+    expert = self.highest(probs)  # [tokens, k]
+    weight = gather_scores(probs, expert)  # [tokens, k]
     if self.renormalize:
       weight /= jnp.sum(weight, axis=-1, keepdims=True)
-    return make_routing(expert, weight, probs, mask, self.balance, logits)
+    return self.make_routing(expert, weight, probs, inputs, logits)
 
 
 class Sigmoid(Router):
-  """Sigmoid scores; a bias, which weights do not have, selects.
+  """Router by sigmoid scores, with a bias that selects but does not weigh.
 
-  DeepSeek-AI 2024 (V3), eq. 12 to 16, and Wang et al. 2024, algorithm 1: loads
-  are evened out by the bias, so moe.aux_weight may be 0. Statistics see the
-  scores over their sum. Causal: the bias is that of the updates before.
+  The bias balances loads, so moe.aux_weight may be 0. Probabilities are the
+  scores over their sum. DeepSeek-AI 2024 (V3), eq. 12 to 16, and Wang et al.
+  2024, algorithm 1. The router is causal: the bias depends on earlier updates
+  alone.
 
   Attributes:
-    bias_rate: added to a bias after an update that gave its expert less than
-      the mean load, and subtracted where it was more; 0: there is no bias.
-    num_groups: of neighbouring experts; a divisor of num_experts.
-    groups_kept: a token's experts are of that many groups: those with the
-      highest sums of their two highest scores.
+    bias_rate: Step of the bias after each update: up for experts with less
+      than the mean load, down for experts with more. 0 disables the bias.
+    num_groups: Number of groups of neighbouring experts, a divisor of
+      num_experts.
+    groups_kept: Number of groups that a token's experts may come from. Groups
+      are ranked by the sum of their two highest scores.
   """
 
   bias_rate: float = 0.001
@@ -138,6 +193,7 @@ class Sigmoid(Router):
   groups_kept: int = 1
 
   def __post_init__(self):
+    """Raises ValueError if groups do not fit the experts."""
     size, rest = divmod(self.num_experts, max(self.num_groups, 1))
     if self.num_groups < 1 or rest:
       raise ValueError(
@@ -147,7 +203,7 @@ class Sigmoid(Router):
     if not self.top_k / size <= self.groups_kept <= self.num_groups:
       raise ValueError(
         f'groups_kept={self.groups_kept} must hold top_k={self.top_k} '
-        f'experts, {size} a group, and be at most '
+        f'experts, {size} per group, and be at most '
         f'num_groups={self.num_groups}'
       )
     if self.bias_rate < 0:
@@ -156,67 +212,70 @@ class Sigmoid(Router):
 
   @nn.compact
   def __call__(
-    self, x: Rows, tokens: Tokens, mask: Mask, bias: Bias, train: bool
+    self, x: Activations, inputs: RouterInputs, *, train: bool
   ) -> Routing:
-    del tokens, train
-    logits = self.scores(x)
+    """Routes `x`, selecting by scores plus `inputs.bias`."""
+    del train
+    logits = self.scores(x)  # [tokens, experts]
     scores = jax.nn.sigmoid(logits)
-    expert = self.highest(
-      self._in_kept_groups(scores if bias is None else scores + bias)
-    )
-    weight = chosen(scores, expert)
+    selection = scores if inputs.bias is None else scores + inputs.bias
+    expert = self.highest(self._in_kept_groups(selection))  # [tokens, k]
+    weight = gather_scores(scores, expert)  # [tokens, k]
     weight /= jnp.sum(weight, axis=-1, keepdims=True)
     probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
-    return make_routing(expert, weight, probs, mask, self.balance, logits)
+    return self.make_routing(expert, weight, probs, inputs, logits)
 
   def _in_kept_groups(self, scores):
-    """`scores`, -inf outside of the groups that are kept."""
+    """Returns `scores` with -inf outside of each token's kept groups."""
     if self.groups_kept == self.num_groups:
       return scores
-    groups = scores.reshape(len(scores), self.num_groups, -1)
+    groups = scores.reshape(len(scores), self.num_groups, -1)  # [N, groups, _]
     two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0]
-    _, kept = jax.lax.top_k(two.sum(axis=-1), self.groups_kept)
+    _, kept = jax.lax.top_k(two.sum(axis=-1), self.groups_kept)  # [N, kept]
     is_kept = jnp.any(kept[..., None] == jnp.arange(self.num_groups), axis=1)
     return jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(scores.shape)
 
 
 class NoisyTopK(Router):
-  """TopK of logits with noise, as wide as the router learns; in training alone.
+  """Router of `TopK` with noise on the logits, of learned width, in training.
 
-  Shazeer et al. 2017, eq. 3 to 5: logits + normal * softplus(x @ noise), both
-  matrices zero at first. Causal: a token's noise is its own.
+  The logits are `x @ kernel + normal * softplus(x @ noise)`. Both matrices
+  start at zero. Shazeer et al. 2017, eq. 3 to 5. The router is causal: each
+  token has noise of its own.
   """
 
   @nn.compact
   def __call__(
-    self, x: Rows, tokens: Tokens, mask: Mask, bias: Bias, train: bool
+    self, x: Activations, inputs: RouterInputs, *, train: bool
   ) -> Routing:
-    del tokens, bias
+    """Routes `x`, with noise if `train`."""
     zeros = nn.initializers.zeros_init()
-    logits = self.scores(x, init=zeros)
+    logits = self.scores(x, init=zeros)  # [tokens, experts]
     width = jax.nn.softplus(self.scores(x, 'noise', zeros))
     if train:
       key = self.make_rng('routing')
       logits += width * jax.random.normal(key, logits.shape, logits.dtype)
-    expert = self.highest(logits)
-    weight = jax.nn.softmax(chosen(logits, expert))
-    probs = jax.nn.softmax(logits)
-    return make_routing(expert, weight, probs, mask, self.balance, logits)
+    expert = self.highest(logits)  # [tokens, k]
+    weight = jax.nn.softmax(gather_scores(logits, expert))  # [tokens, k]
+    probs = jax.nn.softmax(logits)  # [tokens, experts]
+    return self.make_routing(expert, weight, probs, inputs, logits)
 
 
 class Hash(Router):
-  """A fixed random table, from a token's number to its experts; no parameter.
+  """Router by a fixed random table from token ids to experts.
 
-  Roller et al. 2021 (random hash), with K experts of weight 1 / K. Balanced
-  over the vocabulary at each rank; not over a text, where tokens have their
-  frequencies. Causal. No loss has a gradient here.
+  The router has no parameters, so no loss has a gradient here. Each of the K
+  experts has weight 1 / K. Loads are balanced over the vocabulary at each rank,
+  but not over a text, whose tokens differ in frequency. Roller et al. 2021
+  (random hash). The router is causal.
 
   Attributes:
-    vocab_size: of the tokenizer.
-    seed: of the table.
+    vocab_size: Size of the tokenizer's vocabulary.
+    seed: Random seed of the table.
   """
 
-  vocab_size: int
+  # Pyright does not know that a field of the base is keyword-only.
+  vocab_size: int  # pyright: ignore
   seed: int = 0
 
   def __post_init__(self):
@@ -226,17 +285,18 @@ class Hash(Router):
 
   @nn.compact
   def __call__(
-    self, x: Rows, tokens: Tokens, mask: Mask, bias: Bias, train: bool
+    self, x: Activations, inputs: RouterInputs, *, train: bool
   ) -> Routing:
-    del bias, train
-    expert = jnp.asarray(self.table())[tokens.reshape(-1)]
+    """Routes `inputs.tokens`; `x` gives the type of the weights alone."""
+    del train
+    expert = jnp.asarray(self.table())[inputs.tokens.reshape(-1)]  # [tokens, k]
     weight = jnp.full(expert.shape, 1 / self.top_k, x.dtype)
-    assigned = expert[..., None] == jnp.arange(self.num_experts)
-    probs = jnp.sum(assigned, axis=1) / self.top_k
-    return make_routing(expert, weight, probs, mask, self.balance)
+    one_hot = expert[..., None] == jnp.arange(self.num_experts)
+    probs = jnp.sum(one_hot, axis=1) / self.top_k  # [tokens, experts]
+    return self.make_routing(expert, weight, probs, inputs)
 
   def table(self) -> Int[np.ndarray, 'vocab k']:
-    """Of each token: K different experts."""
+    """Returns K different experts for each token id."""
     place = np.random.default_rng(self.seed).permutation(self.vocab_size)
     turn, first = np.divmod(place[:, None], self.num_experts)
     # Tokens with the same turn have, at each rank, all experts between them.
@@ -247,15 +307,18 @@ class Hash(Router):
 
 
 class ExpertChoice(Router):
-  """Each expert chooses the same number of tokens, by softmax over experts.
+  """Router whose experts choose an equal number of tokens each.
 
-  Zhou et al. 2022, sec. 3.2, eq. 1 and 2: C = ceil(N * capacity_factor / E) of
-  the batch's N tokens. A token may have any number of experts, or none. Not
-  causal: experts choose among later tokens and other sequences too, so a
-  training or validation loss is better than any text that could be generated.
+  An expert takes the `C = ceil(N * capacity_factor / E)` tokens of the batch
+  with its highest probabilities, which are a softmax over experts. A token may
+  have any number of experts, or none. Zhou et al. 2022, sec. 3.2, eq. 1 and 2.
+
+  The router is not causal: experts choose among later tokens and other
+  sequences too. A training or validation loss is therefore lower than that of
+  any text that could be generated.
 
   Attributes:
-    capacity_factor: experts for a token in the mean; None: top_k.
+    capacity_factor: Mean number of experts of a token; None uses top_k.
   """
 
   capacity_factor: float | None = None
@@ -263,31 +326,32 @@ class ExpertChoice(Router):
   causal: ClassVar[bool] = False
 
   def __post_init__(self):
+    """Raises ValueError if `capacity_factor` is not positive."""
     if self.capacity_factor is not None and self.capacity_factor <= 0:
       raise ValueError(f'capacity_factor={self.capacity_factor} must be > 0')
     super().__post_init__()
 
   @nn.compact
   def __call__(
-    self, x: Rows, tokens: Tokens, mask: Mask, bias: Bias, train: bool
+    self, x: Activations, inputs: RouterInputs, *, train: bool
   ) -> Routing:
-    del tokens, bias, train
-    logits = self.scores(x)
+    """Routes `x`; `train` has no effect."""
+    del train
+    logits = self.scores(x)  # [tokens, experts]
     probs = jax.nn.softmax(logits)
     share = (self.capacity_factor or self.top_k) / self.num_experts
-    # Rows for a batch without padding; fewer tokens leave the last ones empty.
+    # Shapes are static: padding leaves the last rows of each expert empty.
     num_rows = math.ceil(min(len(probs) * share, len(probs)))
-    of_experts = jnp.where(mask.reshape(-1), probs.T, -1)
-    weight, token = jax.lax.top_k(of_experts, num_rows)
-    is_used = jnp.arange(num_rows) < jnp.ceil(jnp.sum(mask) * share)
-    every = jnp.arange(self.num_experts)[:, None]
-    expert = jnp.where(is_used, every, self.num_experts)
-    return make_routing(
+    candidates = jnp.where(inputs.mask.reshape(-1), probs.T, -1)
+    weight, token = jax.lax.top_k(candidates, num_rows)  # [experts, rows]
+    is_used = jnp.arange(num_rows) < jnp.ceil(jnp.sum(inputs.mask) * share)
+    row_expert = jnp.arange(self.num_experts)[:, None]
+    expert = jnp.where(is_used, row_expert, self.num_experts)
+    return self.make_routing(
       expert.reshape(-1, 1),
       weight.reshape(-1, 1),
       probs,
-      mask,
-      self.balance,
+      inputs,
       logits,
       token.reshape(-1),
     )
@@ -297,3 +361,18 @@ ROUTERS = {
   router.__name__: router
   for router in (TopK, Softmax, Sigmoid, NoisyTopK, Hash, ExpertChoice)
 }
+
+
+def interface_problem(router: object) -> str:
+  """Returns why `router` cannot be called as a router, or '' if it can."""
+  if not isinstance(router, nn.Module):
+    return f'made a {type(router).__name__}; it must be a Linen module'
+  try:
+    inspect.signature(router).bind(None, None, train=True)
+  except TypeError:
+    return (
+      f'{type(router).__name__}.__call__ must take (self, x, inputs, *, '
+      'train), where inputs is a nanomoe.moe.RouterInputs with tokens, mask '
+      'and bias'
+    )
+  return ''

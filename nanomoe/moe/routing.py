@@ -1,4 +1,4 @@
-"""What a router says: which experts a token goes to, with what weight."""
+"""Inputs and outputs of a router: the experts and weights of each token."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -6,17 +6,19 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nanomoe.moe.losses import BALANCE, count, entropy, z_loss
+from nanomoe.moe.losses import BALANCE, count_choices, entropy, z_loss
 from trainers.metrics import Mean
 
 
 class RouterInputs(NamedTuple):
-  """What a router may use of tokens, beside their activations.
+  """Everything that a router may use beside the activations.
 
   Attributes:
-    tokens: their numbers in the vocabulary.
-    mask: False for padding, which counts in no load and no loss.
-    bias: what is added to a layer's scores when experts are selected, or None.
+    tokens: Token ids, `int32[batch, time]`.
+    mask: False for padding, `bool[batch, time]`. Padding counts in no load and
+      in no loss.
+    bias: Selection bias of the layer's experts, `float32[experts]`, or None if
+      the router has no `bias_rate`.
   """
 
   tokens: Int[Array, 'batch time']
@@ -25,19 +27,19 @@ class RouterInputs(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """Where N = batch * time tokens go: rows, of K experts each.
+  """Expert assignment of N = batch * time tokens, as rows of K experts each.
 
   Attributes:
-    expert: the experts of a row, first choice first; E (one past the last)
-      where nothing is: padding is computed nowhere.
-    weight: of each expert's output.
-    probs: of all experts, whatever was selected.
-    load: assignments per expert.
-    losses: unweighted, by name.
-    metrics: further ones, by name: sums and counts over the tokens.
-    token: which a row is of; None: row i is of token i. With it, experts can
-      choose: an expert's C tokens are C rows with K = 1, so that the work is
-      that of the rows, whatever the dispatch.
+    expert: Experts of each row, first choice first. The value E, one past the
+      last expert, marks an empty choice: padding is assigned to no expert.
+    weight: Weight of each chosen expert's output.
+    probs: Probabilities of all experts, whichever were selected.
+    load: Number of assignments of each expert.
+    losses: Unweighted losses by name.
+    metrics: Further metrics by name, as sums and counts over the tokens.
+    token: Token of each row; None if row i belongs to token i. Experts that
+      choose tokens use it: C tokens of an expert are C rows with K = 1, so the
+      work is proportional to the rows for every dispatch.
   """
 
   expert: Int[Array, 'rows k']
@@ -49,12 +51,15 @@ class Routing(NamedTuple):
   token: Int[Array, ' rows'] | None = None
 
 
-def chosen(
-  of_experts: Float[Array, 'tokens experts'], expert: Int[Array, 'tokens k']
+def gather_scores(
+  scores: Float[Array, 'tokens experts'], expert: Int[Array, 'tokens k']
 ) -> Float[Array, 'tokens k']:
-  """of_experts[t, expert[t, k]], by a mask: indexing's gradient scatters."""
-  mask = expert[..., None] == jnp.arange(of_experts.shape[-1])
-  return jnp.sum(jnp.where(mask, of_experts[:, None], 0), axis=-1)
+  """Returns `scores[t, expert[t, k]]` for every token t and choice k.
+
+  A mask selects the scores, because the gradient of indexing is a scatter.
+  """
+  mask = expert[..., None] == jnp.arange(scores.shape[-1])  # [tokens, k, E]
+  return jnp.sum(jnp.where(mask, scores[:, None], 0), axis=-1)
 
 
 def make_routing(
@@ -66,35 +71,42 @@ def make_routing(
   logits: Float[Array, 'tokens experts'] | None = None,
   token: Int[Array, ' rows'] | None = None,
 ) -> Routing:
-  """Routing to `expert`; padding, where `mask` is False, goes nowhere.
+  """Builds a `Routing` with its loads, losses and metrics.
 
-  Its metrics: `router_entropy`, in nats, and `first_gate`, the mean weight of
-  first choices; where experts choose, of all that were.
+  Padding, where `mask` is False, is assigned to no expert. The metrics are
+  `router_entropy`, in nats, and `first_gate`, the mean weight of first choices.
+  If experts choose tokens, `first_gate` is the mean weight of all choices.
 
   Args:
-    expert, weight, probs, token: as of `Routing`.
+    expert: Experts of each row, as in `Routing`.
+    weight: Weights of these experts, as in `Routing`.
+    probs: Probabilities of all experts, as in `Routing`.
     mask: False for padding.
-    balance: a name in BALANCE.
-    logits: for the z-loss, which is 0 without them.
+    balance: Definition of the balance loss, a key of `losses.BALANCE`.
+    logits: Logits for the z-loss, which is 0 without them.
+    token: Token of each row, as in `Routing`.
+
+  Returns:
+    The routing of the layer.
   """
   num_experts = probs.shape[-1]
-  flat = mask.reshape(-1)
-  rows = flat if token is None else flat[token]
-  expert = jnp.where(rows[:, None], expert, num_experts)
+  is_token = mask.reshape(-1)  # [tokens]
+  is_used = is_token if token is None else is_token[token]  # [rows]
+  expert = jnp.where(is_used[:, None], expert, num_experts)
   has_expert = (expert[:, 0] < num_experts).astype(weight.dtype)
-  first = Mean(jnp.sum(weight[:, 0] * has_expert), jnp.sum(has_expert))
-  nats = entropy(probs, flat)
+  first_gate = Mean(jnp.sum(weight[:, 0] * has_expert), jnp.sum(has_expert))
+  nats = entropy(probs, is_token)
   zero = jnp.zeros((), probs.dtype)
   return Routing(
     expert=expert,
     weight=weight,
     probs=probs,
-    load=jnp.sum(count(expert, num_experts), axis=0),
+    load=jnp.sum(count_choices(expert, num_experts), axis=0),
     losses={
       'balance': BALANCE[balance].layer(expert, probs, mask, token),
-      'z_loss': zero if logits is None else z_loss(logits, flat),
+      'z_loss': zero if logits is None else z_loss(logits, is_token),
       'router_entropy': nats.total / jnp.maximum(nats.count, 1),
     },
-    metrics={'router_entropy': nats, 'first_gate': first},
+    metrics={'router_entropy': nats, 'first_gate': first_gate},
     token=token,
   )

@@ -90,7 +90,7 @@ trainer = make_trainer(
   callbacks=[
     callbacks.Progress(24),
     callbacks.Evaluation(50, 'mse'),
-    callbacks.StopOnNonFinite(3),
+    callbacks.RefusedUpdates(3),
     callbacks.Checkpoints(50),
     Measure(),
     callbacks.Result({}, 24, 'mse', {}),

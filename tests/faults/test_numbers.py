@@ -22,7 +22,7 @@ def make(workdir, poison, *extra, patience=3, every=4, **changes):
   max_rollbacks = changes.pop('max_rollbacks', 0)
   listed = [
     callbacks.Evaluation(every, 'mse'),
-    callbacks.StopOnNonFinite(patience, max_rollbacks),
+    callbacks.RefusedUpdates(patience, max_rollbacks),
     *extra,
     callbacks.Checkpoints(every),
     callbacks.Result({}, 24, 'mse', {}),

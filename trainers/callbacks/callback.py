@@ -1,6 +1,6 @@
 """The hooks of a run."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from trainers.loop import Loop
 
@@ -9,7 +9,13 @@ class Callback:
   """Hooks that the trainer calls. All are optional.
 
   Callbacks are called in the order in which they are listed.
+
+  Attributes:
+    state_name: Name of this very class in checkpoints; '' uses the class name.
+      A class that is renamed sets its old name. Subclasses do not inherit it.
   """
+
+  state_name: ClassVar[str] = ''
 
   def on_fit_start(self, loop: Loop) -> None:
     """Runs when parameters exist or are restored, before the first step."""

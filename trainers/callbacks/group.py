@@ -28,10 +28,11 @@ class Callbacks(list[Callback]):
 
   @property
   def names(self) -> list[str]:
-    """The class names, numbered where one occurs again."""
+    """The names in checkpoints, numbered where one occurs again."""
     names: list[str] = []
     for callback in self:
-      name = type(callback).__name__
+      kind = type(callback)
+      name = vars(kind).get('state_name') or kind.__name__
       number = 1 + sum(n.partition(':')[0] == name for n in names)
       names.append(f'{name}:{number}' if number > 1 else name)
     return names

@@ -1,1 +1,1 @@
-"""Ways in which tokens reach their experts."""
+"""Dispatches: ways to send tokens to their experts."""

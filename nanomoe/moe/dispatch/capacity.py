@@ -1,11 +1,11 @@
-"""Dispatch to experts that have room for so many rows, and no more."""
+"""The capacity dispatch: experts with a fixed number of rows."""
 
 import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanomoe.moe.dispatch.dropless import report
+from nanomoe.moe.dispatch.interface import dispatch_metrics
 from nanomoe.moe.experts import Experts
 from nanomoe.moe.routing import Routing
 from nanomoe.ops import permute
@@ -20,47 +20,71 @@ def capacity(
   *,
   capacity_factor: float,
 ) -> tuple[Float[Array, 'tokens d_model'], dict[str, Mean]]:
-  """The chosen experts, as long as they have room: the rest is dropped.
+  """Computes the chosen experts up to their capacity and drops the overflow.
 
-  An expert has `room` rows. First choices of all tokens come before second
-  ones, and so on, and of equal rank those of earlier tokens. What is dropped
-  contributes nothing, and the token's other weights stay as they are. Lepikhin
-  et al. 2020 (GShard), alg. 1; Fedus et al. 2021 (Switch), eq. 3.
+  First choices of all tokens take precedence over second choices, and so on;
+  among equal ranks, earlier tokens take precedence. A dropped assignment
+  contributes nothing, and the token's other weights are unchanged. Lepikhin et
+  al. 2020 (GShard), alg. 1; Fedus et al. 2021 (Switch), eq. 3.
 
-  Not causal: where assignments are dropped, a later token's first choice
-  displaces an earlier token's second, in its own sequence and in others of the
-  batch. So what a token gets depends on the whole batch, in evaluation too.
+  The dispatch is not causal. A later token's first choice displaces an earlier
+  token's second choice, in its own sequence and in others. An output therefore
+  depends on the whole batch, in evaluation too.
+
+  Args:
+    x: Activations of the tokens.
+    routing: Experts and weights of each token.
+    experts: Experts of the layer.
+    precision: Precision of the experts' products.
+    capacity_factor: Rows of an expert over the balanced load.
+
+  Returns:
+    The combined output of each token, and metrics by name.
   """
   num_experts = experts.w_in.shape[0]
-  size = room(routing.expert.size, num_experts, capacity_factor)
-  slot = make_slots(routing.expert, num_experts, size)
-  num_slots = num_experts * size
+  num_rows = expert_capacity(routing.expert.size, num_experts, capacity_factor)
+  slot = make_slots(routing.expert, num_experts, num_rows)  # [tokens, k]
+  num_slots = num_experts * num_rows
 
-  def run(rows):
-    y = experts(rows.reshape(num_experts, size, -1), precision)
+  def run_experts(rows):
+    y = experts(rows.reshape(num_experts, num_rows, -1), precision)
     return y.reshape(rows.shape)
 
-  filled = permute.invert_slots(slot, num_slots)
-  y = permute.apply_permuted(run, x, routing.weight, slot, filled)
-  return y, report(routing, num_kept=jnp.sum(slot < num_slots))
+  assignment_of_slot = permute.invert_slots(slot, num_slots)
+  y = permute.apply_permuted(
+    run_experts, x, routing.weight, slot, assignment_of_slot
+  )
+  return y, dispatch_metrics(routing, num_kept=jnp.sum(slot < num_slots))
 
 
-def room(num_assignments: int, num_experts: int, capacity_factor: float) -> int:
-  """Rows of an expert: capacity_factor times an even load, rounded up.
+def expert_capacity(
+  num_assignments: int, num_experts: int, capacity_factor: float
+) -> int:
+  """Returns the rows of an expert: capacity_factor times the balanced load.
 
-  Never more than all assignments, whatever the factor.
+  The result is rounded up, and at most the number of all assignments.
   """
   rows = math.ceil(capacity_factor * num_assignments / num_experts)
   return min(rows, num_assignments)
 
 
 def make_slots(
-  expert: Int[Array, 'tokens k'], num_experts: int, size: int
+  expert: Int[Array, 'tokens k'], num_experts: int, num_rows: int
 ) -> Int[Array, 'tokens k']:
-  """Row `expert * size + rank`; one past the last if there is no room."""
-  by_choice = expert.T.reshape(-1)
-  chosen, running = permute.one_hot_cumsum(by_choice, num_experts)
-  rank = jnp.sum(chosen * running, axis=1) - 1
-  has_room = (by_choice < num_experts) & (rank < size)
-  slot = jnp.where(has_room, by_choice * size + rank, num_experts * size)
+  """Returns the slot of each assignment, `expert * num_rows + rank`.
+
+  An assignment without room, and padding, get `num_experts * num_rows`.
+
+  Args:
+    expert: Experts of each token; `num_experts` for padding.
+    num_experts: Number of experts.
+    num_rows: Rows of an expert.
+  """
+  by_choice = expert.T.reshape(-1)  # [k * tokens]: all first choices first.
+  one_hot, cumsum = permute.one_hot_cumsum(by_choice, num_experts)
+  rank = jnp.sum(one_hot * cumsum, axis=1) - 1
+  has_room = (by_choice < num_experts) & (rank < num_rows)
+  slot = jnp.where(
+    has_room, by_choice * num_rows + rank, num_experts * num_rows
+  )
   return slot.reshape(expert.T.shape).T

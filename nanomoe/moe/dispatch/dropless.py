@@ -1,9 +1,4 @@
-"""Tokens -> their experts -> tokens: pure, local functions.
-
-Each takes (x, routing, experts, precision) and returns the weighted sum, for
-each token, of the outputs of its experts, and metrics. `dense` is the
-definition; `dispatchers.DISPATCH` has all of them by name.
-"""
+"""The dropless dispatch: chosen experts alone, whatever the loads."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,26 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nanomoe.moe.dispatch import pieces
+from nanomoe.moe.dispatch.interface import dispatch_metrics
 from nanomoe.moe.experts import Experts
 from nanomoe.moe.routing import Routing
 from nanomoe.ops import permute
 from trainers.metrics import Mean
-
-
-def dense(
-  x: Float[Array, 'tokens d_model'],
-  routing: Routing,
-  experts: Experts,
-  precision: str,
-) -> tuple[Float[Array, 'tokens d_model'], dict[str, Mean]]:
-  """Every expert for every token, masked: E / K times the work."""
-  num_experts = experts.w_in.shape[0]
-  chosen = routing.expert[..., None] == jnp.arange(num_experts)
-  weight = jnp.sum(chosen * routing.weight[..., None], axis=1)  # [N, E]
-  copies = jnp.broadcast_to(x, (num_experts, *x.shape))
-  y = jnp.sum(weight.T[..., None] * experts(copies, precision), axis=0)
-  return y, report(routing)
 
 
 def dropless(
@@ -40,77 +20,89 @@ def dropless(
   experts: Experts,
   precision: str,
 ) -> tuple[Float[Array, 'tokens d_model'], dict[str, Mean]]:
-  """Only the chosen experts; no token is dropped, whatever the loads.
+  """Computes the chosen experts alone and drops no token.
 
-  Each expert first computes as many rows as an even load has, all in one
-  product, with padding where fewer came. What is over follows in blocks, by a
-  loop that is as long as there are any: shapes are static, the work is not.
-  Rows are at most twice those of even loads, a block for each expert, and what
-  fills the last trip. The blocks are those of Gale et al. 2022 (MegaBlocks),
-  sec. 4.
+  Each expert first computes as many rows as a balanced load has, in one
+  batched product, padded where an expert has fewer. Overflow rows follow in
+  blocks of one expert, by a loop whose length depends on the loads. Shapes are
+  static; the work is not. At worst the rows are twice those of balanced loads,
+  plus a block per expert and the padding of the last iteration. The blocks are
+  those of Gale et al. 2022 (MegaBlocks), sec. 4.
+
+  Arguments and results are those of `DispatchFn`.
   """
   num_experts = experts.w_in.shape[0]
   plan = make_plan(routing.expert, num_experts)
   y: Any = jnp.zeros_like(x)
   if plan.capacity:
 
-    def run(rows):
+    def run_experts(rows):
       by_expert = rows.reshape(num_experts, plan.capacity, -1)
-      return _run_all(by_expert, experts, precision).reshape(rows.shape)
+      return _run_in_chunks(by_expert, experts, precision).reshape(rows.shape)
 
     y = permute.apply_permuted(
-      run, x, routing.weight, plan.slot, plan.assignment_of_slot
+      run_experts, x, routing.weight, plan.slot, plan.assignment_of_slot
     )
   y = _add_overflow(y, x, routing.weight, experts, plan.overflow, precision)
-  return y, report(routing)
+  return y, dispatch_metrics(routing)
 
 
-def report(
-  routing: Routing, num_kept: Int[Array, ''] | None = None
-) -> dict[str, Mean]:
-  """Metrics of a dispatch that computed so many assignments; None: all.
+# Size of a chunk's intermediate results: about two cores' second-level caches.
+CACHE_BYTES = 4 << 20
 
-  dropped_fraction: of the assignments, without padding's.
+
+def chunk_size(expert_bytes: int, num_experts: int) -> int:
+  """Returns how many experts to compute at a time, a divisor of `num_experts`.
+
+  On CPUs the intermediate results of a chunk fit the cache: writing them to
+  memory and reading them costs more than many a product. Other devices compute
+  all experts at a time.
+
+  Args:
+    expert_bytes: Size of an expert's intermediate results, in bytes.
+    num_experts: Number of experts.
   """
-  load = jnp.sum(routing.load, dtype=jnp.float32)
-  dropped = jnp.zeros_like(load) if num_kept is None else load - num_kept
-  return {'dropped_fraction': Mean(dropped, load)}
+  if jax.default_backend() != 'cpu':
+    return num_experts
+  largest = min(max(CACHE_BYTES // expert_bytes, 1), num_experts)
+  return next(n for n in range(largest, 0, -1) if num_experts % n == 0)
 
 
-def _run_all(
+def _run_in_chunks(
   x: Float[Array, 'experts rows d_model'], experts: Experts, precision: str
 ) -> Float[Array, 'experts rows d_model']:
-  """Each expert's rows through it.
+  """Returns each expert's output for its own rows.
 
-  Of bfloat16 products as many experts at a time as the cache holds, if it does
-  not hold all, and the gradient computes the hidden layer again: on CPUs that
-  costs less than to write it to memory and to read it. Float32 products cost
-  several times as much: what they gave is kept.
+  bfloat16 products run in chunks of experts if the cache does not hold all of
+  them, and the gradient computes the hidden layer again. On CPUs recomputing
+  costs less than writing the hidden layer to memory and reading it. float32
+  products cost several times as much, so their results are kept.
   """
-  _, size, _ = x.shape
+  _, num_rows, _ = x.shape
   num_experts, d_ff, _ = experts.w_out.shape
-  count = pieces.at_once(4 * size * d_ff, num_experts)
+  count = chunk_size(4 * num_rows * d_ff, num_experts)  # 4 bytes a number.
   if precision == 'float32' or count == num_experts:
     return experts(x, precision)
 
   @jax.checkpoint
-  def some(experts_and_rows):
-    own, rows = experts_and_rows
-    return own(rows, precision)
+  def run_chunk(experts_and_rows):
+    chunk, rows = experts_and_rows
+    return chunk(rows, precision)
 
-  split = jax.tree.map(
+  chunks = jax.tree.map(
     lambda a: a.reshape(-1, count, *a.shape[1:]), (experts, x)
   )
-  return jax.lax.map(some, split).reshape(x.shape)
+  return jax.lax.map(run_chunk, chunks).reshape(x.shape)
 
 
 class Overflow(NamedTuple):
-  """Blocks of assignments, each of one expert, some of them in a trip.
+  """Blocks of overflow rows, several blocks per iteration of the loop.
 
   Attributes:
-    num_trips: of the loop over them; what follows is padding.
-    assignment: token * K + rank of the choice; N * K if nothing.
-    expert: whose a block is.
+    num_trips: Number of iterations; later blocks are padding.
+    assignment: Assignment of each row, token * K + rank of the choice. The
+      value N * K marks an empty row.
+    expert: Expert of each block.
   """
 
   num_trips: Int[Array, '']
@@ -127,19 +119,22 @@ def _add_overflow(
   overflow: Overflow,
   precision: str,
 ) -> Float[Array, 'tokens d_model']:
-  """y, and what the experts add to it for what is over their capacity.
+  """Adds the experts' weighted outputs for the overflow rows to `y`.
 
-  With a gradient of its own: JAX has none of a loop whose length is not static.
+  The gradient is written by hand: JAX cannot differentiate a loop of dynamic
+  length in reverse.
   """
 
-  def add(i, y):
+  def add_blocks(i, y):
     assignment, expert = overflow.assignment[i], overflow.expert[i]
-    token = assignment // weight.shape[1]
-    of_token = experts.take(expert)(permute.gather_or_zero(x, token), precision)
+    token = assignment // weight.shape[1]  # [blocks, rows]
+    block_experts = experts.take(expert)
+    rows = permute.gather_or_zero(x, token)  # [blocks, rows, d_model]
+    outputs = block_experts(rows, precision)
     gate = permute.gather_or_zero(weight.reshape(-1), assignment)
-    return y.at[token].add(gate[..., None] * of_token, mode='drop')
+    return y.at[token].add(gate[..., None] * outputs, mode='drop')
 
-  return jax.lax.fori_loop(0, overflow.num_trips, add, y)
+  return jax.lax.fori_loop(0, overflow.num_trips, add_blocks, y)
 
 
 def _add_overflow_forward(y, x, weight, experts, overflow, precision):
@@ -147,48 +142,54 @@ def _add_overflow_forward(y, x, weight, experts, overflow, precision):
   return y, (x, weight, experts, overflow)
 
 
-def _add_overflow_backward(precision, residuals, of_y):
+def _add_overflow_backward(precision, residuals, y_grad):
   x, weight, experts, overflow = residuals
 
-  def add(i, total):
-    of_x, of_weight, of_experts = total
+  def add_blocks(i, grads):
+    x_grad, weight_grad, experts_grad = grads
     assignment, expert = overflow.assignment[i], overflow.expert[i]
-    token = assignment // weight.shape[1]
-    y, gradients = jax.vjp(
-      lambda own, rows: own(rows, precision),
+    token = assignment // weight.shape[1]  # [blocks, rows]
+    outputs, vjp = jax.vjp(
+      lambda block_experts, rows: block_experts(rows, precision),
       experts.take(expert),
       permute.gather_or_zero(x, token),
     )
-    g = permute.gather_or_zero(of_y, token)
+    row_grad = permute.gather_or_zero(y_grad, token)
     gate = permute.gather_or_zero(weight.reshape(-1), assignment)
-    of_own, of_rows = gradients(gate[..., None] * g)
+    block_grad, rows_grad = vjp(gate[..., None] * row_grad)
     return (
-      of_x.at[token].add(of_rows, mode='drop'),
-      of_weight.at[assignment].add(jnp.sum(g * y, axis=-1), mode='drop'),
-      jax.tree.map(lambda t, m: t.at[expert].add(m), of_experts, of_own),
+      x_grad.at[token].add(rows_grad, mode='drop'),
+      weight_grad.at[assignment].add(
+        jnp.sum(row_grad * outputs, axis=-1), mode='drop'
+      ),
+      jax.tree.map(
+        lambda total, part: total.at[expert].add(part), experts_grad, block_grad
+      ),
     )
 
   zeros = jax.tree.map(jnp.zeros_like, (x, weight.reshape(-1), experts))
-  of_x, of_weight, of_experts = jax.lax.fori_loop(
-    0, overflow.num_trips, add, zeros
+  x_grad, weight_grad, experts_grad = jax.lax.fori_loop(
+    0, overflow.num_trips, add_blocks, zeros
   )
-  return of_y, of_x, of_weight.reshape(weight.shape), of_experts, None
+  return y_grad, x_grad, weight_grad.reshape(weight.shape), experts_grad, None
 
 
 _add_overflow.defvjp(_add_overflow_forward, _add_overflow_backward)
 
-# With fewer, products are slow.
+# Products with fewer rows are slow.
 _ROWS_PER_TRIP = 128
 
 
 class Plan(NamedTuple):
-  """Where `dropless` puts N * K assignments.
+  """Rows of the N * K assignments in `dropless`.
 
   Attributes:
-    capacity: slots of each expert, in order: as many as an even load has.
-    slot: of an assignment; past the last if it has none.
-    assignment_of_slot: token * K + rank of the choice; N * K if nothing.
-    overflow: those that came when their expert had no slot left.
+    capacity: Number of slots of each expert, the balanced load. Slots are
+      ordered by expert.
+    slot: Slot of each assignment, past the last slot if it has none.
+    assignment_of_slot: Assignment of each slot, token * K + rank of the choice.
+      The value N * K marks an empty slot.
+    overflow: Assignments without a slot.
   """
 
   capacity: int
@@ -197,54 +198,71 @@ class Plan(NamedTuple):
   overflow: Overflow
 
 
-def sizes(num_assignments: int, num_experts: int) -> tuple[int, int]:
-  """Slots of each expert, and rows of a block of the overflow, a power of 2.
+def plan_sizes(num_assignments: int, num_experts: int) -> tuple[int, int]:
+  """Returns the slots of each expert and the rows of an overflow block.
 
-  All overflow, a row each, where assignments are so few that no two need share
-  an expert: what is read of the experts then counts.
+  The rows of a block are a power of 2. If no two assignments need share an
+  expert, all of them overflow, one row per block, because reading the experts'
+  weights then costs the most.
   """
   if num_assignments <= num_experts:
     return 0, 1
   capacity = -(-num_assignments // num_experts)
-  size = min(max(capacity // 4, 8), _ROWS_PER_TRIP, capacity)
-  return capacity, 1 << (size.bit_length() - 1)
+  num_rows = min(max(capacity // 4, 8), _ROWS_PER_TRIP, capacity)
+  return capacity, 1 << (num_rows.bit_length() - 1)
 
 
 def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
-  """Sorts by counting: an assignment's rank is how many came before it."""
+  """Assigns a slot, or a row of the overflow, to each assignment.
+
+  Counting replaces sorting: an assignment's rank is the number of earlier
+  assignments of the same expert.
+
+  Args:
+    expert: Experts of each token; `num_experts` for padding.
+    num_experts: Number of experts.
+  """
   num_assignments = expert.size
-  capacity, size = sizes(num_assignments, num_experts)
-  # Most, where all have one expert: sum_e ceil((n_e - capacity) / size), for
-  # n_e > capacity, is at most this for all n with sum n_e = N * K, as
-  # capacity >= size or size = 1.
-  num_blocks = max((num_assignments - capacity + size - 1) // size, 1)
-  per_trip = min(-(-_ROWS_PER_TRIP // size), num_blocks)
+  capacity, block_rows = plan_sizes(num_assignments, num_experts)
+  # Upper bound, reached if all assignments have one expert: the blocks are
+  # sum_e ceil((n_e - capacity) / block_rows) over experts with n_e > capacity.
+  # It holds for all n with sum n_e = N * K, as capacity >= block_rows or
+  # block_rows = 1.
+  num_blocks = max(
+    (num_assignments - capacity + block_rows - 1) // block_rows, 1
+  )
+  per_trip = min(-(-_ROWS_PER_TRIP // block_rows), num_blocks)
   num_blocks += -num_blocks % per_trip
   num_slots = num_experts * capacity
-  num_rows = num_slots + num_blocks * size
+  num_rows = num_slots + num_blocks * block_rows
 
-  flat = expert.reshape(-1)
-  chosen, running = permute.one_hot_cumsum(flat, num_experts)
-  blocks = -(-jnp.maximum(running[-1] - capacity, 0) // size)  # Of each expert.
-  end = jnp.cumsum(blocks)
-  first = num_slots + (end - blocks) * size
-  rank = running - 1
+  flat = expert.reshape(-1)  # [assignments]
+  one_hot, cumsum = permute.one_hot_cumsum(flat, num_experts)
+  load = cumsum[-1]  # [experts]
+  blocks = -(-jnp.maximum(load - capacity, 0) // block_rows)  # [experts]
+  last_block = jnp.cumsum(blocks)
+  first_row = num_slots + (last_block - blocks) * block_rows
+  rank = cumsum - 1  # [assignments, experts]
   row = jnp.where(
     rank < capacity,
     capacity * jnp.arange(num_experts) + rank,
-    first + rank - capacity,
+    first_row + rank - capacity,
   )
-  row = jnp.sum(chosen * row, axis=1)
+  row = jnp.sum(one_hot * row, axis=1)  # [assignments]
   row = jnp.where(flat < num_experts, row, num_rows).reshape(expert.shape)
-  filled = permute.invert_slots(row, num_rows)
-  expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= end[:-1], axis=1)
+  assignment_of_row = permute.invert_slots(row, num_rows)
+  expert_of_block = jnp.sum(
+    jnp.arange(num_blocks)[:, None] >= last_block[:-1], axis=1
+  )
   return Plan(
     capacity=capacity,
     slot=row,
-    assignment_of_slot=filled[:num_slots],
+    assignment_of_slot=assignment_of_row[:num_slots],
     overflow=Overflow(
-      num_trips=-(-end[-1] // per_trip),
-      assignment=filled[num_slots:].reshape(-1, per_trip, size),
+      num_trips=-(-last_block[-1] // per_trip),
+      assignment=assignment_of_row[num_slots:].reshape(
+        -1, per_trip, block_rows
+      ),
       expert=expert_of_block.reshape(-1, per_trip),
     ),
   )

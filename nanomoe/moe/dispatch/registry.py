@@ -1,4 +1,4 @@
-"""Every way for tokens to reach their experts, by name."""
+"""Table of all dispatches, by name."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -6,25 +6,25 @@ from typing import Any, NamedTuple
 
 import jax
 
+from nanomoe.config import schema
 from nanomoe.moe.dispatch.capacity import capacity
-from nanomoe.moe.dispatch.dropless import dense, dropless
+from nanomoe.moe.dispatch.dense import dense
+from nanomoe.moe.dispatch.dropless import dropless
 from nanomoe.moe.dispatch.grouped import grouped
-from trainers.metrics import Mean
-
-DispatchFn = Callable[..., tuple[jax.Array, dict[str, Mean]]]
+from nanomoe.moe.dispatch.interface import DispatchFn
 
 
 class Dispatch(NamedTuple):
-  """One of them.
+  """Entry of the table.
 
   Attributes:
-    combine: (x, routing, experts, precision, **keys) -> (y, metrics).
-    causal: what a token gets depends on its own routing alone, so never on
-      later tokens or other sequences, if the router does not.
-    keys: of the config's section `moe` that `combine` takes.
+    fn: A `DispatchFn`, once the arguments named in `keys` are given to it.
+    causal: Whether a token's output depends on that token's routing alone. The
+      model is then causal if its router is.
+    keys: Keys of the config section `moe` that are arguments of `fn`.
   """
 
-  fn: DispatchFn
+  fn: Callable[..., Any]
   causal: bool = True
   keys: tuple[str, ...] = ()
 
@@ -38,17 +38,34 @@ DISPATCH = {
 
 
 def build(name: str, moe: Mapping[str, Any]) -> DispatchFn:
-  """(x, routing, experts, precision) -> (y, metrics), as `moe` says.
+  """Returns the dispatch `name` with its arguments from the config.
 
-  Jitted by itself: traced and lowered for one layer, not for each.
+  The function is jitted by itself, so that it is traced and lowered once for
+  all layers.
+
+  Args:
+    name: Key of `DISPATCH`.
+    moe: Config section `moe`.
   """
-  combine, _, keys = DISPATCH[name]
-  own = functools.partial(combine, **{key: moe[key] for key in keys})
-  return jax.jit(own, static_argnums=3)
+  fn, _, keys = DISPATCH[name]
+  with_arguments = functools.partial(fn, **{key: moe[key] for key in keys})
+  return jax.jit(with_arguments, static_argnums=3)
 
 
-def resolve_dispatch(dispatch: str) -> str:
-  """'auto' -> what suits the backend and drops no token; others as they are."""
-  if dispatch != 'auto':
-    return dispatch
+def eval_dispatch(moe: schema.MoE) -> str:
+  """Returns the name of the dispatch of evaluation and generation.
+
+  Args:
+    moe: Config section `moe`.
+  """
+  return moe.eval_dispatch or moe.dispatch
+
+
+def resolve_dispatch(name: str) -> str:
+  """Returns the dispatch that 'auto' stands for; other names are unchanged.
+
+  'auto' stands for the fastest dispatch of the backend that drops no token.
+  """
+  if name != 'auto':
+    return name
   return 'dropless' if jax.default_backend() == 'cpu' else 'grouped'
