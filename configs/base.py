@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
   config.moe.every = 1  # 2: every other layer has experts.
   config.moe.dense_d_ff = 1024  # Of layers without experts.
   config.moe.dispatch = 'auto'
+  config.moe.eval_dispatch = ''  # Of evaluation; '': as in training.
   config.moe.capacity_factor = 1.25  # Of an even load: dispatch capacity.
   config.moe.router = ConfigDict({'type': 'TopK'})
   config.moe.balance = 'switch_sum'

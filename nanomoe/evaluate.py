@@ -80,6 +80,7 @@ def evaluate(
   from nanomoe import experiment  # noqa: PLC0415
   from nanomoe.data import pipeline as text_lib  # noqa: PLC0415
   from nanomoe.data.windows import Windows  # noqa: PLC0415
+  from nanomoe.moe.dispatch import registry  # noqa: PLC0415
   from trainers.checkpoint import compatibility  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
   from trainers.metrics import is_for_files  # noqa: PLC0415
@@ -123,6 +124,7 @@ def evaluate(
     'workdir': str(workdir),
     'step': run.step,
     'weights': config.eval_weights,
+    'dispatch': registry.eval_dispatch(config),
     **of,
     **{k: v for k, v in metrics.items() if is_for_files(v)},
     'num_tokens': num_tokens,

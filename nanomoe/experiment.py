@@ -91,6 +91,8 @@ def build(
     'corpus_sha256': corpus.fingerprint,
     'num_characters': len(corpus.text),
     'vocab_size': tokenizer.vocab_size,
+    'dispatch': config.moe.dispatch,
+    'eval_dispatch': registry.eval_dispatch(config),
     **provenance.count_params(params, config),
     **provenance.facts(),
   }
@@ -151,11 +153,12 @@ def build(
     corpus.fingerprint[:16],
   )
   log.info(
-    'model: %s parameters, %s of them active for a token; %s dispatch, '
-    '%s products, on %s',
+    'model: %s parameters, %s of them active for a token; dispatch %s, in '
+    'evaluation %s; %s products, on %s',
     f'{facts["num_params"]:,}',
     f'{facts["num_active_params"]:,}',
-    config.moe.dispatch,
+    facts['dispatch'],
+    facts['eval_dispatch'],
     config.precision,
     ', '.join(facts['devices']),
   )
@@ -205,7 +208,8 @@ def resolve_auto(config: Config) -> Config:
   """A copy without 'auto': what a resumed run must find decided."""
   config = config.copy_and_resolve_references()
   config.precision = matmul.resolve_precision(config.precision)
-  config.moe.dispatch = registry.resolve_dispatch(config.moe.dispatch)
+  for key in ('dispatch', 'eval_dispatch'):
+    config.moe[key] = registry.resolve_dispatch(config.moe[key])
   return config
 
 

@@ -1,4 +1,4 @@
-"""Every router, as it is tested: what its config says beside the type."""
+"""Every router, with the arguments that tests give it."""
 
 import functools
 
@@ -9,7 +9,7 @@ from nanomoe.moe.dispatch import registry
 from nanomoe.moe.layer import MoE
 from nanomoe.moe.routers import ROUTERS
 
-# What runs once: compiling it well takes longer than running it badly.
+# For programs that run once: optimizing them takes longer than it saves.
 QUICKLY = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
@@ -30,13 +30,15 @@ assert {name for name, _ in VARIANTS.values()} == set(ROUTERS)
 
 
 def make(variant: str, balance: str = 'all_choices', **changes):
+  """Returns the router of a variant, with changed arguments."""
   name, arguments = VARIANTS[variant]
   arguments = {**arguments, **changes}
   return ROUTERS[name](NUM_EXPERTS, TOP_K, balance, **arguments)
 
 
-def layer(variant, dispatch, capacity_factor=NUM_EXPERTS):
-  """A layer of small experts; by default no expert is ever full."""
+def layer(variant, dispatch, capacity_factor=NUM_EXPERTS, eval_dispatch=''):
+  """Returns a layer of small experts; by default no expert is ever full."""
+  keys = {'capacity_factor': float(capacity_factor)}
   return MoE(
     router=functools.partial(make, variant, name='router'),
     experts=functools.partial(
@@ -46,8 +48,7 @@ def layer(variant, dispatch, capacity_factor=NUM_EXPERTS):
       activation='gelu',
       use_bias=True,
     ),
-    dispatch=registry.build(
-      dispatch, {'capacity_factor': float(capacity_factor)}
-    ),
+    dispatch=registry.build(dispatch, keys),
+    eval_dispatch=registry.build(eval_dispatch or dispatch, keys),
     precision='float32',
   )

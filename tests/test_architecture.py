@@ -190,6 +190,7 @@ ELSEWHERE = {
   'data.dataset.type',
   'optimizer.type',
   'moe.dispatch',
+  'moe.eval_dispatch',
   'moe.capacity_factor',
   'moe.router.type',
   'callbacks.early_stopping.type',

@@ -1,7 +1,8 @@
-"""Which pairs of router and dispatch see the future: found, then compared."""
+"""Pairs of router and dispatch that see the future: measured, then compared."""
 
 import functools
 import itertools
+import json
 import logging
 import re
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import experiment, generate
+from nanomoe import evaluate, experiment, generate
 from nanomoe.moe import RouterInputs, causality
 from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.routers import ROUTERS
@@ -40,7 +41,7 @@ def _changes(variant, name):
 
 
 def _model(variant, name, tiny, rng):
-  """Tokens -> logits, in evaluation and in training, of a whole model."""
+  """Returns `(tokens, train) -> logits` of a whole model."""
   config = experiment.resolve_auto(tiny(_changes(variant, name)))
   task = experiment.build_task(config, VOCAB)
   batch = {'inputs': jnp.zeros((BATCH, TIME), jnp.int32)}
@@ -60,12 +61,17 @@ def _model(variant, name, tiny, rng):
   return logits
 
 
-def _layer(variant, name, tiny, rng):
-  """The same of embeddings, one layer of experts, and a head: quick."""
+def _layer(variant, name, tiny, rng, eval_dispatch=''):
+  """Returns the same for embeddings, one layer of experts and a head: quick."""
   del tiny
-  moe = layer(variant, name, capacity_factor=SMALL['moe.capacity_factor'])
+  moe = layer(
+    variant,
+    name,
+    capacity_factor=SMALL['moe.capacity_factor'],
+    eval_dispatch=eval_dispatch,
+  )
 
-  def given(tokens):
+  def inputs(tokens):
     return RouterInputs(tokens, jnp.ones(tokens.shape, bool), bias)
 
   bias = jnp.asarray(rng.normal(size=NUM_EXPERTS), jnp.float32)
@@ -73,13 +79,13 @@ def _layer(variant, name, tiny, rng):
   tokens = jnp.zeros((BATCH, TIME), jnp.int32)
   init = functools.partial(moe.init, train=False)
   params = _random(
-    init, rng, jax.random.key(0), embedding[tokens], given(tokens)
+    init, rng, jax.random.key(0), embedding[tokens], inputs(tokens)
   )
 
   def logits(tokens, train):
     rngs = {'routing': jax.random.key(0)}
     x, _ = moe.apply(
-      params, embedding[tokens], given(tokens), train=train, rngs=rngs
+      params, embedding[tokens], inputs(tokens), train=train, rngs=rngs
     )
     return x @ embedding.T
 
@@ -93,17 +99,21 @@ def _random(init, rng, *args):
   )
 
 
-def find(logits, rng) -> set[str]:
-  """What moves a logit of the first sequence, before CUT.
+def find(logits, rng, modes=(False, True)) -> set[str]:
+  """Returns what moves a logit of the first sequence, before CUT.
 
-  'future': its own later tokens; 'others': other sequences. In evaluation or,
-  with one key for all, in training.
+  'future' stands for its own later tokens, 'others' for other sequences.
+
+  Args:
+    logits: Function `(tokens, train) -> logits`.
+    rng: Source of the tokens.
+    modes: Values of `train` to try; training has one key for all tokens.
   """
   tokens = rng.integers(0, VOCAB, (BATCH, TIME)).astype(np.int32)
 
   @QUICKLY
   def earlier(tokens):
-    each = [logits(tokens, train)[0, :CUT] for train in (False, True)]
+    each = [logits(tokens, train)[0, :CUT] for train in modes]
     return jnp.stack(each)
 
   before, found = earlier(tokens), set()
@@ -144,8 +154,74 @@ def test_the_objection_names_who_is_to_blame(tiny):
   assert causality.objection(other).startswith('moe.router.type=ExpertChoice: ')
 
 
+def test_the_dispatch_of_evaluation_decides_on_generation(tiny, rng):
+  """A model trained with capacity is causal in evaluation alone."""
+  own = {'moe.eval_dispatch': 'dropless'}
+  config = experiment.resolve_auto(tiny(_changes('TopK', 'capacity') | own))
+  assert causality.objection(config) == ''
+  layer = experiment.build_task(config, VOCAB).model.blocks[0].keywords
+  moe = layer['feed_forward']()
+  assert moe.dispatch is not moe.eval_dispatch
+  logits = _layer('TopK', 'capacity', tiny, rng, eval_dispatch='dropless')
+  assert find(logits, rng, modes=[False]) == set()
+  assert find(logits, rng, modes=[True])
+  # The other way round, the key of evaluation is to blame.
+  config.moe.update({'dispatch': 'dropless', 'eval_dispatch': 'capacity'})
+  assert causality.objection(config).startswith('moe.eval_dispatch=capacity: ')
+
+
+def test_the_dispatch_of_training_is_that_of_evaluation_by_default(tiny):
+  config = experiment.resolve_auto(tiny(_changes('TopK', 'capacity')))
+  moe = (
+    experiment.build_task(config, VOCAB)
+    .model.blocks[0]
+    .keywords['feed_forward']()
+  )
+  assert moe.dispatch is moe.eval_dispatch
+  assert causality.objection(config).startswith('moe.dispatch=capacity: ')
+
+
+def test_a_model_trained_with_capacity_generates_text(tiny, tmp_path):
+  """Results say which dispatch a loss is with; a resume may choose another."""
+  changes = {
+    'num_train_steps': 4,
+    'moe.dispatch': 'capacity',
+    'moe.capacity_factor': 0.6,
+    'moe.eval_dispatch': 'dropless',
+  }
+  trainer = experiment.build(tiny(changes), tmp_path)
+  assert trainer.fit() == 'done'
+  assert (tmp_path / 'sample.txt').read_text()
+  result = json.loads((tmp_path / 'result.json').read_text())
+  assert result['dispatch'] == 'capacity'
+  assert result['eval_dispatch'] == 'dropless'
+  logged = [
+    json.loads(line)
+    for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  ]
+  dropped = {
+    split: [np.mean(x[key]) for x in logged if key in x]
+    for split in ('train', 'val')
+    if (key := f'{split}/dropped_fraction')
+  }
+  assert min(dropped['train']) > 0
+  assert max(dropped['val']) == 0
+  [text] = zip(*generate.generate(tmp_path, ['a'], num_tokens=5), strict=True)
+  assert len(''.join(text)) == 5
+  found = evaluate.evaluate(tmp_path, 'val', 'latest')
+  assert found['dispatch'] == 'dropless'
+  assert found['dropped_fraction'] == [0, 0]
+
+  experiment.build(tiny(changes | {'moe.eval_dispatch': ''}), tmp_path).fit()
+  with pytest.raises(UserError, match=r'moe\.dispatch=capacity'):
+    generate.generate(tmp_path, ['a'])
+  found = evaluate.evaluate(tmp_path, 'val', 'latest')
+  assert found['dispatch'] == 'capacity'
+  assert min(found['dropped_fraction']) > 0
+
+
 def test_no_text_is_generated(tiny, tmp_path, caplog):
-  """A run says why when it starts, the command instead of a text."""
+  """A run warns when it starts; the command fails with the same reason."""
   with caplog.at_level(logging.WARNING):
     trainer = experiment.build(tiny(_changes('ExpertChoice', 'auto')), tmp_path)
   [line] = [r.getMessage() for r in caplog.records if 'causal' in r.message]

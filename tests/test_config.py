@@ -393,6 +393,23 @@ def test_an_old_name_of_a_value_is_read_and_the_new_one_recorded(
   assert flat(workdir_lib.resume_config(recorded, config, [])) == flat(config)
 
 
+def test_a_key_that_an_older_run_lacks_gets_its_value(tmp_path):
+  """The older run then resumes without a change."""
+  new = decided()
+  older = new.to_dict()
+  del older['moe']['eval_dispatch']
+  workdir_lib.write_json(tmp_path / 'config.json', older)
+  recorded = workdir_lib.read_config(tmp_path)
+  assert recorded.to_dict() == new.to_dict()
+  assert workdir_lib.config_of(tmp_path) == recorded
+  assert workdir_lib.resume_config(recorded, new, []).to_dict() == new.to_dict()
+
+
+def test_a_section_that_a_config_lacks_is_still_missing():
+  assert schema.upgraded({'seed': 1}) == {'seed': 1}
+  assert schema.upgraded({'moe': 3}) == {'moe': 3}
+
+
 def test_a_choice_does_not_offer_old_names():
   (line,) = mistakes(('moe.balance', 'documentd'))
   assert 'switch_sum' in line
@@ -738,6 +755,7 @@ def test_what_nobody_asked_for_by_name_is_refused():
     ('moe.aux_weight', '0.5'),
     ('moe.z_weight', '0.5'),
     ('moe.entropy_weight', '0.5'),
+    ('moe.eval_dispatch', 'dense'),
   ],
 )
 def test_what_changes_the_end_is_asked_for_by_name(key, text):
@@ -763,6 +781,16 @@ def test_auto_takes_what_the_run_had_decided():
   assert got.moe.dispatch == 'dense'
   assert got.to_dict() == old.to_dict()
   assert new.precision == 'auto'
+
+
+def test_auto_in_evaluation_takes_what_the_run_had_decided_if_it_had():
+  name = 'moe.eval_dispatch'
+  new = config_lib.apply(base.get_config(), [(name, 'auto')])
+  old = decided((name, 'dense'))
+  assert workdir_lib.resume_config(old, new, []).moe.eval_dispatch == 'dense'
+  got = workdir_lib.resume_config(decided(), new, [name])
+  assert got.moe.eval_dispatch == 'auto'
+  assert experiment.resolve_auto(got).moe.eval_dispatch == 'dropless'
 
 
 def test_the_command_that_started_a_run_goes_on_with_it(

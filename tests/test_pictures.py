@@ -166,7 +166,7 @@ def test_bytes_are_few_whatever_the_model(shape, rng):
   images = [
     history.draw(),
     specialization.draw(specialization.lift(tokens, share)),
-    specialization.draw(specialization.with_layer_before(pairs)),
+    specialization.draw(specialization.pair_lift(pairs)),
   ]
   for image in images[: 2 if num_experts > 512 else 3]:
     assert max(image.shape[:2]) <= 1100

@@ -24,6 +24,11 @@ __all__ = [
 
 
 def pictures(task: LanguageModel, tokenizer: Tokenizer) -> list[Callback]:
-  """Those that draw routing, of a model with experts."""
+  """Returns the callbacks that draw the routing of a model with experts.
+
+  Args:
+    task: Task of the run, which counts the experts of some tokens.
+    tokenizer: Tokenizer of the run, which gives these tokens their texts.
+  """
   names = [repr(tokenizer.decode([t])) for t in task.watched.tolist()]
   return [ExpertLoads(), LoadHistory(), Specialization(names), CoActivation()]

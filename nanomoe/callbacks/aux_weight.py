@@ -1,4 +1,4 @@
-"""The weight of the balance loss that the config has."""
+"""Keeps the balance loss's weight in agreement with the config."""
 
 import jax.numpy as jnp
 
@@ -6,32 +6,40 @@ from trainers.callbacks import Callback
 
 
 class AuxWeight(Callback):
-  """Sets model_state's `aux_weight` where the config's is another than before.
+  """Callback that sets model_state's `aux_weight` if the config changed it.
 
-  Before: when the checkpoint was saved, after which it may have been raised by
-  a callback. That stands, unless the config was changed since; and a run that
-  starts from another's weights has its own.
+  A checkpoint restores a weight that a callback raised in training. The
+  restored weight stands unless the config's weight differs from the one that
+  the checkpoint was saved with. A run that starts from another run's weights
+  gets the weight of its own config.
+
+  Args:
+    aux_weight: Weight of the balance loss in the config.
   """
 
   def __init__(self, aux_weight: float):
     self.aux_weight = aux_weight
-    self._before: float | None = None
+    self._saved: float | None = None  # The config's, at the last checkpoint.
 
   def on_fit_start(self, loop):
-    if self._before == self.aux_weight:
+    """Sets the weight if the config's weight has changed."""
+    if self._saved == self.aux_weight:
       return
-    own = {'aux_weight': jnp.float32(self.aux_weight)}
+    change = {'aux_weight': jnp.float32(self.aux_weight)}
 
-    def changed(state):
-      return state.replace(model_state={**state.model_state, **own})
+    def with_weight(state):
+      return state.replace(model_state={**state.model_state, **change})
 
-    loop.update_state(changed)
+    loop.update_state(with_weight)
 
   def on_roll_back(self, loop):
+    """Sets the weight again, because the checkpoint restored another."""
     self.on_fit_start(loop)
 
   def state_dict(self):
+    """Returns the config's weight."""
     return {'aux_weight': self.aux_weight}
 
   def load_state_dict(self, state):
-    self._before = state['aux_weight']
+    """Restores the weight that the config had at the checkpoint."""
+    self._saved = state['aux_weight']

@@ -1,4 +1,4 @@
-"""The loads of all experts, now and over time, as pictures."""
+"""Pictures of the loads of all experts, at a step and over time."""
 
 import base64
 from typing import Any
@@ -11,15 +11,18 @@ from trainers.callbacks import Callback
 
 
 class ExpertLoads(Callback):
-  """Draws expert_load of each log and evaluation: layers x experts.
+  """Callback that draws expert_load, layers x experts.
 
-  Of layers that have experts; there must be one.
+  The picture is drawn at each log and at each evaluation. It shows layers with
+  experts; the model must have one.
   """
 
   def on_log(self, loop, metrics):
+    """Draws the loads of training."""
     self._draw(loop, 'train', metrics)
 
   def on_eval_end(self, loop, split, metrics):
+    """Draws the loads of the split."""
     self._draw(loop, split, metrics)
 
   def _draw(self, loop, split: str, metrics: dict[str, Any]) -> None:
@@ -29,10 +32,11 @@ class ExpertLoads(Callback):
 
 
 def draw(load: Float[np.ndarray, 'layers experts']) -> heatmap.Image:
-  """Blue: idle; white: the mean of its layer; red: twice that or more.
+  """Returns a heat map of loads relative to their layer's mean.
 
-  The first layer is on top. A kilobyte or two, as PNG, and about 480 pixels
-  wide: what is the same all over a cell costs next to nothing.
+  An idle expert is blue, a balanced load white, twice the mean or more red. The
+  first layer is on top. The picture is about 480 pixels wide; as PNG it has one
+  or two kilobytes, because cells of one color compress well.
   """
   num_layers, num_experts = load.shape
   width = max(480 // num_experts, 4)
@@ -43,22 +47,22 @@ def draw(load: Float[np.ndarray, 'layers experts']) -> heatmap.Image:
 def relative(
   load: Float[np.ndarray, '*layers experts'],
 ) -> Float[np.ndarray, '*layers experts']:
-  """Over the mean of its layer; NaN where that is 0."""
+  """Returns loads over the mean of their layer; NaN if that is 0."""
   mean = np.mean(load, axis=-1, keepdims=True)
   return np.divide(load, mean, where=mean > 0, out=np.full(load.shape, np.nan))
 
 
 class LoadHistory(Callback):
-  """Draws the loads of training over time, at each evaluation.
+  """Callback that draws the loads of training over time, at each evaluation.
 
-  Experts, below each other, layer by layer; time goes to the right, from the
-  first step to this one. It remembers MAX_COLUMNS of them: then the shortest
-  two neighbours become one, their mean.
+  Rows are experts, layer by layer. Time runs to the right, from the first step
+  to the current one. The history has at most MAX_COLUMNS columns: after that,
+  the two neighbours that span the fewest steps are merged into their mean.
   """
 
   MAX_COLUMNS = 128
   WIDTH = 512  # Pixels.
-  EVEN = 127  # The level of a fair share; twice that is the highest.
+  EVEN = 127  # Level of a balanced load; the highest level is twice that.
 
   def __init__(self):
     self.ends: list[int] = []  # The last step of each column.
@@ -66,6 +70,7 @@ class LoadHistory(Callback):
     self._num_experts = 1
 
   def on_log(self, loop, metrics):
+    """Adds the loads since the last log as a column."""
     load = np.asarray(metrics['train/expert_load'])
     self._num_experts = load.shape[1]
     load = load[heatmap.some_layers(*load.shape)]
@@ -73,6 +78,7 @@ class LoadHistory(Callback):
     self._add(loop.step, level.round().astype(np.uint8).reshape(1, -1))
 
   def _add(self, step: int, level: UInt8[np.ndarray, '1 experts']) -> None:
+    """Adds a column that ends at `step`, merging two if there are too many."""
     levels = np.concatenate([self.levels.reshape(-1, level.size), level])
     self.ends.append(step)
     if len(self.ends) > self.MAX_COLUMNS:
@@ -85,11 +91,12 @@ class LoadHistory(Callback):
     self.levels = levels
 
   def on_eval_end(self, loop, split, metrics):
+    """Draws the history, if there is one."""
     if self.ends:
       loop.writer.write_images(loop.step, {'train/load_history': self.draw()})
 
   def draw(self) -> heatmap.Image:
-    """All that is remembered; a column is as wide as its steps are many."""
+    """Returns the history as a heat map; columns are as wide as their steps."""
     steps = (np.arange(self.WIDTH) + 0.5) / self.WIDTH * self.ends[-1]
     columns = np.searchsorted(self.ends, steps)
     share = self.levels[columns].T / self.EVEN
@@ -97,6 +104,7 @@ class LoadHistory(Callback):
     return heatmap.grid(share, (height, 1), self._num_experts)
 
   def state_dict(self):
+    """Returns the history, with its levels in base64."""
     if not self.ends:
       return {}
     return {
@@ -106,6 +114,7 @@ class LoadHistory(Callback):
     }
 
   def load_state_dict(self, state):
+    """Restores the result of `state_dict`."""
     self.ends, self._num_experts = state['ends'], state['num_experts']
     levels = np.frombuffer(base64.b64decode(state['levels']), np.uint8)
     self.levels = levels.reshape(len(self.ends), -1)

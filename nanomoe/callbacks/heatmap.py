@@ -1,21 +1,21 @@
-"""Matrices as pictures: what is large, small and as it should be."""
+"""Heat maps: matrices of values relative to a fair share, as images."""
 
 from jaxtyping import Float, UInt8
 import numpy as np
 
 Image = UInt8[np.ndarray, 'height width 3']
 
-# Of what is relative to its fair share: nothing, just that, twice that or more.
+# Colors of 0, of the fair share, and of twice the fair share or more.
 COLORS = np.array([[33, 102, 172], [247, 247, 247], [178, 24, 43]])
-NOTHING = np.array([160, 160, 160], np.uint8)  # NaN: there is no share.
-LINE = np.array([90, 90, 90], np.uint8)  # Between cells: equal ones are white.
-BORDER = np.zeros(3, np.uint8)  # Between panels.
-LEVELS = 32  # Of a color, each way: few differ, so that the file is small.
-MAX_ROWS = 512  # Of all panels: the time to write grows with the cells.
+NOTHING = np.array([160, 160, 160], np.uint8)  # Color of NaN.
+LINE = np.array([90, 90, 90], np.uint8)  # Color of lines between cells.
+BORDER = np.zeros(3, np.uint8)  # Color of borders between panels.
+LEVELS = 32  # Shades on each side of white; few shades make small files.
+MAX_ROWS = 512  # Rows of all panels; the time to write grows with the cells.
 
 
 def colored(relative: Float[np.ndarray, 'rows columns']) -> Image:
-  """A pixel each. Blue: 0; white: 1; red: 2 or more; gray: NaN."""
+  """Returns a pixel per value: 0 is blue, 1 white, 2 or more red, NaN gray."""
   rounded = np.round(np.nan_to_num(relative) * LEVELS) / LEVELS
   channels = [np.interp(rounded, [0, 1, 2], c) for c in COLORS.T]
   pixels = np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -25,23 +25,32 @@ def colored(relative: Float[np.ndarray, 'rows columns']) -> Image:
 def grid(
   relative: Float[np.ndarray, 'rows columns'],
   cell: tuple[int, int],
-  panel: int = 0,
+  panel_rows: int = 0,
 ) -> Image:
-  """Cells of (height, width) pixels, with lines between those of 4 and more.
+  """Returns a heat map with lines between cells and borders between panels.
 
-  A border is below each `panel` rows, but the last.
+  Args:
+    relative: Values relative to a fair share.
+    cell: Height and width of a cell in pixels. Cells of less than 4 pixels have
+      no lines.
+    panel_rows: Number of rows of a panel; 0 draws no borders.
   """
   height, width = cell
   image = colored(relative).repeat(height, axis=0).repeat(width, axis=1)
   if min(cell) >= 4:
     image[height - 1 :: height] = LINE
     image[:, width - 1 :: width] = LINE
-  if panel:
-    for y in range(panel * height, len(image), panel * height):
+  if panel_rows:
+    panel_height = panel_rows * height
+    for y in range(panel_height, len(image), panel_height):
       image[y - 2 : y] = BORDER
   return image
 
 
 def some_layers(num_layers: int, num_experts: int) -> slice:
-  """All, or each second, third, ...: MAX_ROWS experts at most, or one layer."""
+  """Returns every n-th layer, so that a picture has at most MAX_ROWS rows.
+
+  The smallest such n is taken. A layer of more than MAX_ROWS experts is drawn
+  whole.
+  """
   return slice(None, None, max(-(-num_layers * num_experts // MAX_ROWS), 1))

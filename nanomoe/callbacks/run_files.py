@@ -1,4 +1,4 @@
-"""What a run is, beside its checkpoints."""
+"""Files that describe a run, beside its checkpoints."""
 
 import pathlib
 from typing import Any
@@ -8,18 +8,23 @@ from trainers.callbacks import Callback
 
 
 class Records(Callback):
-  """Writes {path: JSON value} when training starts.
+  """Callback that writes JSON files when training starts.
 
-  Not before: a start that is refused leaves them as they are.
+  A start that fails earlier, for example because the checkpoint does not fit,
+  leaves the files of the run unchanged.
+
+  Args:
+    values: JSON value of each file, by path.
   """
 
   def __init__(self, values: dict[pathlib.Path, Any]):
     self.values = values
 
   def on_fit_start(self, loop):
+    """Writes all files."""
     self.write()
 
   def write(self) -> None:
-    """Raises UserError if it cannot."""
+    """Writes all files; raises UserError if one cannot be written."""
     for path, value in self.values.items():
       workdir.write_json(path, value)

@@ -1,4 +1,4 @@
-"""What experts are chosen for, and with which others, as pictures."""
+"""Pictures of the tokens that experts are chosen for, and of co-activation."""
 
 from collections.abc import Sequence
 
@@ -10,42 +10,48 @@ from trainers.callbacks import Callback
 
 
 class Specialization(Callback):
-  """Draws, of each evaluation, experts x tokens of the vocabulary, as lift.
+  """Callback that draws experts x tokens of the vocabulary, at each evaluation.
 
-  lift = P(expert | token) / P(expert): 1 if the expert is not more for this
-  token than for others. Experts are below each other, layer by layer; a token
-  that did not occur is gray. And writes, as text, each expert's tokens: those
-  that tell most of it.
+  A cell is the lift `P(expert | token) / P(expert)`: 1 if the expert is chosen
+  for this token as often as for all tokens. Rows are experts, layer by layer. A
+  token that did not occur is gray. A text lists each expert's most informative
+  tokens.
 
   Args:
-    names: of the tokens that the task counts, in their order.
+    names: Texts of the tokens that the task counts, in their order.
   """
 
-  NUM_NAMED = 12
+  NUM_NAMED = 12  # Tokens of an expert in the text.
 
   def __init__(self, names: Sequence[str]):
     self.names = names
 
   def on_eval_end(self, loop, split, metrics):
+    """Writes the picture and the text of the split."""
     counts = np.asarray(metrics[f'{split}/token_experts'])
     share = np.asarray(metrics[f'{split}/expert_load'])
-    chosen = lift(counts, share[..., None])
+    token_lift = lift(counts, share[..., None])
     name = f'{split}/specialization'
-    loop.writer.write_images(loop.step, {name: draw(chosen)})
-    text = self._text(counts, share, chosen)
+    loop.writer.write_images(loop.step, {name: draw(token_lift)})
+    text = self._text(counts, share, token_lift)
     loop.writer.write_texts(loop.step, {f'{name}/tokens': text})
 
-  def _text(self, counts, share, chosen) -> str:
-    """A line for each expert; indented: Markdown then leaves lines alone."""
+  def _text(self, counts, share, token_lift) -> str:
+    """Returns a line for each expert.
+
+    Lines are indented, because Markdown then keeps line breaks.
+    """
     lines = ['columns of the picture: ' + ' '.join(self.names)]
-    # n ln(lift) of a token is what it tells of an expert.
-    told = counts * np.log(np.nan_to_num(chosen, nan=1.0).clip(1e-9))
+    # Contribution of a token to the mutual information: n ln(lift).
+    log_lift = np.log(np.nan_to_num(token_lift, nan=1.0).clip(1e-9))
+    information = counts * log_lift  # [layers, experts, tokens]
     for layer, expert in np.ndindex(share.shape):
-      best = np.argsort(-told[layer, expert], kind='stable')[: self.NUM_NAMED]
+      own = information[layer, expert]
+      best = np.argsort(-own, kind='stable')[: self.NUM_NAMED]
       named = '  '.join(
-        f'{self.names[i]} {chosen[layer, expert, i]:.1f}'
+        f'{self.names[i]} {token_lift[layer, expert, i]:.1f}'
         for i in best
-        if told[layer, expert, i] > 0
+        if own[i] > 0
       )
       lines.append(
         f'layer {layer}, expert {expert}, {share[layer, expert]:.1%}: {named}'
@@ -54,18 +60,19 @@ class Specialization(Callback):
 
 
 class CoActivation(Callback):
-  """Draws, of each evaluation, which first choices go with which, as lift.
+  """Callback that draws which first choices occur together, at each evaluation.
 
-  A panel for each layer but the first: a row for each expert of the layer
-  before, a column for each of its own.
-  lift = P(column | row) / P(column). Where experts choose, and of one layer,
-  there is nothing to draw.
+  Each layer but the first has a panel: a row for each expert of the layer
+  before, a column for each of its own experts. A cell is the lift
+  `P(column | row) / P(column)`. Nothing is drawn for a single layer, or if
+  experts choose tokens.
   """
 
   def on_eval_end(self, loop, split, metrics):
+    """Draws the split's pairs of first choices."""
     counts = np.asarray(metrics.get(f'{split}/first_choices', []))
     if len(counts) > 1:
-      image = draw(with_layer_before(counts[1:]))
+      image = draw(pair_lift(counts[1:]))
       loop.writer.write_images(loop.step, {f'{split}/co_activation': image})
 
 
@@ -73,33 +80,38 @@ def lift(
   counts: Float[np.ndarray, 'layers experts tokens'],
   share: Float[np.ndarray, 'layers experts 1'],
 ) -> Float[np.ndarray, 'layers experts tokens']:
-  """P(expert | token) / P(expert); NaN where there is no such token.
+  """Returns `P(expert | token) / P(expert)`.
 
-  Where an expert has no share, it is 0.
+  The lift is NaN for a token that does not occur, and 0 for an expert without
+  a share.
+
+  Args:
+    counts: Number of assignments of each token to each expert.
+    share: Share of all assignments of each expert.
   """
   total = counts.sum(axis=1, keepdims=True)
-  given = np.divide(
+  conditional = np.divide(
     counts, total, where=total > 0, out=np.full(counts.shape, np.nan)
   )
-  return np.divide(given, share, where=share > 0, out=given * 0)
+  return np.divide(conditional, share, where=share > 0, out=conditional * 0)
 
 
-def with_layer_before(
+def pair_lift(
   counts: Float[np.ndarray, 'layers experts experts'],
 ) -> Float[np.ndarray, 'layers experts experts']:
-  """P(column | row) / P(column) of each layer's pairs."""
+  """Returns `P(column | row) / P(column)` of each layer's pairs."""
   share = counts.sum(axis=1) / counts.sum(axis=(1, 2))[:, None].clip(1)
   by_column = lift(counts.swapaxes(1, 2), share[..., None])
   return by_column.swapaxes(1, 2)
 
 
 def draw(
-  chosen: Float[np.ndarray, 'layers experts columns'],
+  values: Float[np.ndarray, 'layers experts columns'],
 ) -> heatmap.Image:
-  """Blue: never; white: as often as others; red: twice as often or more."""
-  num_layers, num_experts, num_columns = chosen.shape
-  chosen = chosen[heatmap.some_layers(num_layers, num_experts)]
-  rows = chosen.reshape(-1, num_columns)
+  """Returns a heat map of lifts: 0 is blue, 1 white, 2 or more red."""
+  num_layers, num_experts, num_columns = values.shape
+  values = values[heatmap.some_layers(num_layers, num_experts)]
+  rows = values.reshape(-1, num_columns)
   width = min(max(768 // num_columns, 2), 48)
   height = min(max(384 // len(rows), 1), width, 16)
   return heatmap.grid(rows, (height, width), num_experts)

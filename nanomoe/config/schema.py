@@ -17,7 +17,11 @@ _NOUNS = {
 
 
 class Field(NamedTuple):
-  """Of a number: low <= value, above < value < below (of integers, 2**31)."""
+  """Of a number: low <= value, above < value < below (of integers, 2**31).
+
+  `absent` is the value of the key in runs of older versions, whose config.json
+  lacks it; None if every version has the key.
+  """
 
   kind: type
   meaning: str
@@ -25,6 +29,7 @@ class Field(NamedTuple):
   below: float | None = None
   above: float | None = None
   choices: tuple[str, ...] = ()
+  absent: Any = None
 
   @property
   def allowed(self) -> str:
@@ -36,6 +41,8 @@ class Field(NamedTuple):
     bounds += [] if self.below is None else [f'< {self.below:.10g}']
     return f'{noun} {" and ".join(bounds)}'.strip()
 
+
+_DISPATCHES = ('auto', 'dense', 'dropless', 'capacity', 'grouped')
 
 FIELDS: dict[str, Field] = {
   'seed': Field(int, 'of parameters, batches and dropout', 0, 2**32),
@@ -114,7 +121,13 @@ FIELDS: dict[str, Field] = {
   'moe.dispatch': Field(
     str,
     'how tokens reach experts',
-    choices=('auto', 'dense', 'dropless', 'capacity', 'grouped'),
+    choices=_DISPATCHES,
+  ),
+  'moe.eval_dispatch': Field(
+    str,
+    "dispatch of evaluation and generation; '': as in training",
+    choices=('', *_DISPATCHES),
+    absent='',
   ),
   'moe.capacity_factor': Field(
     float, "an expert's rows over an even load, in dispatch capacity", above=0
@@ -274,6 +287,22 @@ def with_current_values(
     else current_value(f'{prefix}{key}', value)
     for key, value in config.items()
   }
+
+
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config of an older run with current values and all keys.
+
+  Keys that the run's version lacked get the value `absent` of their `Field`.
+  """
+  values = with_current_values(config)
+  for key, field in FIELDS.items():
+    *sections, name = key.split('.')
+    section: Any = values
+    for part in sections:
+      section = section.get(part) if isinstance(section, dict) else None
+    if field.absent is not None and isinstance(section, dict):
+      section.setdefault(name, field.absent)
+  return values
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> Iterator[tuple]:

@@ -77,11 +77,19 @@ def build_task(
       name=name,
     )
 
+  dispatch = registry.build(moe.dispatch, moe.to_dict())
+  eval_name = registry.eval_dispatch(config)
   sparse = functools.partial(
     MoE,
     router=functools.partial(router, name='router'),
     experts=experts(moe.num_experts, moe.d_ff),
-    dispatch=registry.build(moe.dispatch, moe.to_dict()),
+    dispatch=dispatch,
+    # The same function if it can be: it is then traced once for both.
+    eval_dispatch=(
+      dispatch
+      if eval_name == moe.dispatch
+      else registry.build(eval_name, moe.to_dict())
+    ),
     precision=config.precision,
     name='moe',
   )

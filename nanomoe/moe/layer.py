@@ -38,13 +38,15 @@ class MoE(nn.Module):
   Attributes:
     router: Factory of the router, a module `(x, inputs, *, train) -> Routing`.
     experts: Factory of the experts.
-    dispatch: Dispatch, as built by `registry.build`.
+    dispatch: Dispatch in training, as built by `registry.build`.
+    eval_dispatch: Dispatch in evaluation and generation.
     precision: Precision of the experts' products.
   """
 
   router: Callable[[], nn.Module]
   experts: MakeExperts
   dispatch: DispatchFn
+  eval_dispatch: DispatchFn
   precision: str
 
   @nn.compact
@@ -60,7 +62,7 @@ class MoE(nn.Module):
     Args:
       x: Activations.
       inputs: Token ids, padding mask and selection bias.
-      train: Whether the router is training.
+      train: Selects the router's noise and the dispatch of training.
 
     Returns:
       The layer's output and the report on its routing.
@@ -70,8 +72,9 @@ class MoE(nn.Module):
     experts = self.experts(self.param, x.shape[-1])
     # Dispatch tokens to experts, apply the experts, combine their outputs.
     tokens = x.reshape(-1, x.shape[-1])  # [tokens, d_model]
+    dispatch = self.dispatch if train else self.eval_dispatch
     y, metrics = dispatch_rows(
-      self.dispatch, tokens, routing, experts, self.precision
+      dispatch, tokens, routing, experts, self.precision
     )
     aux = MoEAux(
       load=routing.load,

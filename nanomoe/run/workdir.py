@@ -40,6 +40,7 @@ _MAY_CHANGE = (
   'moe.aux_weight',
   'moe.z_weight',
   'moe.entropy_weight',
+  'moe.eval_dispatch',
   'checkpoint.',
   'callbacks.',
   'writers.',
@@ -67,6 +68,7 @@ _BY_NAME_ALONE = (
   'moe.aux_weight',
   'moe.z_weight',
   'moe.entropy_weight',
+  'moe.eval_dispatch',
 )
 
 
@@ -93,7 +95,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict | None:
     values = json.loads(path.read_text(encoding='utf-8'))
     if not isinstance(values, dict) or not values:
       raise ValueError('it is not an object with keys')
-    return ConfigDict(schema.with_current_values(values))
+    return ConfigDict(schema.upgraded(values))
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
@@ -137,8 +139,8 @@ def resume_config(
   before = dict(schema.flatten(old.to_dict()))
   after = dict(schema.flatten(new.to_dict()))
   decided = new.copy_and_resolve_references()
-  for key in ('precision', 'moe.dispatch'):
-    if after[key] == 'auto' and key in before:
+  for key in ('precision', 'moe.dispatch', 'moe.eval_dispatch'):
+    if after[key] == 'auto' and before.get(key):
       after[key] = before[key]
       with decided.unlocked():
         decided.update_from_flattened_dict({key: before[key]})

@@ -128,8 +128,9 @@ def _add_overflow(
   def add_blocks(i, y):
     assignment, expert = overflow.assignment[i], overflow.expert[i]
     token = assignment // weight.shape[1]  # [blocks, rows]
+    block_experts = experts.take(expert)
     rows = permute.gather_or_zero(x, token)  # [blocks, rows, d_model]
-    outputs = experts.take(expert)(rows, precision)
+    outputs = block_experts(rows, precision)
     gate = permute.gather_or_zero(weight.reshape(-1), assignment)
     return y.at[token].add(gate[..., None] * outputs, mode='drop')
 

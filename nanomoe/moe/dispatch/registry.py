@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from nanomoe.config.overrides import Config
 from nanomoe.moe.dispatch.capacity import capacity
 from nanomoe.moe.dispatch.dense import dense
 from nanomoe.moe.dispatch.dropless import dropless
@@ -51,10 +52,15 @@ def build(name: str, moe: Mapping[str, Any]) -> DispatchFn:
   return jax.jit(with_arguments, static_argnums=3)
 
 
+def eval_dispatch(config: Config) -> str:
+  """Returns the name of the dispatch of evaluation and generation."""
+  return config.moe.eval_dispatch or config.moe.dispatch
+
+
 def resolve_dispatch(name: str) -> str:
   """Returns the dispatch that 'auto' stands for; other names are unchanged.
 
-  'auto' is the fastest dispatch of the backend that drops no token.
+  'auto' stands for the fastest dispatch of the backend that drops no token.
   """
   if name != 'auto':
     return name
