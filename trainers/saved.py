@@ -6,12 +6,15 @@ import logging
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from trainers import leaves
 from trainers.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_WIDE = ('float64', 'int64', 'uint64', 'complex128')
 
 
 class Saved(NamedTuple):
@@ -101,6 +104,15 @@ def read_arrays(
   Raises ValueError, naming one, if they are not what `meta` says was saved,
   and whatever damage does to a decoder.
   """
+  if not jax.config.values[
+    'jax_enable_x64'
+  ]:  # They would be read as 32-bit ones.
+    wide = [n for n, kind in meta['leaves'].items() if kind.startswith(_WIDE)]
+    if wide:
+      raise ValueError(
+        f'{wide[0]} is {meta["leaves"][wide[0]]}: it was saved under '
+        'JAX_ENABLE_X64=1, and is read under it alone'
+      )
   args = ocp.args.StandardRestore(wanted)  # pyright: ignore
   arrays = _read_item(directory, step, 'arrays', args)
   recorded = meta.get('content', {})  # Older ones have none.
