@@ -159,7 +159,8 @@ def _weights(
   # [batch or 1, 1, rows, positions].
   own = jnp.atleast_2d(start + jnp.arange(q.shape[2]))
   visible = jnp.arange(k.shape[2]) <= own[:, None, :, None]
-  return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+  with jax.debug_infs(False):  # JAX_DEBUG_INFS is not about this mask.
+    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
 
 
 def _read(weights, v, precision: str):

@@ -19,7 +19,7 @@ from absl import app, flags
 import nanomoe
 from nanomoe import terminal, tilde
 from nanomoe.data import corpus
-from trainers.errors import UserError, is_out_of_memory
+from trainers.errors import NotFinite, UserError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ _DISK = (
   errno.EROFS,
   errno.EIO,
 )
+# As of a run that diverged.
+NOT_FINITE = 3
 INTERRUPTED = 75
 
 
@@ -140,9 +142,21 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         print(f'error: {where}: {error.strerror}', file=sys.stderr)
         _discard_stdout()  # If it is what could not be written.
         sys.exit(USER_ERROR)
+      if isinstance(error, FloatingPointError):
+        _tell_not_finite(error)
       raise
 
   return guarded
+
+
+def _tell_not_finite(error: FloatingPointError) -> None:
+  """Exits with a line that names the place, if JAX was asked to look for it."""
+  from trainers import debugging  # noqa: PLC0415 (JAX takes seconds)
+
+  found = debugging.located(error)
+  if found is not error or isinstance(error, NotFinite):
+    print(f'error: {found}', file=sys.stderr)
+    sys.exit(NOT_FINITE)
 
 
 def _tell_unraisable(unraisable: Any) -> None:

@@ -16,6 +16,7 @@ from nanomoe import (
   causality,
   dispatchers,
   imports,
+  jax_settings,
   memory,
   numerics,
   optimizers,
@@ -37,7 +38,7 @@ from nanomoe.data import tokenizers
 from nanomoe.data.text import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.task import LanguageModel
-from trainers import callbacks, checkpoint, leaves, saved, spec
+from trainers import callbacks, checkpoint, keys, leaves, saved, spec
 from trainers.callbacks.callback import Callbacks
 from trainers.errors import UserError
 from trainers.step import Spikes
@@ -74,6 +75,7 @@ def build(
   """
   if lines := schema.problems(config.to_dict()):
     raise UserError(lines)
+  jax_settings.pin()
   config = decide(config)
   corpus, tokenizer, dataset = text_lib.read(config, directory, allow_changed)
   token_bytes = tokenizer.token_bytes()
@@ -83,7 +85,7 @@ def build(
     config.optimizer, config.num_train_steps
   )
   batch = dataset.train_batch(0, slice(0, config.batch_size))
-  params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+  params, _ = jax.eval_shape(task.init, keys.make(0), batch)
   facts = {
     'corpus': corpus.name,
     'corpus_sha256': corpus.fingerprint,
@@ -182,13 +184,14 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   Raises:
     UserError: there is no such checkpoint, or the vocabulary is damaged.
   """
+  jax_settings.pin()
   arrays, meta = saved.read(directory / 'checkpoints', step)
   tokenizer = tokenizers.load(
     config.data.tokenizer.to_dict(), directory / VOCABULARY
   )
   task = build_task(config, tokenizer.vocab_size, tokenizer.token_bytes())
   batch = {'inputs': np.zeros((1, config.block_size), np.int32)}
-  params, model_state = jax.eval_shape(task.init, jax.random.key(0), batch)
+  params, model_state = jax.eval_shape(task.init, keys.make(0), batch)
   return Restored(
     task,
     tokenizer,

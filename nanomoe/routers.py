@@ -177,7 +177,9 @@ class Sigmoid(Router):
     two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0]
     _, kept = jax.lax.top_k(two.sum(axis=-1), self.groups_kept)
     is_kept = jnp.any(kept[..., None] == jnp.arange(self.num_groups), axis=1)
-    return jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(scores.shape)
+    with jax.debug_infs(False):  # JAX_DEBUG_INFS is not about this mask.
+      masked = jnp.where(is_kept[..., None], groups, -jnp.inf)
+      return masked.reshape(scores.shape)
 
 
 class NoisyTopK(Router):

@@ -1,6 +1,15 @@
-"""Learning rates over steps: functions of the updates so far."""
+"""Learning rates over steps: functions of the updates so far.
+
+A warm-up is linear from 0 at the first update to `learning_rate` at the update
+`warmup_steps`, counted from 0. So the first update changes nothing but the
+optimizer's state.
+"""
+
+import logging
 
 import optax
+
+log = logging.getLogger(__name__)
 
 
 def constant(learning_rate: float) -> optax.Schedule:
@@ -14,7 +23,7 @@ def warmup_cosine(
   final_fraction: float = 0.1,
 ) -> optax.Schedule:
   """Linear from 0, then half a cosine to final_fraction * learning_rate."""
-  _check(warmup_steps, final_fraction)
+  _check(num_train_steps, warmup_steps, final_fraction)
   return optax.warmup_cosine_decay_schedule(
     0.0,
     learning_rate,
@@ -31,7 +40,7 @@ def linear(
   final_fraction: float = 0.0,
 ) -> optax.Schedule:
   """Linear from 0, then linear to final_fraction * learning_rate."""
-  _check(warmup_steps, final_fraction)
+  _check(num_train_steps, warmup_steps, final_fraction)
   return optax.join_schedules(
     [
       optax.linear_schedule(0.0, learning_rate, warmup_steps),
@@ -53,9 +62,18 @@ def wsd(
   final_fraction: float = 0.0,
 ) -> optax.Schedule:
   """Warm-up, stable, decay: linear, constant, linear. Hu et al. 2024."""
-  _check(warmup_steps, final_fraction)
   if decay_steps < 1:
     raise ValueError(f'{decay_steps=} must be >= 1')
+  _check(num_train_steps, warmup_steps, final_fraction)
+  if warmup_steps < num_train_steps < warmup_steps + decay_steps:
+    log.warning(
+      'optimizer.schedule.decay_steps=%d: with warmup_steps=%d it must be at '
+      'most %d, or num_train_steps=%d ends the decay early',
+      decay_steps,
+      warmup_steps,
+      num_train_steps - warmup_steps,
+      num_train_steps,
+    )
   return optax.join_schedules(
     [
       optax.linear_schedule(0.0, learning_rate, warmup_steps),
@@ -68,11 +86,20 @@ def wsd(
   )
 
 
-def _check(warmup_steps: int, final_fraction: float) -> None:
+def _check(
+  num_train_steps: int, warmup_steps: int, final_fraction: float
+) -> None:
   if warmup_steps < 0:
     raise ValueError(f'{warmup_steps=} must be >= 0')
   if not 0 <= final_fraction <= 1:
     raise ValueError(f'{final_fraction=} must be in [0, 1]')
+  if warmup_steps >= num_train_steps:
+    log.warning(
+      'optimizer.schedule.warmup_steps=%d: it must be below num_train_steps=%d,'
+      ' or the learning rate never reaches optimizer.learning_rate',
+      warmup_steps,
+      num_train_steps,
+    )
 
 
 SCHEDULES = {

@@ -178,7 +178,10 @@ SPECS = {
   'data.dataset': 'tokens to batches',
   'moe.router': 'which experts a token goes to',
   'optimizer': 'gradients to updates',
-  'optimizer.schedule': 'learning rate over steps',
+  'optimizer.schedule': (
+    'learning rate over steps; a warm-up (warmup_steps) begins with a learning '
+    'rate of 0 at the first update'
+  ),
 }
 # The arguments that are an optimizer's own, of ours.
 OPTIMIZER_ARGUMENTS = {

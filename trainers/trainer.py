@@ -9,9 +9,10 @@ import pathlib
 
 from clu import metric_writers, periodic_actions
 import jax
+import jax.numpy as jnp
 import optax
 
-from trainers import identity
+from trainers import debugging, identity, keys, learning_rate
 from trainers import memory as memory_lib
 from trainers import step as step_lib
 from trainers.board import Board
@@ -84,6 +85,7 @@ class Trainer(Loop):
     self.log_interval = log_interval
     self.checkpointer = checkpointer
     self._optimizer = optimizer
+    self._schedule = schedule
     self._initial = initial
     self._ema_decay = ema_decay
     self._spikes = spikes
@@ -93,7 +95,8 @@ class Trainer(Loop):
       'batch_size': batch_size,
     }
     self._allow_changed = allow_changed
-    self._init_key, step_key = jax.random.split(jax.random.key(seed))
+    with keys.pinned():
+      self._init_key, step_key = jax.random.split(keys.make(seed))
     step_fn = step_lib.make_train_step(
       task, optimizer, schedule, ema_decay, spikes
     )
@@ -106,7 +109,11 @@ class Trainer(Loop):
       The status; the exceptions of tasks and callbacks pass through.
     """
     error: BaseException | None = None
-    with self.interrupt.listening():
+    with (
+      keys.pinned(),
+      debugging.checked(),
+      self.interrupt.listening(),
+    ):
       try:
         self._next_hook = len(self.callbacks)  # There is no step 0.
         self._start()
@@ -205,19 +212,29 @@ class Trainer(Loop):
     saved = self.checkpointer and self.checkpointer.restore(self._shapes)
     if saved:
       self._resume(saved)
+      learning_rate.warn_if_raised(
+        self._schedule, self.state, self.metrics, self.num_train_steps
+      )
     if self.step < self.num_train_steps:
       self._updater.compile(abstract, batch)  # While parameters are made.
     if not saved:
       initial = self._initial and self._initial(
         abstract.params, abstract.model_state
       )
-      self.state = create(self._init_key, initial)
+      # Operation by operation, making parameters takes a minute.
+      with jax.disable_jit(False):
+        self.state = create(self._init_key, initial)
       self._writers.start(self.step, 0)
 
   def _resume(self, saved: Saved) -> None:
     tree, meta = saved
     identity.check(meta['identity'], self._identity, self._allow_changed)
     self.state, self._updater.running = tree['state'], tree['running']
+    recent = self.state.recent_losses
+    if debugging.finds_nans() and recent is not None:
+      # Older versions marked the empty places of the window with NaN.
+      recent = jnp.nan_to_num(recent)
+      self.state = dataclasses.replace(self.state, recent_losses=recent)
     self.metrics = tree['metrics']
     self.step, self.num_rollbacks = meta['step'], meta['num_rollbacks']
     if self.step > self.num_train_steps:
