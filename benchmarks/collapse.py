@@ -152,6 +152,4 @@ def main(_: None) -> int:
 
 
 if __name__ == '__main__':
-  command.run(
-    main, lambda argv: command.parse_flags(argv, _FLAGS, str(__doc__))
-  )
+  command.run(main, lambda argv: command.parse_flags(argv, _FLAGS, __doc__))

@@ -173,4 +173,4 @@ def tell(values: Iterable[float]) -> str:
 
 
 if __name__ == '__main__':
-  sweep.main('routing_study', RUNS, table, str(__doc__))
+  sweep.main('routing_study', RUNS, table, __doc__)

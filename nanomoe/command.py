@@ -9,9 +9,10 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
-from typing import Any
+from typing import Any, TextIO, cast
 import warnings
 
 from absl import app, flags
@@ -20,6 +21,7 @@ import nanomoe
 from nanomoe import terminal, tilde
 from nanomoe.data import corpus
 from trainers.errors import NotFinite, UserError, is_out_of_memory
+from trainers.signals import RaisingInterrupt
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ INTERRUPTED = 75
 def parse_flags(
   argv: list[str],
   values: flags.FlagValues,
-  usage: str,
+  usage: str | None,
   more_help: Callable[[], str] = str,
 ) -> None:
   """Sets a command's own flags from argv, which must hold nothing else.
@@ -51,8 +53,8 @@ def parse_flags(
     UserError: an unknown flag, a bad value, or a stray word.
   """
   if {'--help', '-help', '-h'} & set(argv):
-    parts = usage.strip(), _flags_help(values), more_help()
-    print('\n\n'.join(part for part in parts if part))
+    parts = (usage or '').strip(), _flags_help(values), more_help()
+    show('\n\n'.join(part for part in parts if part) + '\n')
     sys.exit(0)
   try:
     rest = values(argv)
@@ -62,28 +64,63 @@ def parse_flags(
     raise UserError(f'what is {rest[1]!r}? Options are --name=value')
 
 
+def show(text: str) -> None:
+  """Writes a command's result on standard output, at once.
+
+  Raises:
+    BrokenPipeError: The reader of the output has left.
+    UserError: The output cannot be written.
+  """
+  try:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    if error := getattr(sys.stdout, 'error', None):
+      raise error
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    raise UserError(f'standard output: {error.strerror}') from error
+
+
 def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
   """Exits with main(parse(sys.argv)), or with 2 and a line for each mistake.
 
   A command has FlagValues of its own: absl's global ones cannot hold those of
   two commands, and a notebook imports several.
   """
+  terminal.open_closed_streams()
   _refuse_a_namespace()
-  _exec_with_huge_pages()
+  is_process = _is_process_of(main)
+  if is_process:
+    _exec_with_huge_pages()
+  before = sys.stdout, sys.stderr, sys.unraisablehook
   for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):  # None, if it is closed.
+    if isinstance(stream, io.TextIOWrapper):
       # What its encoding lacks is escaped: a line with a ★ is not lost.
       stream.reconfigure(errors='backslashreplace')
+  outputs = terminal.Output(sys.stdout), terminal.Output(sys.stderr)
+  sys.stdout, sys.stderr = (cast(TextIO, output) for output in outputs)
   sys.unraisablehook = _tell_unraisable
   _guarded(lambda _: _keep_compiled_programs())(None)
-  # Until a trainer listens, there is nothing to save.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
 
   def parser(argv):
     flags.FLAGS(argv[:1])  # Absl wants them parsed.
     return _guarded(parse)(argv)
 
-  app.run(_guarded(main), flags_parser=parser)
+  def whole(argument):
+    code = main(argument)
+    if not outputs[0].is_log:
+      show('')
+    return code
+
+  try:
+    with RaisingInterrupt().listening():  # Until a trainer listens.
+      app.run(_guarded(whole), flags_parser=parser)
+  finally:
+    for output in outputs:
+      output.close_quietly()
+    if not is_process:  # A notebook, for example, that goes on.
+      sys.stdout, sys.stderr, sys.unraisablehook = before
 
 
 def _refuse_a_namespace() -> None:
@@ -126,11 +163,10 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         print(f'error: {line}', file=sys.stderr)
         log.debug('error: %s', line)
       sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
+    except KeyboardInterrupt as error:
+      print(f'interrupted by {str(error) or "Ctrl-C"}', file=sys.stderr)
       sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `| head`, for example, has seen enough.
-      _discard_stdout()
       sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
       log.debug('a bug', exc_info=True)
@@ -140,7 +176,6 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
       if isinstance(error, OSError) and error.errno in _DISK:
         where = error.filename or 'what was to be written'
         print(f'error: {where}: {error.strerror}', file=sys.stderr)
-        _discard_stdout()  # If it is what could not be written.
         sys.exit(USER_ERROR)
       if isinstance(error, FloatingPointError):
         _tell_not_finite(error)
@@ -165,9 +200,44 @@ def _tell_unraisable(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def _discard_stdout() -> None:
-  """What is left of it would be an error again when the process ends."""
-  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _is_process_of(main: Callable[[Any], int]) -> bool:
+  """Whether this process is `python [options] -m MODULE`, with main's module.
+
+  False where another program runs the module: a notebook, runpy in a script, a
+  debugger, a profiler. Nothing may start that program a second time.
+  """
+  names = getattr(main, '__globals__', {})
+  spec = names.get('__spec__')
+  monitoring = getattr(sys, 'monitoring', None)  # From Python 3.12 on.
+  return not (
+    spec is None
+    or names is not vars(sys.modules['__main__'])
+    or spec.name != _module_in(sys.orig_argv)
+    or sys.flags.inspect
+    or sys.gettrace()
+    or sys.getprofile()
+    or (monitoring and any(monitoring.get_tool(i) for i in range(6)))
+  )
+
+
+def _module_in(words: list[str]) -> str | None:
+  """Returns MODULE of `python [options] -m MODULE ...`, None if there is none.
+
+  Options may be joined, as in `-OOm MODULE`; -c, -m, -W and -X have a value.
+  """
+  options = iter(words[1:])
+  for word in options:
+    if word == '--check-hash-based-pycs':
+      next(options, None)
+    if word.startswith('--'):
+      continue
+    match = re.fullmatch('-([^cmWX]+|[^cmWX]*([cmWX])(.*))', word, re.DOTALL)
+    if not match or match[2] == 'c':
+      return None  # A script, or its text.
+    value = match[3] or (match[2] and next(options, None))
+    if match[2] == 'm':
+      return value
+  return None
 
 
 def _exec_with_huge_pages() -> None:
@@ -177,9 +247,11 @@ def _exec_with_huge_pages() -> None:
   faults are a large part of a step's time. glibc reads its tunables only at the
   start.
   """
-  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
+  is_set = 'GLIBC_TUNABLES' in os.environ
+  if sys.platform == 'linux' and sys.executable and not is_set:
     os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):  # Training is slower without it.
+      os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _keep_compiled_programs() -> None:

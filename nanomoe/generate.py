@@ -1,8 +1,4 @@
-"""python -m nanomoe.generate --workdir=DIR --prompt='ROMEO:'
-
-Prints the prompt and what the model makes of it, alone on standard output, as
-it is made.
-"""
+"""Command that continues prompts with a trained model."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 import logging
@@ -12,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from nanomoe import command, imports, schema, terminal, tilde
+from nanomoe import backend, command, imports, schema, terminal, tilde
 from nanomoe import config as config_lib
 from nanomoe import workdir as workdir_lib
 from nanomoe.data import corpus
@@ -20,6 +16,13 @@ from trainers.errors import UserError
 
 log = logging.getLogger('nanomoe.generate')
 
+# A docstring would be missing from --help under `python -OO`.
+_USAGE = """
+python -m nanomoe.generate --workdir=DIR --prompt='ROMEO:'
+
+Prints the prompt and what the model makes of it, alone on standard output, as
+it is made.
+"""
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
@@ -116,6 +119,7 @@ def generate(
         f'--prompt={prompt!r}: it is not UTF-8 from character {error.start} on'
       ) from error
 
+  backend.start()
   from nanomoe import causality, experiment  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
 
@@ -201,7 +205,7 @@ class Text:
 
 
 def _parse(argv: list[str]) -> None:
-  command.parse_flags(argv, _FLAGS, str(__doc__))
+  command.parse_flags(argv, _FLAGS, _USAGE)
 
 
 def main(_: None) -> int:
@@ -218,23 +222,18 @@ def main(_: None) -> int:
   texts = [[prompt] for prompt in prompts]
   live = len(prompts) == 1
   if live:
-    _show(prompts[0])
+    command.show(prompts[0])
   try:
     for piece in pieces:
       if live:
-        _show(piece[0])
+        command.show(piece[0])
       for text, new in zip(texts, piece, strict=True):
         text.append(new)
     if not live:
-      _show('\n\n'.join(''.join(text) for text in texts))
+      command.show('\n\n'.join(''.join(text) for text in texts))
   finally:  # Ctrl-C too ends the line.
-    _show('\n')
+    command.show('\n')
   return 0
-
-
-def _show(text: str) -> None:
-  sys.stdout.write(text)
-  sys.stdout.flush()
 
 
 if __name__ == '__main__':
