@@ -101,4 +101,4 @@ def table(figures: dict[str, Any]) -> str:
 
 
 if __name__ == '__main__':
-  sweep.main('ablation', RUNS, table, str(__doc__))
+  sweep.main('ablation', RUNS, table, __doc__)

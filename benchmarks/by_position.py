@@ -87,4 +87,4 @@ def main(_: None) -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main, lambda argv: cli.parse_flags(argv, _FLAGS, str(__doc__)))
+  cli.run(main, lambda argv: cli.parse_flags(argv, _FLAGS, __doc__))

@@ -58,4 +58,4 @@ def minutes(run: Mapping[str, Any]) -> float:
 
 
 if __name__ == '__main__':
-  sweep.main('config_runs', RUNS, table, str(__doc__))
+  sweep.main('config_runs', RUNS, table, __doc__)

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 import venv
 
-from nanomoe.data.corpus import cache_directory
+from nanomoe.run import cache
 
 ROOT = pathlib.Path(__file__).parent.parent
 _WORKERS = ROOT / 'benchmarks' / 'workers'
@@ -31,7 +31,7 @@ def words(name: str) -> list[str]:
 
 def python_with(name: str, requirements: list[str]) -> pathlib.Path:
   """The interpreter of an environment that has `requirements`, and is kept."""
-  directory = cache_directory() / 'peers' / name
+  directory = cache.directory() / 'peers' / name
   python = directory / 'bin' / 'python'
   ready = directory / 'ready.json'
   directory.parent.mkdir(parents=True, exist_ok=True)

@@ -68,4 +68,4 @@ def _row(step: int, split: str, exact: list[float], rounded: list[float]):
 
 
 if __name__ == '__main__':
-  sweep.main('precision_curves', RUNS, table, str(__doc__))
+  sweep.main('precision_curves', RUNS, table, __doc__)

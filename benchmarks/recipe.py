@@ -163,4 +163,4 @@ def seeds_of(figures: dict[str, Any], variant: str) -> list[dict[str, Any]]:
 
 if __name__ == '__main__':
   texts.write()
-  sweep.main('recipe', RUNS, table, str(__doc__))
+  sweep.main('recipe', RUNS, table, __doc__)

@@ -172,4 +172,4 @@ def tell(values: Iterable[float]) -> str:
 
 
 if __name__ == '__main__':
-  sweep.main('routing_study', RUNS, table, str(__doc__))
+  sweep.main('routing_study', RUNS, table, __doc__)

@@ -111,7 +111,7 @@ def main(
   study: str,
   runs: Mapping[str, Run],
   table: Callable[[dict[str, Any]], str],
-  usage: str,
+  usage: str | None,
 ) -> None:
   """The command of a study; `table` makes Markdown of its figures."""
   values = flags.FlagValues()

@@ -8,9 +8,10 @@ import sysconfig
 import tarfile
 import tempfile
 
-from nanomoe.data.corpus import EMBEDDED, cache_directory
+from nanomoe.data.corpus import EMBEDDED
+from nanomoe.run import cache
 
-DIRECTORY = cache_directory() / 'texts'
+DIRECTORY = cache.directory() / 'texts'
 # {name: what it is}.
 TEXTS = {
   'addresses': 'State of the Union addresses, 1790 to 2021 (10.8 MB)',

@@ -1,7 +1,7 @@
 """The `nanomoe` command: one name for all commands."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import importlib
 import inspect
 import pathlib
@@ -57,20 +57,24 @@ SHELLS = ('bash', 'zsh')
 _CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
 
-def main() -> None:
-  """Runs the command that sys.argv names; exits with its code."""
+def main(entry: Callable[[], None] | None = None) -> None:
+  """Runs the command that sys.argv names; exits with its code.
+
+  Args:
+    entry: Function of `__main__` that calls this one, under `python -m`.
+  """
   words = sys.argv[1:]
   if words and words[0] in COMMANDS:
     module = importlib.import_module(COMMANDS[words[0]].module)
     sys.argv = [f'nanomoe {words[0]}', *words[1:]]
-    cli.run(module.main, module._parse)
+    cli.run(module.main, module._parse, entry)
   else:
-    cli.run(print_answer, lambda argv: argv[1:])
+    cli.run(print_answer, lambda argv: argv[1:], entry)
 
 
 def print_answer(words: list[str]) -> int:
   """Prints what a command without flags shows; returns the exit code."""
-  print(answer(words))
+  cli.show(f'{answer(words)}\n')
   return 0
 
 

@@ -1,9 +1,4 @@
-"""python -m nanomoe.evaluate --workdir=DIR --split=val --step=best
-
-Prints, as JSON, the exact cross-entropy of a run's checkpoint: one pass over a
-split of its text, or over the whole of any other text (--data=FILE), each
-target once. Speed is without compiling.
-"""
+"""Command that evaluates a checkpoint on a text."""
 
 from collections.abc import Collection
 import itertools
@@ -16,11 +11,19 @@ from absl import flags
 
 from nanomoe.config import home
 from nanomoe.data import corpus
-from nanomoe.run import cli, terminal, trusted_imports
+from nanomoe.run import backend, cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 from trainers.files import to_json
 
+# A docstring would be missing from --help under `python -OO`.
+_USAGE = """
+python -m nanomoe.evaluate --workdir=DIR --split=val --step=best
+
+Prints, as JSON, the exact cross-entropy of a run's checkpoint: one pass over a
+split of its text, or over the whole of any other text (--data=FILE), each
+target once. Speed is without compiling.
+"""
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
@@ -77,6 +80,7 @@ def evaluate(
   if data is not None:
     other = corpus.read(home.expand(data, '--data'), '--data')
 
+  backend.start()
   import jax  # noqa: PLC0415 (it takes seconds)
 
   from nanomoe import experiment  # noqa: PLC0415
@@ -138,7 +142,7 @@ def evaluate(
 
 
 def _parse(argv: list[str]) -> None:
-  cli.parse_flags(argv, _FLAGS, str(__doc__))
+  cli.parse_flags(argv, _FLAGS, _USAGE)
 
 
 def main(_: None) -> int:

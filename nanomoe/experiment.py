@@ -31,6 +31,7 @@ from nanomoe.moe.dispatch import registry
 from nanomoe.ops import matmul
 from nanomoe.run import (
   charts,
+  jax_settings,
   memory_hint,
   provenance,
   trusted_imports,
@@ -42,6 +43,7 @@ from trainers.callbacks.group import Callbacks
 from trainers.checkpoint import arrays as arrays_lib
 from trainers.checkpoint import checkpointer, reader
 from trainers.errors import UserError
+from trainers.runtime import keys
 from trainers.step import Spikes
 from trainers.trainer import Trainer
 
@@ -76,6 +78,7 @@ def build(
   """
   if lines := validation.problems(config.to_dict()):
     raise UserError(lines)
+  jax_settings.pin()
   config = resolve_auto(config)
   corpus, tokenizer, dataset = text_lib.read(config, directory, allow_changed)
   token_bytes = tokenizer.token_bytes()
@@ -85,7 +88,7 @@ def build(
     config.optimizer, config.num_train_steps
   )
   batch = dataset.train_batch(0, slice(0, config.batch_size))
-  params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+  params, _ = jax.eval_shape(task.init, keys.make(0), batch)
   facts = {
     'corpus': corpus.name,
     'corpus_sha256': corpus.fingerprint,
@@ -187,13 +190,14 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   Raises:
     UserError: there is no such checkpoint, or the vocabulary is damaged.
   """
+  jax_settings.pin()
   arrays, meta = reader.read(directory / 'checkpoints', step)
   tokenizer = tokenizers.load(
     config.data.tokenizer.to_dict(), directory / VOCABULARY
   )
   task = build_task(config, tokenizer.vocab_size, tokenizer.token_bytes())
   batch = {'inputs': np.zeros((1, config.block_size), np.int32)}
-  params, model_state = jax.eval_shape(task.init, jax.random.key(0), batch)
+  params, model_state = jax.eval_shape(task.init, keys.make(0), batch)
   return Restored(
     task,
     tokenizer,

@@ -1,8 +1,4 @@
-"""python -m nanomoe.generate --workdir=DIR --prompt='ROMEO:'
-
-Prints the prompt and what the model makes of it, alone on standard output, as
-it is made.
-"""
+"""Command that continues prompts with a trained model."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 import logging
@@ -15,12 +11,19 @@ from absl import flags
 from nanomoe.config import home, schema, validation
 from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus
-from nanomoe.run import cli, terminal, trusted_imports
+from nanomoe.run import backend, cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 
 log = logging.getLogger('nanomoe.generate')
 
+# A docstring would be missing from --help under `python -OO`.
+_USAGE = """
+python -m nanomoe.generate --workdir=DIR --prompt='ROMEO:'
+
+Prints the prompt and what the model makes of it, alone on standard output, as
+it is made.
+"""
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
@@ -118,6 +121,7 @@ def generate(
         f'--prompt={prompt!r}: it is not UTF-8 from character {error.start} on'
       ) from error
 
+  backend.start()
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.model import build  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
@@ -204,7 +208,7 @@ class Text:
 
 
 def _parse(argv: list[str]) -> None:
-  cli.parse_flags(argv, _FLAGS, str(__doc__))
+  cli.parse_flags(argv, _FLAGS, _USAGE)
 
 
 def main(_: None) -> int:
@@ -221,23 +225,18 @@ def main(_: None) -> int:
   texts = [[prompt] for prompt in prompts]
   live = len(prompts) == 1
   if live:
-    _show(prompts[0])
+    cli.show(prompts[0])
   try:
     for piece in pieces:
       if live:
-        _show(piece[0])
+        cli.show(piece[0])
       for text, new in zip(texts, piece, strict=True):
         text.append(new)
     if not live:
-      _show('\n\n'.join(''.join(text) for text in texts))
+      cli.show('\n\n'.join(''.join(text) for text in texts))
   finally:  # Ctrl-C too ends the line.
-    _show('\n')
+    cli.show('\n')
   return 0
-
-
-def _show(text: str) -> None:
-  sys.stdout.write(text)
-  sys.stdout.flush()
 
 
 if __name__ == '__main__':

@@ -1,7 +1,4 @@
-"""python -m nanomoe.main --config=configs/base.py --config.batch_size=64
-
-Trains a model, or goes on training one: python -m nanomoe.main --workdir=DIR
-"""
+"""Command that trains a model."""
 
 # Flags are parsed before JAX is imported: a mistake is answered at once.
 
@@ -15,12 +12,19 @@ from absl import flags
 from nanomoe.config import help, home, resume, schema
 from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus
-from nanomoe.run import cli, terminal, trusted_imports
+from nanomoe.run import backend, cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
 from nanomoe.run.terminal import RESULT
 from trainers.errors import UserError
 
 log = logging.getLogger('nanomoe.main')
+
+# A docstring would be missing from --help under `python -OO`.
+_USAGE = """
+python -m nanomoe.main --config=configs/base.py --config.batch_size=64
+
+Trains a model, or goes on training one: python -m nanomoe.main --workdir=DIR
+"""
 
 _FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string(
@@ -74,7 +78,7 @@ EXIT_CODES = {
 def _parse(argv: list[str]) -> list[config_lib.Override]:
   """The overrides. Absl does not know the config's keys: it gets the rest."""
   argv, overrides = config_lib.split_arguments(argv)
-  cli.parse_flags(argv, _FLAGS, str(__doc__), lambda: _keys_help(argv))
+  cli.parse_flags(argv, _FLAGS, _USAGE, lambda: _keys_help(argv))
   for name in _ALLOW_CHANGED.value:
     if name not in resume.ALLOWABLE:
       raise UserError(
@@ -134,21 +138,23 @@ def main(overrides: list[config_lib.Override]) -> int:
   """Trains; returns the exit code."""
   config, old = requested_config(overrides)
   workdir = _workdir()
+  console = terminal.log_to_terminal(quiet=_QUIET.value)
+  if not old:
+    backend.start()  # It finds mistakes: nothing has been made yet.
   is_made = workdir is None or not workdir.exists()
   workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
   watch = str(workdir.parent)
-  console = terminal.log_to_terminal(quiet=_QUIET.value)
   workdir_lib.log_to(workdir)
-  if old:
-    config = resume.resume_config(
-      old, config, [key for key, _ in overrides], _ALLOW_CHANGED.value
-    )
-
-  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
-
   try:
+    if old:
+      names = [key for key, _ in overrides]
+      config = resume.resume_config(old, config, names, _ALLOW_CHANGED.value)
+      backend.start()
+
+    from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+
     trainer = experiment.build(config, workdir, _ALLOW_CHANGED.value)
-  except UserError:
+  except (UserError, KeyboardInterrupt):
     if is_made:
       workdir_lib.discard(workdir)
     raise

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from nanomoe.model.decode_cache import DecodeCache
+from trainers.runtime import debugging, keys
 
 
 @runtime_checkable
@@ -77,18 +78,20 @@ def draw(
   """
   temperature, top_k, top_p = sampling
   is_greedy = jnp.asarray(temperature) < GREEDY_BELOW
-  logits = logits / jnp.where(is_greedy, 1.0, temperature)
-  ordered = -jnp.sort(-logits, axis=-1)
-  rank = jnp.where(top_k > 0, top_k, logits.shape[-1]) - 1
-  least = jnp.take(ordered, jnp.minimum(rank, logits.shape[-1] - 1), axis=-1)
-  kept = jnp.where(ordered >= least[:, None], ordered, -jnp.inf)
-  probs = jax.nn.softmax(kept)
-  # A token is needed if those before it do not reach top_p; the first one is.
-  needed = (jnp.cumsum(probs, axis=-1) - probs < top_p).at[:, 0].set(True)
-  nucleus = jnp.min(jnp.where(needed, kept, jnp.inf), axis=-1)
-  allowed = logits >= jnp.maximum(least, nucleus)[:, None]
-  drawn = jax.random.categorical(key, jnp.where(allowed, logits, -jnp.inf))
-  return jnp.where(is_greedy, jnp.argmax(logits, axis=-1), drawn)
+  # JAX_DEBUG_INFS must not find the infinities of these masks.
+  with jax.debug_infs(False):
+    logits = logits / jnp.where(is_greedy, 1.0, temperature)
+    ordered = -jnp.sort(-logits, axis=-1)
+    rank = jnp.where(top_k > 0, top_k, logits.shape[-1]) - 1
+    least = jnp.take(ordered, jnp.minimum(rank, logits.shape[-1] - 1), axis=-1)
+    kept = jnp.where(ordered >= least[:, None], ordered, -jnp.inf)
+    probs = jax.nn.softmax(kept)
+    # A token is needed if those before it do not reach top_p; the first one is.
+    needed = (jnp.cumsum(probs, axis=-1) - probs < top_p).at[:, 0].set(True)
+    nucleus = jnp.min(jnp.where(needed, kept, jnp.inf), axis=-1)
+    allowed = logits >= jnp.maximum(least, nucleus)[:, None]
+    drawn = jax.random.categorical(key, jnp.where(allowed, logits, -jnp.inf))
+    return jnp.where(is_greedy, jnp.argmax(logits, axis=-1), drawn)
 
 
 # Largest number of tokens that one call of the device adds.
@@ -139,8 +142,10 @@ class Generator:
     self.trained = jax.device_put(trained)
     self.block_size = block_size
     self.cached = cached
-    self._read = jax.jit(read)
-    self._add = jax.jit(add, donate_argnames='cache')
+    self._read = debugging.checked()(jax.jit(read))
+    # JAX may run the function again to find a NaN.
+    donated = () if debugging.finds_nans() else ('cache',)
+    self._add = debugging.checked()(jax.jit(add, donate_argnames=donated))
 
   def __call__(
     self,
@@ -166,7 +171,7 @@ class Generator:
     length = np.array([min(len(p), size) for p in prompts], np.int32)
     for row, prompt in zip(window, prompts, strict=True):
       row[: min(len(prompt), size)] = prompt[-size:]
-    key = jax.random.key(seed)
+    key = keys.make(seed)
     cache, token, num_done, chunk_size = None, None, 0, 1
     while num_done < num_tokens:
       if cache is None:

@@ -1,6 +1,15 @@
-"""Learning-rate schedules: functions of the number of updates so far."""
+"""Learning-rate schedules: functions of the number of updates so far.
+
+A warm-up is linear from 0 at the first update to `learning_rate` at the update
+`warmup_steps`, counted from 0. The first update therefore changes the state of
+the optimizer alone.
+"""
+
+import logging
 
 import optax
+
+log = logging.getLogger(__name__)
 
 
 def constant(learning_rate: float) -> optax.Schedule:
@@ -29,7 +38,7 @@ def warmup_cosine(
   Raises:
     ValueError: An argument is out of range.
   """
-  _check(warmup_steps, final_fraction)
+  _check(num_train_steps, warmup_steps, final_fraction)
   return optax.warmup_cosine_decay_schedule(
     0.0,
     learning_rate,
@@ -56,7 +65,7 @@ def linear(
   Raises:
     ValueError: An argument is out of range.
   """
-  _check(warmup_steps, final_fraction)
+  _check(num_train_steps, warmup_steps, final_fraction)
   return optax.join_schedules(
     [
       optax.linear_schedule(0.0, learning_rate, warmup_steps),
@@ -89,9 +98,18 @@ def wsd(
   Raises:
     ValueError: An argument is out of range.
   """
-  _check(warmup_steps, final_fraction)
   if decay_steps < 1:
     raise ValueError(f'{decay_steps=} must be >= 1')
+  _check(num_train_steps, warmup_steps, final_fraction)
+  if warmup_steps < num_train_steps < warmup_steps + decay_steps:
+    log.warning(
+      'optimizer.schedule.decay_steps=%d: with warmup_steps=%d it must be at '
+      'most %d, or num_train_steps=%d ends the decay early',
+      decay_steps,
+      warmup_steps,
+      num_train_steps - warmup_steps,
+      num_train_steps,
+    )
   return optax.join_schedules(
     [
       optax.linear_schedule(0.0, learning_rate, warmup_steps),
@@ -104,12 +122,21 @@ def wsd(
   )
 
 
-def _check(warmup_steps: int, final_fraction: float) -> None:
-  """Raises ValueError if an argument is out of range."""
+def _check(
+  num_train_steps: int, warmup_steps: int, final_fraction: float
+) -> None:
+  """Raises ValueError if an argument is out of range; warns of a late peak."""
   if warmup_steps < 0:
     raise ValueError(f'{warmup_steps=} must be >= 0')
   if not 0 <= final_fraction <= 1:
     raise ValueError(f'{final_fraction=} must be in [0, 1]')
+  if warmup_steps >= num_train_steps:
+    log.warning(
+      'optimizer.schedule.warmup_steps=%d: it must be below num_train_steps=%d,'
+      ' or the learning rate never reaches optimizer.learning_rate',
+      warmup_steps,
+      num_train_steps,
+    )
 
 
 # Schedules by name.

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nanomoe import evaluate, generate, main
-from nanomoe.run import cli
+from nanomoe.run import cache
 from tests.shrunk import ROOT
 
 # A command that compiles one program, and tells whether it had to.
@@ -59,7 +59,7 @@ def test_a_cache_that_is_set_stands(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   for value in ('', '/elsewhere'):
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', value)
-    cli._keep_compiled_programs()
+    cache.keep_compiled_programs()
     assert os.environ['JAX_COMPILATION_CACHE_DIR'] == value
   assert not list(tmp_path.iterdir())
 
@@ -68,7 +68,7 @@ def test_no_cache_where_nothing_can_be_written(monkeypatch, tmp_path):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
   (tmp_path / 'file').touch()
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
-  cli._keep_compiled_programs()
+  cache.keep_compiled_programs()
   assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ
 
 

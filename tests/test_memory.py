@@ -9,10 +9,10 @@ from nanomoe import experiment
 from nanomoe.run import cli as command_lib
 from nanomoe.run import memory_hint as hints
 from tests import regression
-from trainers import memory as memory_lib
 from trainers.callbacks import Callback
 from trainers.errors import UserError
-from trainers.memory import StepMemory
+from trainers.runtime import memory as memory_lib
+from trainers.runtime.memory import StepMemory
 
 
 def _gradient(config):

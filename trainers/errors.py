@@ -19,6 +19,10 @@ class Interrupted(Exception):
   """SIGTERM or Ctrl-C arrived: raised where a long action polls for it."""
 
 
+class NotFinite(FloatingPointError):
+  """A NaN or an infinity that JAX was asked to find: one line, exit code 3."""
+
+
 class RollBack(Exception):
   """A hook wants the newest good checkpoint back: raised to undo the steps."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from trainers import metrics as metrics_lib
+from trainers.runtime import debugging, keys
 from trainers.state import ModelState, Params
 from trainers.task import Batch, Task
 
@@ -15,7 +16,7 @@ class Evaluator:
 
   def __init__(self, task: Task):
     def metrics(params, model_state, batch):
-      key = jax.random.key(0)  # Evaluation draws nothing.
+      key = keys.make(0)  # Evaluation draws nothing.
       _, aux = task.loss(params, model_state, batch, key, train=False)
       return aux.metrics
 
@@ -45,7 +46,8 @@ class Evaluator:
         shapes = jax.eval_shape(self._metrics, params, model_state, batch)
         running = metrics_lib.zeros_like(shapes)
       previous = running
-      running = self._add(running, params, model_state, batch)
+      with debugging.checked():
+        running = self._add(running, params, model_state, batch)
       jax.block_until_ready(previous)  # One batch ahead, no more.
     if running is None:
       raise ValueError('there is no batch to evaluate on')

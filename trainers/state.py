@@ -25,8 +25,8 @@ class TrainState:
     opt_state: the optimizer's.
     model_state: what the task changes without gradients (router biases).
     average: of params over the updates, exponentially weighted; or None.
-    recent_losses: float32[window], of accepted updates, the newest last; NaN
-      where there was none yet; or None.
+    recent_losses: float32[window], of accepted updates, the newest last; 0
+      where there was none yet (NaN in checkpoints of older versions); or None.
   """
 
   step: jax.Array
@@ -62,5 +62,5 @@ class TrainState:
       opt_state=optimizer.init(params),
       model_state=model_state,
       average=jax.tree.map(jnp.copy, params) if average else None,
-      recent_losses=jnp.full(window, jnp.nan) if window else None,
+      recent_losses=jnp.zeros(window, jnp.float32) if window else None,
     )

@@ -86,9 +86,10 @@ def make_train_step(
     accepted = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     accepted &= all_finite(updates)
     if spikes and spikes.factor:
-      # False while the median is NaN.
+      # Until as many updates were accepted, places of the window are empty.
+      is_full = num_updates >= len(state.recent_losses)
       limit = spikes.factor * jnp.median(state.recent_losses)
-      accepted &= ~(loss > limit)
+      accepted &= ~(is_full & (loss > limit))
     params, opt_state, model_state, average, recent_losses = jax.tree.map(
       lambda n, o: jnp.where(accepted, n, o), new, old
     )
@@ -127,8 +128,13 @@ def _averaged(
   if average is None:
     return None
   d = jnp.minimum(decay, (1 + num_updates) / (10 + num_updates))
-  return jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)
+  # Under JAX_ENABLE_X64, d is float64, whatever the parameters are.
+  return jax.tree.map(
+    lambda a, p: (d * a + (1 - d) * p).astype(a.dtype), average, params
+  )
 
 
 def _appended(recent: jax.Array | None, loss: jax.Array) -> jax.Array | None:
-  return None if recent is None else jnp.append(recent[1:], loss)
+  if recent is None:
+    return None
+  return jnp.append(recent[1:], loss.astype(recent.dtype))

@@ -1,15 +1,18 @@
 """Updates one after another: the device is a few of them ahead of the host."""
 
 from collections import deque
+from collections.abc import Callable
 from concurrent import futures
 import functools
 import logging
+from typing import Any
 
 import jax
 
-from trainers import memory as memory_lib
 from trainers import metrics as metrics_lib
 from trainers.metrics import Metrics
+from trainers.runtime import debugging
+from trainers.runtime import memory as memory_lib
 from trainers.state import TrainState
 from trainers.step import StepFn
 from trainers.task import Batch
@@ -40,7 +43,7 @@ class StepRunner:
     self._key = key
     self._hint = memory_hint
     self._in_flight: deque[Metrics] = deque()
-    self._update: futures.Future[jax.stages.Compiled] | None = None
+    self._update: futures.Future[Callable[..., Any]] | None = None
     self.compiled = False
     self.memory: memory_lib.StepMemory | None = None
 
@@ -53,6 +56,10 @@ class StepRunner:
   def compile(self, state: TrainState, batch: Batch) -> None:
     """Begins to, in the background, once; after `trace`, of shapes too."""
     if self._update:
+      return
+    if debugging.needs_python():
+      self._update = futures.Future()
+      self._update.set_result(self._debugged)
       return
     update = jax.jit(
       functools.partial(_accumulate, self._step_fn), donate_argnums=0
@@ -85,13 +92,25 @@ class StepRunner:
     return running
 
   def explained(self, error: BaseException, step: int) -> BaseException:
-    """With what would help, if it is that memory ran out."""
+    """With what would help, if it is that memory ran out; where a NaN is."""
+    error = debugging.located(error, f'after step {step}')
     return memory_lib.explained(error, step, self.memory, self._hint)
 
+  def _debugged(
+    self, state: TrainState, running: Metrics, batch: Batch, key: jax.Array
+  ) -> tuple[TrainState, Metrics, Metrics]:
+    """An update that donates nothing: JAX may have to run it a second time."""
+    state, metrics = self._step_fn(state, batch, key)
+    # Sums of a checkpoint may hold the loss of an update that was refused.
+    with jax.debug_nans(False), jax.debug_infs(False):
+      return state, metrics_lib.merge(running, metrics), metrics
+
   def _check_memory(
-    self, update: jax.stages.Compiled, state: TrainState
+    self, update: Callable[..., Any], state: TrainState
   ) -> None:
     """Warns in time: where Linux kills a process, nothing more is told."""
+    if not isinstance(update, jax.stages.Compiled):
+      return
     self.memory = memory = memory_lib.measure(update, state)
     if memory and not memory.fits:
       log.warning('it may not fit: %s; %s', memory, self._hint(memory))

@@ -10,9 +10,10 @@ from typing import Any
 
 from clu import metric_writers, periodic_actions
 import jax
+import jax.numpy as jnp
 import optax
 
-from trainers import memory as memory_lib
+from trainers import learning_rate
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
 from trainers.callbacks.callback import Callback
@@ -26,6 +27,8 @@ from trainers.loop import Loop
 from trainers.metrics import Metrics, Score
 from trainers.prefetch import prefetched
 from trainers.recovery import Recovery
+from trainers.runtime import debugging, keys
+from trainers.runtime import memory as memory_lib
 from trainers.signals import Interrupt
 from trainers.state import ModelState, Params, TrainState
 from trainers.step_runner import StepRunner
@@ -110,10 +113,12 @@ class Trainer(Loop):
     self.score: Score | None = None
     self.best: Score | None = None
     self._optimizer = optimizer
+    self._schedule = schedule
     self._initial = initial
     self._ema_decay = ema_decay
     self._eval_weights = eval_weights
     self._spikes = spikes
+    self._schedule = schedule
     self._evaluator = Evaluator(task)
     self._writers = Writers(workdir, writers, board)
     self._unlogged: Metrics | None = None
@@ -126,7 +131,8 @@ class Trainer(Loop):
       self.clock,
       on_saved=lambda step: self._emit('on_checkpoint', step),
     )
-    self._init_key, step_key = jax.random.split(jax.random.key(seed))
+    with keys.pinned():
+      self._init_key, step_key = jax.random.split(keys.make(seed))
     step_fn = step_lib.make_train_step(
       task, optimizer, schedule, ema_decay, spikes
     )
@@ -139,7 +145,11 @@ class Trainer(Loop):
       The status. Exceptions of tasks and callbacks pass through.
     """
     error: BaseException | None = None
-    with self.interrupt.listening():
+    with (
+      keys.pinned(),
+      debugging.checked(),
+      self.interrupt.listening(),
+    ):
       try:
         self._start()
         self._emit('on_fit_start')
@@ -177,6 +187,9 @@ class Trainer(Loop):
     self._shapes = {'state': abstract, 'running': shapes, 'metrics': shapes}
     if saved := self._recovery.restore(self._shapes):
       self._load(saved)
+      learning_rate.warn_if_raised(
+        self._schedule, self.state, self.metrics, self.num_train_steps
+      )
     if self.step < self.num_train_steps:
       # Compiles in the background, while the parameters are created.
       self._step_runner.compile(abstract, batch)
@@ -184,7 +197,9 @@ class Trainer(Loop):
       initial = self._initial and self._initial(
         abstract.params, abstract.model_state
       )
-      self.state = create(self._init_key, initial)
+      # Operation by operation, making parameters takes a minute.
+      with jax.disable_jit(False):
+        self.state = create(self._init_key, initial)
       self._writers.start(self.step, 0)
 
   def _train(self) -> None:
@@ -314,6 +329,11 @@ class Trainer(Loop):
     """Sets everything that a checkpoint holds."""
     tree, meta = saved
     self.state, self._step_runner.accumulated = tree['state'], tree['running']
+    recent = self.state.recent_losses
+    if debugging.finds_nans() and recent is not None:
+      # Older versions marked the empty places of the window with NaN.
+      recent = jnp.nan_to_num(recent)
+      self.state = dataclasses.replace(self.state, recent_losses=recent)
     self.metrics = tree['metrics']
     self.step, self.num_rollbacks = meta['step'], meta['num_rollbacks']
     if self.step > self.num_train_steps:

@@ -258,7 +258,9 @@ class Optimizer(_Section):
   beta1: float = key('Decay of the first moment', 0, 1, resume=_BY_NAME)
   beta2: float = key('Decay of the second moment', 0, 1, resume=_BY_NAME)
   schedule: Spec = spec(
-    'Schedule of the learning rate over steps', resume=_BY_NAME
+    'Schedule of the learning rate over steps; a warm-up starts with a learning '
+    'rate of 0 at the first update',
+    resume=_BY_NAME,
   )
   clip_norm: float = key(
     'Largest norm of the gradient; 0 disables clipping', 0, resume=_BY_NAME

@@ -16,6 +16,7 @@ import urllib.request
 from nanomoe.config import home
 from nanomoe.data import large_text
 from nanomoe.data.large_text import LargeText
+from nanomoe.run import cache
 from trainers.errors import UserError
 from trainers.files import write_atomically
 
@@ -63,7 +64,7 @@ def find(path: str, fallback: str, recorded: str = '') -> Corpus:
     return Corpus(NAME, raw.decode(), SHA256)
   where = (
     f'Tiny Shakespeare could not be had: there is no intact {FILE} in '
-    f'$NANOMOE_DATA_DIR or in {cache_directory()}, and no network'
+    f'$NANOMOE_DATA_DIR or in {cache.directory()}, and no network'
   )
   if not fallback:
     raise UserError(
@@ -94,18 +95,6 @@ def find_again(path: str, name: str, sha256: str) -> Corpus:
       'all the same with --allow_changed=data'
     )
   return corpus
-
-
-def cache_directory() -> pathlib.Path:
-  """Raises UserError if the user has no home."""
-  try:
-    base = pathlib.Path(home.variable('XDG_CACHE_HOME', '~/.cache'))
-  except UserError as error:
-    raise UserError(
-      'there is no home directory to keep files in: set XDG_CACHE_HOME '
-      f'({error})'
-    ) from error
-  return base / 'nanomoe'
 
 
 def path_problems(path: str, key: str = 'data.path') -> list[str]:
@@ -187,7 +176,7 @@ def _local_copy() -> bytes | None:
 def _places() -> Iterator[pathlib.Path]:
   if place := home.variable('NANOMOE_DATA_DIR'):
     yield pathlib.Path(place)
-  yield cache_directory()
+  yield cache.directory()
 
 
 def _downloaded() -> bytes | None:
@@ -199,7 +188,7 @@ def _downloaded() -> bytes | None:
   if _sha256(raw) != SHA256:
     log.warning('WARNING: %s is not what it was (its SHA-256 differs)', URL)
     return None
-  target = cache_directory() / FILE
+  target = cache.directory() / FILE
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, raw.decode())

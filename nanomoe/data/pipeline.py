@@ -14,7 +14,7 @@ from nanomoe.data.corpus import Corpus
 from nanomoe.data.large_text import LargeText
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.data.windows import ShortSplit, Windows
-from nanomoe.run import workdir
+from nanomoe.run import cache, workdir
 from trainers import spec
 from trainers.errors import UserError
 from trainers.task import Batch, Dataset
@@ -92,7 +92,7 @@ def tokenize(
   small_ones = {k: v for k, v in splits.items() if isinstance(v, str)}
   tokens = {n: check(tokenizer.encode(t)) for n, t in small_ones.items()}
   if large_ones:
-    place = corpus_lib.cache_directory()
+    place = cache.directory()
     vocab_size = tokenizer.vocab_size
     tokens |= large_text.tokenize(
       large_ones, encode_pieces, vocab_size, fingerprint, place

@@ -62,7 +62,9 @@ def attend(
   scores = einsum('bhtd,bhsd->bhts', q * q.shape[-1] ** -0.5, k, precision)
   row = jnp.atleast_2d(start + jnp.arange(q.shape[2]))  # [1 or batch, rows]
   visible = jnp.arange(k.shape[2]) <= row[:, None, :, None]
-  weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+  # JAX_DEBUG_INFS must not find the infinities of this mask.
+  with jax.debug_infs(False):
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
   if key is not None:
     weights = dropout(weights, key, dropout_rate)
   return einsum('bhts,bhsd->bhtd', weights, v, precision)

@@ -233,7 +233,10 @@ class Sigmoid(Router):
     two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0]
     _, kept = jax.lax.top_k(two.sum(axis=-1), self.groups_kept)  # [N, kept]
     is_kept = jnp.any(kept[..., None] == jnp.arange(self.num_groups), axis=1)
-    return jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(scores.shape)
+    # JAX_DEBUG_INFS must not find the infinities of this mask.
+    with jax.debug_infs(False):
+      masked = jnp.where(is_kept[..., None], groups, -jnp.inf)
+      return masked.reshape(scores.shape)
 
 
 class NoisyTopK(Router):

@@ -1,25 +1,20 @@
 """What every command does: flags, one line for a mistake, exit codes."""
 
 from collections.abc import Callable
-import contextlib
 import errno
-import hashlib
 import io
 import logging
-import os
-import pathlib
-import platform
 import signal
 import sys
-from typing import Any
-import warnings
+from typing import Any, TextIO, cast
 
 from absl import app, flags
 
 import nanomoe
-from nanomoe.config import help, home
-from nanomoe.data import corpus
-from trainers.errors import UserError, is_out_of_memory
+from nanomoe.config import help
+from nanomoe.run import cache, process, terminal
+from trainers.errors import NotFinite, UserError, is_out_of_memory
+from trainers.signals import RaisingInterrupt
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +27,15 @@ _DISK = (
   errno.EROFS,
   errno.EIO,
 )
+# As of a run that diverged.
+NOT_FINITE = 3
 INTERRUPTED = 75
 
 
 def parse_flags(
   argv: list[str],
   values: flags.FlagValues,
-  usage: str,
+  usage: str | None,
   more_help: Callable[[], str] = str,
 ) -> None:
   """Sets a command's own flags from argv, which must hold nothing else.
@@ -49,8 +46,8 @@ def parse_flags(
     UserError: an unknown flag, a bad value, or a stray word.
   """
   if {'--help', '-help', '-h'} & set(argv):
-    parts = usage.strip(), _flags_help(values), more_help()
-    print('\n\n'.join(part for part in parts if part))
+    parts = (usage or '').strip(), _flags_help(values), more_help()
+    show('\n\n'.join(part for part in parts if part) + '\n')
     sys.exit(0)
   try:
     rest = values(argv)
@@ -60,28 +57,72 @@ def parse_flags(
     raise UserError(f'what is {rest[1]!r}? Options are --name=value')
 
 
-def run(main: Callable[[Any], int], parse: Callable[[list[str]], Any]) -> None:
+def show(text: str) -> None:
+  """Writes a command's result on standard output, at once.
+
+  Raises:
+    BrokenPipeError: The reader of the output has left.
+    UserError: The output cannot be written.
+  """
+  try:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    if error := getattr(sys.stdout, 'error', None):
+      raise error
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    raise UserError(f'standard output: {error.strerror}') from error
+
+
+def run(
+  main: Callable[[Any], int],
+  parse: Callable[[list[str]], Any],
+  entry: Callable[..., Any] | None = None,
+) -> None:
   """Exits with main(parse(sys.argv)), or with 2 and a line for each mistake.
 
   A command has FlagValues of its own: absl's global ones cannot hold those of
   two commands, and a notebook imports several.
+
+  Args:
+    main: Runs the command; returns its exit code.
+    parse: Returns the argument of `main`, given the words of the command.
+    entry: Function of the module that `python -m` runs, if it is not `main`.
   """
+  terminal.open_closed_streams()
   _refuse_a_namespace()
-  _exec_with_huge_pages()
+  is_process = process.is_command(entry or main)
+  if is_process:
+    process.exec_with_huge_pages()
+  before = sys.stdout, sys.stderr, sys.unraisablehook
   for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):  # None, if it is closed.
+    if isinstance(stream, io.TextIOWrapper):
       # What its encoding lacks is escaped: a line with a ★ is not lost.
       stream.reconfigure(errors='backslashreplace')
+  outputs = terminal.Output(sys.stdout), terminal.Output(sys.stderr)
+  sys.stdout, sys.stderr = (cast(TextIO, output) for output in outputs)
   sys.unraisablehook = _tell_unraisable
-  _guarded(lambda _: _keep_compiled_programs())(None)
-  # Until a trainer listens, there is nothing to save.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  _guarded(lambda _: cache.keep_compiled_programs())(None)
 
   def parser(argv):
     flags.FLAGS(argv[:1])  # Absl wants them parsed.
     return _guarded(parse)(argv)
 
-  app.run(_guarded(main), flags_parser=parser)
+  def whole(argument):
+    code = main(argument)
+    if not outputs[0].is_log:
+      show('')
+    return code
+
+  try:
+    with RaisingInterrupt().listening():  # Until a trainer listens.
+      app.run(_guarded(whole), flags_parser=parser)
+  finally:
+    for output in outputs:
+      output.close_quietly()
+    if not is_process:  # A notebook, for example, that goes on.
+      sys.stdout, sys.stderr, sys.unraisablehook = before
 
 
 def _refuse_a_namespace() -> None:
@@ -124,11 +165,10 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         print(f'error: {line}', file=sys.stderr)
         log.debug('error: %s', line)
       sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
+    except KeyboardInterrupt as error:
+      print(f'interrupted by {str(error) or "Ctrl-C"}', file=sys.stderr)
       sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `| head`, for example, has seen enough.
-      _discard_stdout()
       sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
       log.debug('a bug', exc_info=True)
@@ -138,65 +178,25 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
       if isinstance(error, OSError) and error.errno in _DISK:
         where = error.filename or 'what was to be written'
         print(f'error: {where}: {error.strerror}', file=sys.stderr)
-        _discard_stdout()  # If it is what could not be written.
         sys.exit(USER_ERROR)
+      if isinstance(error, FloatingPointError):
+        _tell_not_finite(error)
       raise
 
   return guarded
+
+
+def _tell_not_finite(error: FloatingPointError) -> None:
+  """Exits with a line that names the place, if JAX was asked to look for it."""
+  from trainers.runtime import debugging  # noqa: PLC0415 (JAX takes seconds)
+
+  found = debugging.located(error)
+  if found is not error or isinstance(error, NotFinite):
+    print(f'error: {found}', file=sys.stderr)
+    sys.exit(NOT_FINITE)
 
 
 def _tell_unraisable(unraisable: Any) -> None:
   """But for the arrays that a failed save leaves behind: it is told itself."""
   if str(unraisable.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(unraisable)
-
-
-def _discard_stdout() -> None:
-  """What is left of it would be an error again when the process ends."""
-  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _exec_with_huge_pages() -> None:
-  """Starts this process again, once, with an allocator that suits XLA.
-
-  Large buffers then come in huge pages: a fault for 2 MB instead of 4 kB; the
-  faults are a large part of a step's time. glibc reads its tunables only at the
-  start.
-  """
-  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _keep_compiled_programs() -> None:
-  """Lets JAX keep what it compiles: a second start then compiles nothing.
-
-  In the user's cache directory, one for each kind of CPU: programs hold its
-  instructions. A JAX_COMPILATION_CACHE_DIR that is set, also to '', stands.
-  """
-  name = 'JAX_COMPILATION_CACHE_DIR'
-  if name in os.environ:
-    os.environ[name] = home.variable(name)  # JAX does not expand `~`.
-    return
-  try:
-    path = corpus.cache_directory() / f'xla-{_cpu_fingerprint()}'
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not os.access(path, os.W_OK | os.X_OK):
-      return
-  except (OSError, UserError):  # No home, or one that cannot be written.
-    return
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(path)
-  # Seconds; JAX's own 1 leaves out most programs of a small model.
-  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
-  # A full disk, or a file that kill -9 left half written: it is compiled then.
-  warnings.filterwarnings('ignore', r'Error \w+ persistent compilation cache')
-
-
-def _cpu_fingerprint() -> str:
-  """12 hexadecimal digits that differ where CPUs have other instructions."""
-  kinds = ('model name', 'flags', 'Features', 'CPU part')  # Of x86, and ARM.
-  words = [platform.system(), platform.machine()]
-  with contextlib.suppress(OSError):  # Not Linux.
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    words += sorted({line for line in lines if line.startswith(kinds)})
-  return hashlib.sha256('\n'.join(words).encode()).hexdigest()[:12]

@@ -1,7 +1,7 @@
 """What to change in a config whose step needs too much memory."""
 
 from nanomoe.config.schema import Config
-from trainers.memory import StepMemory
+from trainers.runtime.memory import StepMemory
 
 
 def hint(config: Config, memory: StepMemory) -> str:

@@ -1,6 +1,7 @@
 """Provenance of a run: versions, devices, command and revision."""
 
 from importlib import metadata
+import os
 import pathlib
 import platform
 import subprocess
@@ -22,7 +23,7 @@ _PACKAGES = (
 
 
 def facts() -> dict[str, Any]:
-  """JSON: versions, devices, argv, revision."""
+  """JSON: versions, devices, argv, environment, revision."""
   return {
     'versions': {
       'python': platform.python_version(),
@@ -30,7 +31,19 @@ def facts() -> dict[str, Any]:
     },
     'devices': [f'{d.device_kind} {d.id}' for d in jax.devices()],
     'argv': sys.argv,
+    'environment': _environment(),
     'revision': _revision(),
+  }
+
+
+def _environment() -> dict[str, str]:
+  """The variables that JAX and XLA read, but for where programs are cached."""
+  caches = 'JAX_COMPILATION_CACHE', 'JAX_PERSISTENT_CACHE'
+  return {
+    name: value
+    for name, value in sorted(os.environ.items())
+    if name == 'XLA_FLAGS'
+    or (name.startswith('JAX_') and not name.startswith(caches))
   }
 
 

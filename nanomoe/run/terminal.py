@@ -2,17 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import logging
+import os
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
   from rich.console import Console
+
+log = logging.getLogger(__name__)
 
 LOGGERS = ('nanomoe', 'trainers')
 
 # log.info(..., extra=RESULT): said to who asked for quiet too.
 RESULT = {'is_result': True}
+
+
+class Output:
+  """A text stream that may go away: a failed write is kept and not raised.
+
+  A pipe whose reader has left, a full disk or a closed terminal must not end a
+  run. Each write is tried, so lines appear again once there is room.
+
+  Args:
+    stream: Stream that is written to.
+
+  Attributes:
+    error: Newest error of `stream`, or None.
+    is_log: Whether log lines alone are written to it: log.txt has them too, so
+      an error does not change the exit code.
+  """
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+    self.error: OSError | None = None
+    self.is_log = False
+
+  def write(self, text: str) -> int:
+    try:
+      self._stream.write(text)
+    except OSError as error:
+      self.error = error
+    return len(text)
+
+  def writelines(self, lines: Iterable[str]) -> None:
+    self.write(''.join(lines))
+
+  def flush(self) -> None:
+    try:
+      self._stream.flush()
+    except OSError as error:
+      self.error = error
+
+  def close_quietly(self) -> None:
+    """Leaves nothing in the buffer that the interpreter would fail to write."""
+    try:
+      self._stream.flush()
+    except OSError:
+      null = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(null, self._stream.fileno())
+      os.close(null)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
+def open_closed_streams() -> None:
+  """Gives closed standard streams (`>&-`) to /dev/null.
+
+  Otherwise the next file to be opened would get the descriptor of standard
+  output, and what a library writes there would end up in that file.
+  """
+  for descriptor in range(3):
+    try:
+      os.fstat(descriptor)
+    except OSError:
+      opened = os.open(os.devnull, os.O_RDWR)
+      if opened != descriptor:
+        os.dup2(opened, descriptor)
+        os.close(opened)
+      os.set_inheritable(descriptor, True)
+  # They live as long as the process: nothing closes them.
+  sys.stdout = sys.stdout or open(os.devnull, 'w')  # noqa: SIM115
+  sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115
 
 
 def log_to_terminal(
@@ -31,7 +104,10 @@ def log_to_terminal(
   logging.raiseExceptions = False  # A closed pipe ends no run.
   target: TextIO = sys.stdout if stream is None else stream
   console = _console(target)
-  out = _DrawingHandler(console) if console else logging.StreamHandler(target)
+  of_lines = _LineHandler if stream is None else logging.StreamHandler
+  if stream is None and isinstance(target, Output):
+    target.is_log = True
+  out = _DrawingHandler(console) if console else of_lines(target)
   out.setLevel(logging.INFO)
   out.addFilter(lambda record: record.levelno < logging.WARNING)
   if quiet:
@@ -46,6 +122,8 @@ def log_to_terminal(
     logger = logging.getLogger(name)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
+    for handler in logger.handlers:  # An earlier run of this process has ended.
+      handler.close()
     logger.handlers = [out, err]
   # Libraries: what they warn of, not what they do.
   for name in ('absl', 'jax'):
@@ -73,6 +151,24 @@ def _console(stream: TextIO | None) -> Console | None:
 
   console = Console(file=stream, highlight=False, soft_wrap=True)
   return None if console.is_dumb_terminal else console
+
+
+class _LineHandler(logging.StreamHandler):
+  """Handler of plain lines that warns, once, if they cannot be written."""
+
+  def __init__(self, stream: TextIO):
+    super().__init__(stream)
+    self._has_warned = False
+
+  def emit(self, record):
+    super().emit(record)
+    error = getattr(self.stream, 'error', None)
+    if error and not self._has_warned:
+      self._has_warned = True
+      log.warning(
+        'standard output: %s; training continues, and log.txt has its lines',
+        error.strerror,
+      )
 
 
 class _DrawingHandler(logging.Handler):

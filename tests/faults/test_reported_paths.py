@@ -18,7 +18,7 @@ from nanomoe import evaluate, generate
 from nanomoe import main as main_lib
 from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus as corpus_lib
-from nanomoe.run import cli, trusted_imports
+from nanomoe.run import cache, cli, trusted_imports
 from nanomoe.run import workdir as workdir_lib
 from tests.shrunk import ROOT, TINY
 from trainers.errors import UserError
@@ -389,7 +389,7 @@ def test_tilde_in_variables(home, monkeypatch, happened):
     'JAX_COMPILATION_CACHE_DIR',
   ):
     monkeypatch.setenv(name, f'~/{name}')
-  cli._keep_compiled_programs()
+  cache.keep_compiled_programs()
   assert os.environ['JAX_COMPILATION_CACHE_DIR'] == str(
     home / 'JAX_COMPILATION_CACHE_DIR'
   )
@@ -440,8 +440,8 @@ def test_an_unknown_home_in_a_variable(home, monkeypatch, happened, name):
   monkeypatch.setenv(name, '~nobody_x/a')
   read = {
     'NANOMOE_DATA_DIR': lambda: list(corpus_lib._places()),
-    'XDG_CACHE_HOME': corpus_lib.cache_directory,
-    'JAX_COMPILATION_CACHE_DIR': cli._keep_compiled_programs,
+    'XDG_CACHE_HOME': cache.directory,
+    'JAX_COMPILATION_CACHE_DIR': cache.keep_compiled_programs,
   }[name]
   line = one_line(read)
   assert name in line

@@ -36,6 +36,8 @@ def check_signatures(saved: dict[str, str], wanted: dict[str, str]) -> None:
   ]
   if len(names) > 5:
     lines.append(f'... and {len(names) - 5} more')
+  if any('64[' in kind for kind in (*saved.values(), *wanted.values())):
+    lines.append('JAX_ENABLE_X64=1 makes 64-bit arrays: was it set, or is it?')
   raise UserError(['the checkpoint is of another architecture:', *lines])
 
 

@@ -9,6 +9,7 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from trainers.checkpoint import arrays as arrays_lib
@@ -28,6 +29,9 @@ Places = dict[int, pathlib.Path]
 
 class _Replaced(Exception):
   """A process deleted, moved or replaced the checkpoint while it was read."""
+
+
+_WIDE = ('float64', 'int64', 'uint64', 'complex128')
 
 
 class Saved(NamedTuple):
@@ -217,6 +221,15 @@ def read_arrays(
   Raises ValueError, naming one, if they are not what `meta` says was saved,
   and whatever damage does to a decoder.
   """
+  if not jax.config.values[
+    'jax_enable_x64'
+  ]:  # They would be read as 32-bit ones.
+    wide = [n for n, kind in meta['leaves'].items() if kind.startswith(_WIDE)]
+    if wide:
+      raise ValueError(
+        f'{wide[0]} is {meta["leaves"][wide[0]]}: it was saved under '
+        'JAX_ENABLE_X64=1, and is read under it alone'
+      )
   args = ocp.args.StandardRestore(wanted)  # pyright: ignore
   arrays = _read_item(directory, step, 'arrays', args)
   recorded = meta.get('content', {})  # Older ones have none.

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 import contextlib
 import ctypes
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 
 from trainers.errors import UserError, is_out_of_memory
+from trainers.runtime import host_memory
 
 
 class StepMemory(NamedTuple):
@@ -88,10 +88,4 @@ def _free_on_device() -> int | None:
 
 
 def _free_on_host() -> int | None:
-  """What Linux can give without swapping; elsewhere None."""
-  try:
-    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
-  except OSError:
-    return None
-  kilobytes = [x.split()[1] for x in lines if x.startswith('MemAvailable:')]
-  return int(kilobytes[0]) * 1024 if kilobytes else None
+  return host_memory.free()
