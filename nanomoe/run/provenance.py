@@ -1,4 +1,4 @@
-"""What a run is of: versions, devices, command, revision; how large it is."""
+"""Provenance of a run: versions, devices, command, revision and model size."""
 
 from importlib import metadata
 import pathlib
@@ -24,9 +24,16 @@ _PACKAGES = (
 
 
 def count_params(params: Any, config: Config) -> dict[str, int]:
-  """All parameters, and those that one token meets.
+  """Returns the numbers of parameters and of active parameters per token.
 
-  Of a layer's experts top_k, and of each table of n-grams a row.
+  A token uses top_k experts of a layer and one row of each n-gram table.
+
+  Args:
+    params: Parameters of the model.
+    config: Config of the run.
+
+  Returns:
+    `num_params` and `num_active_params`.
   """
   sizes = {
     jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size
@@ -44,7 +51,7 @@ def count_params(params: Any, config: Config) -> dict[str, int]:
 
 
 def facts() -> dict[str, Any]:
-  """JSON: versions, devices, argv, revision."""
+  """Returns versions, devices, argv and revision as a JSON object."""
   return {
     'versions': {
       'python': platform.python_version(),
@@ -64,9 +71,10 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-  """The commit of this source tree, '+' if it was changed; None outside git.
+  """Returns the commit of this source tree, with '+' after local changes.
 
-  None too where git knows the directory, as another project's, but not us.
+  Returns None if git does not track this file, even if it is inside the
+  repository of another project.
   """
   here = pathlib.Path(__file__).parent
 
