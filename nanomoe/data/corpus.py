@@ -123,9 +123,10 @@ def cache_directory() -> pathlib.Path:
   try:
     base = pathlib.Path(home.variable('XDG_CACHE_HOME', '~/.cache'))
   except UserError as error:
+    value = os.environ.get('XDG_CACHE_HOME', '')
     raise UserError(
-      '$XDG_CACHE_HOME: the home directory is unknown; set XDG_CACHE_HOME to '
-      'the absolute path of a directory'
+      f'$XDG_CACHE_HOME={value!r}: the home directory is unknown; set '
+      'XDG_CACHE_HOME to an absolute path'
     ) from error
   return base / 'nanomoe'
 

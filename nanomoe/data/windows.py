@@ -52,8 +52,8 @@ class Windows:
       if len(tokens) < needed:
         reason = 'an evaluation' if is_padded else f'{block_size=}'
         problems.append(
-          f'the {name} split has too few tokens, {len(tokens)}; {reason} needs '
-          f'{needed}'
+          f'the {name} split is too short, with {len(tokens)} of the {needed} '
+          f'tokens that {reason} needs'
         )
     if problems:
       raise ShortSplit(problems)
