@@ -1,4 +1,4 @@
-"""Configs. A directory configs/ of a user's project may hold further ones."""
+"""Configs of NanoMoE; a directory configs/ of a user's project adds to them."""
 
 import pkgutil
 

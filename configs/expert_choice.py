@@ -1,12 +1,14 @@
-"""Expert choice (Zhou et al. 2022): base.py's experts choose their tokens.
+"""Expert choice (Zhou et al. 2022): the experts of base.py select tokens.
 
   python -m nanomoe.main --config=configs/expert_choice.py
 
-As there: each expert takes as many tokens, two experts a token in the mean, and
-no balance loss is needed. Not as there: experts in every layer, and few.
+Each expert selects the same number of tokens, and a token has two experts on
+average, as in the paper. No load-balancing loss is needed. Differences from the
+paper: every layer has experts, and there are only four.
 
-Not causal: experts choose among later tokens and other sequences, so the loss
-is better than any text could be, and none is generated.
+The router is not causal: experts select among later tokens and other sequences.
+Therefore its loss is lower than a causal model could reach, and the model
+cannot generate text.
 
 Measured: val cross-entropy 2.0202, 1000 steps in 3 minutes on 2 cores.
 """

@@ -1,12 +1,15 @@
-"""Mixtral 8x7B (Jiang et al. 2024), at nano scale: 8 experts, 2 a token.
+"""Mixtral 8x7B (Jiang et al. 2024) at nano scale: 8 experts, 2 per token.
 
   python -m nanomoe.main --config=configs/mixtral_nano.py
 
-As there: experts in every layer, SwiGLU, the two weights sum to 1, no token is
-dropped; RMSNorm, RoPE, four heads of queries for one of keys and values, no
-biases, an output layer of its own. Experts are narrower than 3.5 times d_model,
-so that a token uses about as many parameters as base.py's.
-tests/test_transformers.py holds such a model to the Transformers library's.
+The model follows the paper. Every layer has SwiGLU experts, the weights of a
+token's two experts sum to 1, and no token is dropped. Four query heads share a
+key and value head. The model uses RMSNorm, RoPE, no biases and an untied output
+layer.
+
+Experts are narrower than the paper's 3.5 * d_model, so that a token uses about
+as many parameters as in base.py. tests/test_transformers.py compares such a
+model with the Transformers library.
 
 Measured: val cross-entropy 1.8162, 1000 steps in 11 minutes on 2 cores.
 """
@@ -32,7 +35,7 @@ def get_config() -> ConfigDict:
         'activation': 'swiglu',
         'router': {'type': 'Softmax', 'renormalize': True},
         'balance': 'all_choices',
-        # Transformers has 0.02, of a loss that is top_k if uniform.
+        # Transformers uses 0.02 for a loss that is top_k at balanced loads.
         'aux_weight': 0.04,
       },
     }

@@ -1,11 +1,13 @@
-"""Qwen3-30B-A3B (Yang et al. 2025), at nano scale: many narrow experts.
+"""Qwen3-30B-A3B (Yang et al. 2025) at nano scale: many narrow experts.
 
   python -m nanomoe.main --config=configs/qwen3_nano.py
 
-As there: 4 of 16 experts (8 of 128), none shared, SwiGLU, weights that sum to
-1, a balance loss over the whole batch; RMSNorm, also of queries and keys, RoPE,
-grouped queries, no biases, an output layer of its own.
-tests/test_transformers.py holds such a model to the Transformers library's.
+A token uses 4 of 16 experts (the paper: 8 of 128), and no expert is shared. As
+in the paper, experts are SwiGLU, their weights sum to 1, and the load-balancing
+loss is over the whole batch. RMSNorm also normalizes queries and keys. The
+model uses RoPE, grouped queries, no biases and an untied output layer.
+
+tests/test_transformers.py compares such a model with the Transformers library.
 
 Measured: val cross-entropy 1.8290, 1000 steps in 5 minutes on 2 cores.
 """
@@ -33,7 +35,7 @@ def get_config() -> ConfigDict:
         'activation': 'swiglu',
         'router': {'type': 'Softmax', 'renormalize': True},
         'balance': 'all_choices',
-        # Transformers has 0.001, of a loss that is top_k if uniform.
+        # Transformers uses 0.001 for a loss that is top_k at balanced loads.
         'aux_weight': 0.004,
       },
     }

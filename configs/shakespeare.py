@@ -1,13 +1,15 @@
-"""A recipe for a small model of Tiny Shakespeare and 15 minutes of 2 cores.
+"""Recipe for a small model of Tiny Shakespeare in 15 minutes on 2 cores.
 
   python -m nanomoe.main --config=configs/shakespeare.py
 
-base.py's sizes for a token, one of its two experts shared by all, and what
-trains them faster: short convolutions before each layer, Muon, blocks that
-start as the identity, normalized queries and keys, RMSNorm, RoPE, no biases,
-windows of 256 characters. Against learning the plays by heart: a penalty of
-confident predictions.
-docs/recipe.md says how that is measured, and what was tried.
+A token uses as many parameters as in base.py, but one of its two experts is
+shared by all tokens. These changes speed up training: short convolutions before
+each layer, Muon, blocks that start as the identity, and windows of 256
+characters. Queries and keys are normalized, norms are RMSNorm, positions are
+RoPE, and there are no biases. A penalty on confident predictions reduces
+overfitting.
+
+docs/recipe.md describes the measurements and the alternatives.
 
 Measured: val cross-entropy 1.4145, 3300 steps in 8 minutes on 2 cores.
 """

@@ -1,4 +1,4 @@
-"""base.py's model, trained in minutes: what other architectures start from.
+"""Base of the other architectures: the model of base.py, trained in minutes.
 
   python -m nanomoe.main --config=configs/short.py
 
@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
       'num_train_steps': 1000,
       'batch_size': 16,
       'block_size': 64,
-      'eval_iters': 0,  # The whole split: exact, and quicker than 200 batches.
+      # The whole split is exact and takes less time than 200 batches.
+      'eval_iters': 0,
       'optimizer': {
         'learning_rate': 2e-3,
         'schedule': {'type': 'warmup_cosine', 'warmup_steps': 100},

@@ -1,16 +1,20 @@
-"""Switch Transformer (Fedus et al. 2021), at nano scale: one expert a token.
+"""Switch Transformer (Fedus et al. 2021) at nano scale: one expert per token.
 
   python -m nanomoe.main --config=configs/switch.py
 
-As there: every other layer has experts, each as wide as the dense layers
-between; the weight is the probability itself; inputs of the router jitter by
-0.01; experts have 1.25 times an even load of rows and drop the rest; the
-balance loss weighs 0.01 in each layer; RMSNorm, no biases. Not as there:
-a decoder alone, positions learned and not relative, GELU for ReLU.
+Every second layer has experts, each as wide as a dense layer, as in the paper.
+The weight of an expert is its probability, and the inputs of the router have a
+jitter of 0.01. An expert takes at most 1.25 times the balanced load and drops
+the overflow. The load-balancing loss has the weight 0.01 in each layer. The
+model uses RMSNorm and no biases.
 
-Not causal: which tokens are dropped depends on the whole batch. So it generates
-no text, unless --config.moe.eval_dispatch=dropless lets evaluation and
-generation drop nothing. The loss below is that of the dispatch of training.
+Differences from the paper: the model is a decoder only, positions are learned
+instead of relative, and the activation is GELU instead of ReLU.
+
+The dispatch is not causal: the dropped tokens depend on the whole batch. The
+model generates text only with --config.moe.eval_dispatch=dropless, which drops
+no token in evaluation and generation. The loss below is that of the dispatch of
+training.
 
 Measured: val cross-entropy 2.0241, 1000 steps in 7 minutes on 2 cores.
 """
@@ -29,7 +33,7 @@ def get_config() -> ConfigDict:
         'every': 2,
         'num_experts': 8,
         'top_k': 1,
-        'd_ff': 1024,  # As dense_d_ff.
+        'd_ff': 1024,  # Equal to dense_d_ff.
         'dispatch': 'capacity',
         'router': {'type': 'Softmax', 'jitter': 0.01},
       },

@@ -220,7 +220,7 @@ def test_a_run_keeps_to_its_text(tmp_path, tiny, monkeypatch):
   experiment.build(again, directory)  # The same text in another place.
   vocabulary = (directory / 'vocabulary.json').read_text()
   moved.write_text('hgfedcba\n' * 500)
-  with pytest.raises(UserError, match='the text has changed'):
+  with pytest.raises(UserError, match=r'data\.path=.*--allow_changed=data'):
     experiment.build(again, directory)
   assert (directory / 'vocabulary.json').read_text() == vocabulary
 

@@ -201,5 +201,5 @@ def test_other_data_is_refused(finished, tmp_path):
     (tmp_path / name).symlink_to(workdir / name)
   config.data.path = str(other)
   workdir_lib.write_json(tmp_path / 'config.json', config.to_dict())
-  with pytest.raises(UserError, match='the text has changed'):
+  with pytest.raises(UserError, match=r'data\.path=.*--allow_changed=data'):
     evaluate_lib.evaluate(tmp_path, 'val', 'best')

@@ -343,5 +343,5 @@ def test_without_a_home_the_given_directory_serves(world, monkeypatch):
   monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # No home.
   assert corpus_lib.find('', '').text == TEXT
   (world / 'data' / corpus_lib.FILE).unlink()
-  with pytest.raises(UserError, match='set XDG_CACHE_HOME'):
+  with pytest.raises(UserError, match='XDG_CACHE_HOME'):
     corpus_lib.find('', '')

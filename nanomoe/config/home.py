@@ -1,4 +1,4 @@
-"""Paths as users write them: `~` is a home directory."""
+"""Expansion of `~` in paths of the user."""
 
 import os
 
@@ -8,21 +8,21 @@ from trainers.errors import UserError
 def expand(path: str, key: str) -> str:
   """Returns `path` with a leading `~` or `~user` as that home directory.
 
-  A shell expands `~` only at the start of a word: `--workdir=~/run` reaches
+  A shell expands `~` only at the start of a word, so `--workdir=~/run` reaches
   the command unchanged.
 
   Args:
-    path: path as it was given.
-    key: flag, config key or variable of the path, for the error.
+    path: Path as given.
+    key: Flag, config key or variable of the path, for errors.
 
   Raises:
-    UserError: the home directory is unknown.
+    UserError: The home directory is unknown.
   """
   expanded = os.path.expanduser(path)
   if expanded.startswith('~'):
     raise UserError(
       f'{key}={path!r}: the home directory of {path.partition("/")[0]!r} is '
-      f'unknown; write ./{path} for a file of this name'
+      f'unknown; ./{path} is a file of this name'
     )
   return expanded
 
@@ -30,7 +30,11 @@ def expand(path: str, key: str) -> str:
 def variable(name: str, default: str = '') -> str:
   """Returns the path in an environment variable, with `~` expanded.
 
+  Args:
+    name: Name of the variable.
+    default: Path if the variable is unset or empty.
+
   Raises:
-    UserError: the home directory is unknown.
+    UserError: The home directory is unknown.
   """
   return expand(os.environ.get(name) or default, f'${name}')

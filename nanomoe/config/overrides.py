@@ -1,7 +1,7 @@
-"""From the command line to a whole, checked config.
+"""Reader of config files and of overrides on the command line.
 
-Overrides are parsed here and not by ml_collections' flags: all mistakes are
-told at once, a line each, and a spec's own arguments can be given too.
+This module replaces the flags of ml_collections, because it reports all
+mistakes at once, one line each, and accepts the arguments of a spec.
 """
 
 import ast
@@ -25,13 +25,19 @@ from nanomoe.config.schema import Config
 from trainers import spec as spec_lib
 from trainers.errors import UserError
 
-Override = tuple[str, str]  # key, value: both as given
+Override = tuple[str, str]  # Key and value, both as given.
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[Override]]:
-  """argv without its --config.key=value, and those.
+  """Returns the arguments without overrides, and the overrides.
 
-  `--config.key value` is understood too.
+  An override is `--config.key=value` or `--config.key value`.
+
+  Args:
+    argv: Arguments of a command.
+
+  Raises:
+    UserError: The last argument is an override without a value.
   """
   rest, overrides = [], []
   words = iter(argv)
@@ -46,7 +52,9 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[Override]]:
     if value is None:
       value = next(words, None)
     if value is None:
-      raise UserError(f'--config.{key} needs a value: --config.{key}=VALUE')
+      raise UserError(
+        f'--config.{key}: the value is missing; it must be --config.{key}=VALUE'
+      )
     overrides.append((key, value))
   return rest, overrides
 
@@ -59,35 +67,41 @@ def load_file(path: str) -> Config:
       ml_collections does.
 
   Raises:
-    UserError: There is no such file, or it is no config, or its get_config()
-      takes no argument.
+    UserError: The file does not exist or fails, or its get_config() does not
+      return a ConfigDict, or takes no argument, or needs one.
   """
   name, argument = _split_argument(path)
   try:
     file = pathlib.Path(home.expand(name, '--config'))
-    if not file.exists():  # Ours, from wherever they are asked for.
-      ours = pathlib.Path(__file__).parents[2] / name
-      file = ours if ours.is_file() else file
+    # Configs of NanoMoE are found from any current directory.
+    if not file.exists():
+      installed = pathlib.Path(__file__).parents[2] / name
+      file = installed if installed.is_file() else file
     is_file = file.is_file()
-  except OSError as error:  # A name that is too long, for example.
+  except OSError as error:  # For example, the name is too long.
     raise UserError(f'--config={path}: {error.strerror}') from error
   if not is_file:
     near = sorted(str(p) for p in file.parent.glob('*.py'))
     near = [p for p in near if not p.endswith('__init__.py')]
-    hint = f'; there are {", ".join(near[:8])}' if near else ''
+    hint = f'; files there are {", ".join(near[:8])}' if near else ''
     raise UserError(f'--config={path}: no such file{hint}')
-  file = file.absolute()  # As it is in the frames of a traceback.
-  # A name of its own: a file random.py must not replace the module random.
+  file = file.absolute()  # Frames of a traceback have the absolute path.
+  # The prefix keeps a file random.py from replacing the module random.
   name = f'config_file_{re.sub(r"[^a-zA-Z0-9]", "_", file.stem)}'
   spec = importlib.util.spec_from_file_location(name, file)
   if spec is None or spec.loader is None:
-    raise UserError(f'--config={path}: it must be a Python file, name.py')
+    raise UserError(
+      f'--config={path}: it is not a Python file; it must be NAME.py'
+    )
   module = importlib.util.module_from_spec(spec)
   try:
     with _importable(name, module, file.parent):
       spec.loader.exec_module(module)
       if not hasattr(module, 'get_config'):
-        raise UserError(f'--config={path}: it has no function get_config()')
+        raise UserError(
+          f'--config={path}: get_config is missing; it must be a function that '
+          'returns a ConfigDict'
+        )
       config = module.get_config(*_arguments(path, module, argument))
       if not isinstance(config, ConfigDict):
         raise UserError(
@@ -96,7 +110,7 @@ def load_file(path: str) -> Config:
       return schema.make(older.rename(_plain(config)))
   except UserError:
     raise
-  except (Exception, SystemExit) as error:  # Whatever somebody's file does.
+  except (Exception, SystemExit) as error:  # The file can raise anything.
     where = spec_lib.raised(error, str(file))
     raise UserError(f'--config={path}: {where}') from error
 
@@ -128,15 +142,15 @@ def _arguments(
 def _importable(name: str, module: types.ModuleType, directory: pathlib.Path):
   """Registers `module` as `name`, and lets it import files of `directory`.
 
-  Dataclasses and typing look the module of a class up in sys.modules, some
-  of them long after the file was read: a module without an error stays there.
+  Dataclasses, pickle and typing look up the module of a class in sys.modules,
+  even after the file was read. So a module stays registered unless it failed.
   """
-  # A user's own package of this name stays if the program has imported it.
+  # If the program has imported a user's package `configs`, that package stays.
   if 'configs' not in sys.modules:
     nanomoe.import_own('configs')
   sys.modules[name] = module
   before = list(sys.path)
-  # Last: files beside a config file hide nothing that is installed.
+  # The end of the path: files beside a config file hide no installed package.
   sys.path.append(str(directory))
   try:
     yield
@@ -144,15 +158,16 @@ def _importable(name: str, module: types.ModuleType, directory: pathlib.Path):
     sys.modules.pop(name, None)
     raise
   finally:
-    if sys.path == [*before, str(directory)]:  # Else the file changed it.
+    # If the config file has changed sys.path, its change stays.
+    if sys.path == [*before, str(directory)]:
       sys.path.pop()
 
 
 def _plain(value: Any) -> Any:
-  """Values in place of references, and as JSON will give them back.
+  """Returns a value with references resolved and sequences as lists, for JSON.
 
-  None for one that is required and not there: it is no value of any key, so an
-  override gives one, or it is told.
+  A required value that is missing becomes None. No key allows None, so an
+  override must set the key, or the check of the config reports it.
   """
   if isinstance(value, config_dict.FieldReference):
     try:
@@ -168,14 +183,18 @@ def _plain(value: Any) -> Any:
 
 
 def apply(config: Config, overrides: list[Override]) -> Config:
-  """A checked copy of `config` with `overrides`; the last of a key holds.
+  """Returns a checked copy of `config` with `overrides`.
+
+  Args:
+    config: Config of a file or of a run.
+    overrides: Keys and values as given; the last override of a key wins.
 
   Raises:
-    UserError: everything that is wrong, with the config and the overrides.
+    UserError: A line for each mistake in the config and in the overrides.
   """
   values = config.to_dict()
   lines = []
-  # Types first: another type comes with arguments of its own.
+  # Types come first: a new type removes the arguments of the old type.
   for key, text in sorted(overrides, key=lambda o: not o[0].endswith('.type')):
     if not validation.known(key):
       lines.append(validation.unknown(key))
@@ -193,7 +212,7 @@ def apply(config: Config, overrides: list[Override]) -> Config:
     for part in sections:
       section = section.setdefault(part, {})
       if not isinstance(section, dict):
-        break  # A value where a section belongs: told below.
+        break  # A value stands in place of a section: reported below.
     else:
       _assign(section, key, value)
   lines += _expand_paths(values)
@@ -205,7 +224,7 @@ def apply(config: Config, overrides: list[Override]) -> Config:
     section = values
     for part in sections:
       section = section[part]
-    section[name] = field.kind(section[name])  # 1 is a number too.
+    section[name] = field.kind(section[name])  # A float key can hold an int.
   for section, name in ((values['data'], 'path'), (values, 'init_from')):
     try:
       section[name] = section[name] and os.path.abspath(section[name])
@@ -216,7 +235,7 @@ def apply(config: Config, overrides: list[Override]) -> Config:
   return schema.make(values)
 
 
-# Paths of files of the user. That of a tokenizer, if BPE has it.
+# Keys whose values are paths of user files; data.tokenizer.file only for BPE.
 _PATHS = ('data.path', 'init_from', 'data.tokenizer.file')
 
 
@@ -230,9 +249,9 @@ def _expand_paths(values: dict[str, Any]) -> Iterator[str]:
       if not isinstance(section, dict):
         break
     else:
-      # What another tokenizer's argument of this name means is its own affair.
-      is_ours = 'type' not in section or section['type'] == 'BPE'
-      if is_ours and isinstance(section.get(name), str):
+      # A plug-in may have an argument `file` that is not a path.
+      is_path = 'type' not in section or section['type'] == 'BPE'
+      if is_path and isinstance(section.get(name), str):
         try:
           section[name] = home.expand(section[name], key)
         except UserError as error:
@@ -242,14 +261,14 @@ def _expand_paths(values: dict[str, Any]) -> Iterator[str]:
 def _assign(section: dict[str, Any], key: str, value: Any) -> None:
   spec, _, name = key.rpartition('.')
   if name == 'type' and section.get('type') != value:
-    # The arguments were those of another type.
+    # The other arguments belong to the old type.
     for other in [k for k in section if schema.spec_of(f'{spec}.{k}') == spec]:
       del section[other]
   section[name] = value
 
 
 def _literal(text: str) -> Any:
-  """A number, list, word or quoted text that JSON can hold; else the text."""
+  """Returns the JSON value that `text` spells, or `text` if it spells none."""
   words = {'true': True, 'false': False, 'null': None}
   if text in words:
     return words[text]
@@ -261,8 +280,12 @@ def _literal(text: str) -> Any:
 
 
 def _parse(key: str, text: str) -> Any:
-  """Raises ValueError if `text` is not of the key's type."""
-  if key not in schema.FIELDS:  # Of a spec.
+  """Returns the value of an override.
+
+  Raises:
+    ValueError, OverflowError: `text` is not of the key's type.
+  """
+  if key not in schema.FIELDS:  # The key is an argument or type of a spec.
     return text if key.endswith('.type') else _literal(text)
   kind = schema.FIELDS[key].kind
   if kind is bool:
@@ -275,10 +298,14 @@ def _parse(key: str, text: str) -> Any:
 def number(kind: type, text: str) -> int | float:
   """Returns the number that `text` spells.
 
-  Digits are those of ASCII: Python reads those of other scripts too.
+  Only ASCII digits are allowed; Python would accept digits of other scripts.
+
+  Args:
+    kind: int or float.
+    text: Number as given; an int may have an exponent, as in 1e4.
 
   Raises:
-    ValueError, OverflowError: it is not a number of this kind.
+    ValueError, OverflowError: `text` is not a number of this kind.
   """
   if not text.isascii():
     raise ValueError(text)
@@ -286,7 +313,7 @@ def number(kind: type, text: str) -> int | float:
     try:
       return int(text)
     except ValueError:
-      number = float(text)  # 1e4 is an integer too.
+      number = float(text)  # 1e4 is an integer.
       if not number.is_integer():
         raise
       return int(number)

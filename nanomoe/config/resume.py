@@ -1,4 +1,4 @@
-"""Which config keys a resumed run may change."""
+"""Policy of resumed runs: the config keys that may change."""
 
 from collections.abc import Collection
 import logging

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 class Resume(enum.Enum):
-  """What a resumed run may do with a key.
+  """Policy of a resumed run for a config key.
 
   Attributes:
     FIXED: The key must stay: another value would be another run.
@@ -44,7 +44,7 @@ class Field(NamedTuple):
     low, most: Smallest and largest value.
     above, below: Exclusive bounds. Integers are below 2**31 by default.
     choices: Allowed texts; () allows any.
-    resume: What a resumed run may do with the key.
+    resume: Policy of a resumed run for the key.
     allow: Name in --allow_changed that makes a FIXED key changeable.
     absent: Value of runs of versions that did not have the key; None if every
       version has it.
@@ -85,7 +85,7 @@ class SpecField(NamedTuple):
   """Section with a `type`; its other keys are arguments of that type.
 
   Attributes:
-    meaning: What the section chooses; a noun phrase.
+    meaning: Choice that the section makes; a noun phrase.
     resume, allow: As of `Field`, for the type and for all arguments.
     absent: Type in runs of versions that did not have the section.
     renamed: Types of older versions, by their old name.
@@ -118,7 +118,7 @@ if TYPE_CHECKING:
 else:
 
   class _IsConfigDict(type):
-    """At run time, each ConfigDict is an instance of every section."""
+    """Metaclass that makes a ConfigDict an instance of every section."""
 
     def __instancecheck__(cls, value):
       return isinstance(value, ConfigDict)
@@ -138,6 +138,8 @@ _BY_NAME = Resume.BY_NAME
 
 
 class Data(_Section):
+  """Section of the training text, its tokenizer and its dataset."""
+
   path: str = key(
     'Path of a UTF-8 text; empty selects Tiny Shakespeare', resume=_FREE
   )  # The text itself is recorded by its SHA-256, and may not change.
@@ -151,6 +153,8 @@ class Data(_Section):
 
 
 class Model(_Section):
+  """Section of the transformer."""
+
   d_model: int = key('Width of the residual stream', 1)
   num_layers: int = key('Number of blocks', 1)
   num_heads: int = key('Number of attention heads; must divide d_model', 1)
@@ -198,6 +202,8 @@ _DISPATCHES = ('auto', 'dense', 'dropless', 'capacity', 'grouped')
 
 
 class MoE(_Section):
+  """Section of the experts, their router and their dispatch."""
+
   num_experts: int = key('Number of experts in a layer', 1)
   top_k: int = key('Number of experts per token', 1)
   d_ff: int = key('Width of the hidden layer of an expert', 1)
@@ -250,6 +256,8 @@ class MoE(_Section):
 
 
 class Optimizer(_Section):
+  """Section of the optimizer, its schedule and the average of parameters."""
+
   type: str = spec('Optimizer: how gradients become updates')
   learning_rate: float = key('Peak learning rate', 0, resume=_BY_NAME)
   weight_decay: float = key(
@@ -258,8 +266,8 @@ class Optimizer(_Section):
   beta1: float = key('Decay of the first moment', 0, 1, resume=_BY_NAME)
   beta2: float = key('Decay of the second moment', 0, 1, resume=_BY_NAME)
   schedule: Spec = spec(
-    'Schedule of the learning rate over steps; a warm-up starts with a learning '
-    'rate of 0 at the first update',
+    'Schedule of the learning rate over steps; with a warm-up, the first update '
+    'has learning rate 0',
     resume=_BY_NAME,
   )
   clip_norm: float = key(
@@ -285,12 +293,16 @@ class Optimizer(_Section):
 
 
 class Checkpoint(_Section):
+  """Section of checkpoints."""
+
   keep_latest: int = key(
     'Number of newest checkpoints to keep, beside the best', 1, resume=_FREE
   )
 
 
 class Sample(_Section):
+  """Section of text samples during training."""
+
   every_steps: int = key(
     'Steps between samples; 0 samples at the end only', 0, resume=_FREE
   )

@@ -1,1 +1,1 @@
-"""Texts, tokenizers, and the batches that are cut from them."""
+"""Texts, tokenizers, and datasets that cut texts into batches."""

@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding, by the `tokenizers` library."""
+"""Byte-level byte-pair encoding with the `tokenizers` library."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import itertools
@@ -22,29 +22,38 @@ log = logging.getLogger(__name__)
 
 # Characters that are encoded at once: the library's memory grows with them.
 PIECE_CHARS = 1 << 14
-# Bytes after a cut that must have the same tokens with and without what is
-# before it. Longer than what a pre-tokenizer looks ahead, or an added token.
+# Bytes after a cut that must have the same tokens with and without the text
+# before the cut. They exceed the look-ahead of a pre-tokenizer and the length
+# of an added token.
 LOOK_AHEAD = 1 << 10
-# Characters that a word of a tokenizer.json may have; a longer one is cut.
+# Characters that a word of a tokenizer.json may have; a longer word is cut.
 MAX_WORD = 1 << 19
-_CUTS = 'between words'  # In the state of a tokenizer: how texts are cut.
-_TRIED_CUTS = 8  # Of each kind, before a piece is made longer.
+# Value of 'cuts' in the state of a tokenizer: texts are cut between words.
+_CUTS = 'between words'
+# Number of cuts of each kind that are tried before a piece grows.
+_TRIED_CUTS = 8
 
 
 class BPE(Tokenizer):
-  """Merges of bytes that often stand together. Sennrich et al. 2016.
+  """Tokenizer that merges frequent pairs of bytes. Sennrich et al. 2016.
 
-  Of bytes (Radford et al. 2019): any text has tokens, and comes back as it was.
-  Words above 256 characters are split there, so that a text without white space
-  is learned in linear time; a tokenizer.json has its own rules for words.
+  Tokens consist of bytes (Radford et al. 2019), so any text has tokens, and
+  decoding returns the same text. Words are split after 256 characters, so
+  learning a text without white space takes linear time. A tokenizer.json has
+  rules of its own for words.
 
-  A text of any size is learned and encoded in pieces, cut between words. This
-  takes 5 times its size in memory for ASCII, at most 16 times for other texts;
-  learning takes 50 bytes more for each byte of the words that differ.
+  A text of any size is learned and encoded in pieces that are cut between
+  words. A piece takes 5 times its size in memory for ASCII and at most 16 times
+  for other texts. Learning takes 50 more bytes for each byte of the distinct
+  words.
 
   Args:
-    vocab_size: tokens to learn from the training split; 256 are the bytes.
-    file: a tokenizer.json to use instead of learning; it must be byte-level.
+    vocab_size: Number of tokens, the 256 bytes included; the others are learned
+      from the training split.
+    file: Path of a byte-level tokenizer.json; empty learns a vocabulary.
+
+  Raises:
+    ValueError: vocab_size is out of range.
   """
 
   fits_pieces = True
@@ -54,16 +63,23 @@ class BPE(Tokenizer):
       raise ValueError(f'{vocab_size=} must be >= 256: one for each byte')
     if vocab_size > MAX_VOCAB_SIZE:
       raise ValueError(f'{vocab_size=} must be <= {MAX_VOCAB_SIZE}')
-    self._wanted = vocab_size
+    self._requested_size = vocab_size
     self._file = file
     self._cuts_between_words = True
 
   def fit(self, texts: Mapping[str, str | LargeText]) -> None:
-    """Raises UserError if `file` is none, or does not give `texts` back."""
+    """Learns merges from the training split, or reads `file`.
+
+    Args:
+      texts: Text of each split.
+
+    Raises:
+      UserError: `file` cannot be read, is not byte-level, or changes `texts`.
+    """
     if self._file:
       self._read(texts)
     else:
-      self._set(merges.learn(self._wanted, texts['train']))
+      self._set(merges.learn(self._requested_size, texts['train']))
 
   def _read(self, texts: Mapping[str, str | LargeText]) -> None:
     where = f'data.tokenizer.file={self._file!r}'
@@ -71,7 +87,7 @@ class BPE(Tokenizer):
       raw = pathlib.Path(self._file).read_text(encoding='utf-8-sig')
       self._set(tokenizer_json.load(json.loads(raw)))
       for text in texts.values():
-        for _ in self._told(text):
+        for _ in self._pieces_with_progress(text):
           pass
     except OSError as error:
       raise UserError(f'{where}: {error.strerror}') from error
@@ -87,18 +103,24 @@ class BPE(Tokenizer):
     return len(self._bytes)
 
   def encode(self, text: str) -> Int[np.ndarray, ' length']:
-    """Raises UserError if the tokens do not give `text` back."""
-    parts = [tokens for _, tokens in self._told(text)]
+    """Returns the tokens of `text` as int32 `[length]`.
+
+    Raises:
+      UserError: Decoding the tokens gives another text.
+    """
+    parts = [tokens for _, tokens in self._pieces_with_progress(text)]
     return np.concatenate([np.zeros(0, np.int32), *parts])
 
-  def _told(self, text: str | LargeText):
-    """Yields as `_pieces` does, with a line of progress now and then."""
-    told, done = time.monotonic(), 0
+  def _pieces_with_progress(
+    self, text: str | LargeText
+  ) -> Iterator[tuple[str, Int[np.ndarray, ' length']]]:
+    """Yields the results of `_pieces` and logs progress periodically."""
+    logged_at, done = time.monotonic(), 0
     for piece, tokens in self._pieces(large_text.chunks(text, PIECE_CHARS)):
       yield piece, tokens
       done += len(piece)
-      if time.monotonic() - told > merges.PROGRESS_SECONDS:
-        told = time.monotonic()
+      if time.monotonic() - logged_at > merges.PROGRESS_SECONDS:
+        logged_at = time.monotonic()
         log.info('tokenizing: %d %%', 100 * done // len(text))
 
   def encode_pieces(
@@ -112,13 +134,14 @@ class BPE(Tokenizer):
   def _pieces(
     self, chunks: Iterable[str]
   ) -> Iterator[tuple[str, Int[np.ndarray, ' length']]]:
-    """Yields pieces of a text and their tokens, which are those of the whole.
+    """Yields pieces of a text with their tokens.
 
-    A piece that can be cut nowhere grows.
+    The tokens of all pieces together are the tokens of the whole text. A piece
+    without a possible cut grows.
     """
-    rest, position, wanted = '', 0, PIECE_CHARS
+    rest, position, min_chars = '', 0, PIECE_CHARS
     for chunk in chunks:
-      if rest and len(rest) >= wanted:
+      if rest and len(rest) >= min_chars:
         encoding, tokens = self._encode(rest, position)
         num_tokens, cut = self._cut(rest, encoding)
         if not cut and self._cuts_between_words and len(rest) >= MAX_WORD:
@@ -126,7 +149,7 @@ class BPE(Tokenizer):
         if cut:
           yield rest[:cut], tokens[:num_tokens]
           rest, position = rest[cut:], position + cut
-        wanted = PIECE_CHARS if cut else 2 * len(rest)
+        min_chars = PIECE_CHARS if cut else 2 * len(rest)
       rest += chunk
     if rest:
       yield rest, self._encode(rest, position)[1]
@@ -134,41 +157,49 @@ class BPE(Tokenizer):
   def _encode(
     self, text: str, position: int
   ) -> tuple[library.Encoding, Int[np.ndarray, ' length']]:
-    """Raises _Lossy if the tokens' bytes are not those of `text`."""
+    """Returns the encoding of `text` and its tokens.
+
+    Args:
+      text: Piece of a text.
+      position: Number of characters before the piece, for the error.
+
+    Raises:
+      _Lossy: The bytes of the tokens differ from the bytes of `text`.
+    """
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
     ids = encoding.ids
-    found, wanted = b''.join([self._bytes[i] for i in ids]), text.encode()
-    if found != wanted:
+    decoded, expected = b''.join([self._bytes[i] for i in ids]), text.encode()
+    if decoded != expected:
       same = sum(
         itertools.takewhile(
-          bool, (a == b for a, b in zip(found, wanted, strict=False))
+          bool, (a == b for a, b in zip(decoded, expected, strict=False))
         )
       )
-      at = len(wanted[:same].decode(errors='ignore'))
+      at = len(expected[:same].decode(errors='ignore'))
       same = len(text[:at].encode())
-      became = found[same : same + 20].decode(errors='replace')
+      changed = decoded[same : same + 20].decode(errors='replace')
       normalizer = self._tokenizer.normalizer
-      by = (
-        f' by its {type(normalizer).__name__} normalizer' if normalizer else ''
-      )
+      cause = f' (normalizer {type(normalizer).__name__})' if normalizer else ''
       raise _Lossy(
-        f'character {position + at:,}: {text[at : at + 20]!r} becomes '
-        f'{became!r}{by}, so the text does not come back as it was'
+        f'the tokenizer changes character {position + at:,}, '
+        f'{text[at : at + 20]!r} to {changed!r}{cause}; decoding must return '
+        'the same text'
       )
     return encoding, np.array(ids, np.int32)
 
   def _cut(self, text: str, encoding: library.Encoding) -> tuple[int, int]:
-    """Returns how many tokens, and characters, are before the last cut; or 0s.
+    """Returns the numbers of tokens and characters before the last cut, or 0s.
 
-    A cut is between two words, and the tokens of what follows it are the same
-    without what is before it. Cuts in front of white space come first.
+    A cut is between two words. The tokens of the text after a cut do not depend
+    on the text before it. Cuts before white space are preferred.
     """
     utf8, ids = text.encode(), encoding.ids
     raw = np.frombuffer(utf8, np.uint8)
     ends = np.cumsum(self._num_bytes[ids])
     begins = np.flatnonzero(np.diff(np.array(encoding.word_ids))) + 1
     places = ends[begins - 1]
-    # Neither near the end, which more text may change, nor in a character.
+    # More text may change the tokens near the end, and a cut inside a UTF-8
+    # character would be invalid.
     near = np.minimum(places, len(raw) - 1)
     allowed = (places <= len(raw) - LOOK_AHEAD) & (raw[near] & 0xC0 != 0x80)
     begins, places = begins[allowed], places[allowed]
@@ -195,7 +226,8 @@ class BPE(Tokenizer):
 
   def load_state_dict(self, state: dict[str, Any]) -> None:
     self._set(tokenizer_json.load(state['tokenizer']))
-    # Runs of older versions lack it: their large texts were cut elsewhere.
+    # States of older versions lack 'cuts': those versions cut large texts at
+    # other positions.
     self._cuts_between_words = state.get('cuts') == _CUTS
 
   def _set(self, tokenizer: library.Tokenizer) -> None:
@@ -205,4 +237,4 @@ class BPE(Tokenizer):
 
 
 class _Lossy(UserError):
-  """The tokens of a text are not the text."""
+  """Error of a tokenizer whose tokens do not decode to the same text."""

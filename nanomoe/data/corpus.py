@@ -1,4 +1,4 @@
-"""Where the training text comes from."""
+"""Sources of the training text: a file, Tiny Shakespeare or embedded texts."""
 
 from collections.abc import Callable, Iterator
 import hashlib
@@ -29,14 +29,20 @@ URL = (
   'tinyshakespeare/input.txt'
 )
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-MARK = '\ufeff'  # The byte order mark of UTF-8 is this character.
+MARK = '\ufeff'  # Byte order mark of UTF-8.
 GIVE_UP_SECONDS = 10
-IN_MEMORY_BYTES = 1 << 25  # Of a larger text, only its tokens are mapped.
-PROGRESS_BYTES = 200_000  # Between two lines of progress.
+IN_MEMORY_BYTES = 1 << 25  # A larger text stays on disk.
+PROGRESS_BYTES = 200_000  # Bytes between two progress lines.
 
 
 class Corpus(NamedTuple):
-  """A text, what it is called, and its SHA-256 in hexadecimal."""
+  """Training text with its name and fingerprint.
+
+  Attributes:
+    name: Name of the text or of its file.
+    text: The text; a `LargeText` above `IN_MEMORY_BYTES` bytes.
+    fingerprint: SHA-256 of the UTF-8 bytes, in hexadecimal.
+  """
 
   name: str
   text: str | LargeText
@@ -44,18 +50,22 @@ class Corpus(NamedTuple):
 
 
 def find(path: str, fallback: str, recorded: str = '') -> Corpus:
-  """The text at `path`; without one, Tiny Shakespeare, or `fallback`.
+  """Returns the text at `path`, or Tiny Shakespeare, or `fallback`.
 
-  Tiny Shakespeare is looked for in $NANOMOE_DATA_DIR, in the user's cache
-  directory, and on the network, in this order.
+  Tiny Shakespeare is searched in $NANOMOE_DATA_DIR, in the user's cache
+  directory and on the network, in this order.
 
   Args:
-    path: of a UTF-8 text; given, nothing else is ever used.
-    fallback: a name in `EMBEDDED`, used with a warning; '' allows none.
-    recorded: as of `read`.
+    path: Path of a UTF-8 text; empty selects Tiny Shakespeare.
+    fallback: Name in `EMBEDDED` of the text that replaces Tiny Shakespeare,
+      with a warning; '' raises an error instead.
+    recorded: SHA-256 of the text that the run began with; see `read`.
+
+  Returns:
+    The text with its name and fingerprint.
 
   Raises:
-    UserError: there is no text, or it is none.
+    UserError: No text was found, or the file at `path` is not a text.
   """
   if path:
     return read(path, recorded=recorded)
@@ -63,13 +73,13 @@ def find(path: str, fallback: str, recorded: str = '') -> Corpus:
   if raw:
     return Corpus(NAME, raw.decode(), SHA256)
   where = (
-    f'Tiny Shakespeare could not be had: there is no intact {FILE} in '
-    f'$NANOMOE_DATA_DIR or in {cache.directory()}, and no network'
+    f'Tiny Shakespeare was not found: there is no intact {FILE} in '
+    f'$NANOMOE_DATA_DIR or in {cache.directory()}, and the download failed'
   )
   if not fallback:
     raise UserError(
-      f'data.path: {where}; put the file into one of these, or name a text '
-      'with --config.data.path=FILE'
+      f"data.path='': {where}; put the file into one of these directories, or "
+      'set --config.data.path=FILE'
     )
   log.warning('WARNING: %s.', where)
   log.warning('WARNING: training on %s INSTEAD of Tiny Shakespeare.', fallback)
@@ -78,10 +88,18 @@ def find(path: str, fallback: str, recorded: str = '') -> Corpus:
 
 
 def find_again(path: str, name: str, sha256: str) -> Corpus:
-  """The text that a run was trained on, at `path` or where it was found.
+  """Returns the text that a run was trained on.
+
+  Args:
+    path: Value of data.path in the run.
+    name: Name of the text in the run.
+    sha256: Fingerprint of the text in the run.
+
+  Returns:
+    The text, read again from its source.
 
   Raises:
-    UserError: it cannot be had, or it has changed.
+    UserError: The text was not found, or it has changed.
   """
   if not path and name in EMBEDDED:
     text = EMBEDDED[name]()
@@ -90,26 +108,31 @@ def find_again(path: str, name: str, sha256: str) -> Corpus:
     corpus = find(path, fallback='', recorded=sha256)
   if corpus.fingerprint != sha256:
     raise UserError(
-      f'the text has changed: this run is on {name} (sha256 {sha256[:16]}), '
-      f'and {corpus.name} is now {corpus.fingerprint[:16]}; training goes on '
-      'all the same with --allow_changed=data'
+      f'data.path={path!r}: the text has changed from {name} (SHA-256 '
+      f'{sha256[:16]}) to {corpus.name} (SHA-256 {corpus.fingerprint[:16]}); '
+      '--allow_changed=data resumes with the new text'
     )
   return corpus
 
 
 def path_problems(path: str, key: str = 'data.path') -> list[str]:
-  """What is wrong with the file at `path`, which `key` names; reads nothing."""
+  """Returns a line for each problem with a text file, without reading it.
+
+  Args:
+    path: Path of the file.
+    key: Flag or config key of the path, for errors.
+  """
   try:
     status = os.stat(path)
   except (OSError, ValueError) as error:
     reason = str(getattr(error, 'strerror', error)).lower()
     return [f'{key}={path!r}: {reason}']
-  if not stat.S_ISREG(status.st_mode):  # Reading a FIFO would wait for ever.
+  if not stat.S_ISREG(status.st_mode):  # Reading a FIFO could block forever.
     directory = stat.S_ISDIR(status.st_mode)
     kind = 'a directory' if directory else 'not a regular file'
-    return [f'{key}={path!r} is {kind}; it must be a text file']
+    return [f'{key}={path!r}: the path is {kind}; it must be a text file']
   if not status.st_size:
-    return [f'{key}={path!r} is empty']
+    return [f'{key}={path!r}: the file is empty; it must contain a text']
   return []
 
 
@@ -117,13 +140,16 @@ def read(path: str, key: str = 'data.path', recorded: str = '') -> Corpus:
   """Returns the text at `path` without a byte order mark (U+FEFF) at its start.
 
   Args:
-    path: path of the file.
-    key: flag or config key that gave `path`, for errors.
-    recorded: SHA-256 of the text that the run began with. An older version kept
-      the mark as a token: if this is the hash of the whole file, it stays.
+    path: Path of the file.
+    key: Flag or config key of the path, for errors.
+    recorded: SHA-256 of the text that the run began with. Older versions kept
+      the mark as a token; the mark stays if this is the hash of the whole file.
+
+  Returns:
+    The text with its name and fingerprint.
 
   Raises:
-    UserError: there is no such file, or it is no UTF-8 text.
+    UserError: The file does not exist, or it is not a UTF-8 text.
   """
   if lines := path_problems(path, key):
     raise UserError(lines)
@@ -142,11 +168,14 @@ def read(path: str, key: str = 'data.path', recorded: str = '') -> Corpus:
 
 
 def _without_mark(corpus: Corpus, where: str) -> Corpus:
-  """Drops the mark; the fingerprint is that of the text that is left."""
+  """Returns the corpus without its mark, with the fingerprint of the rest."""
   text = corpus.text[1:]
   if not len(text):
-    raise UserError(f'{where} is empty but for a byte order mark')
-  log.info('%s begins with a byte order mark, which is dropped', where)
+    raise UserError(
+      f'{where}: the file is empty except for a byte order mark; it must '
+      'contain a text'
+    )
+  log.info('%s: dropped the byte order mark', where)
   digest = hashlib.sha256()
   for piece in large_text.pieces(text):
     digest.update(piece.encode())
@@ -158,49 +187,50 @@ def _sha256(raw: bytes) -> str:
 
 
 def _local_copy() -> bytes | None:
-  for place in _places():
+  for directory in _directories():
     try:
-      raw = (place / FILE).read_bytes()
+      raw = (directory / FILE).read_bytes()
     except OSError:
       continue
     if _sha256(raw) == SHA256:
       return raw
     log.warning(
       'WARNING: %s is not Tiny Shakespeare (its SHA-256 differs) and is not '
-      'used; to train on it, give --config.data.path',
-      place / FILE,
+      'used; --config.data.path=FILE trains on it',
+      directory / FILE,
     )
   return None
 
 
-def _places() -> Iterator[pathlib.Path]:
-  if place := home.variable('NANOMOE_DATA_DIR'):
-    yield pathlib.Path(place)
+def _directories() -> Iterator[pathlib.Path]:
+  if directory := home.variable('NANOMOE_DATA_DIR'):
+    yield pathlib.Path(directory)
   yield cache.directory()
 
 
 def _downloaded() -> bytes | None:
-  """From `URL` into the cache directory; None if it cannot be had."""
+  """Returns the text at `URL` and caches it; None if the download fails."""
   log.info('downloading %s', URL)
   raw = _download(URL)
   if raw is None:
     return None
   if _sha256(raw) != SHA256:
-    log.warning('WARNING: %s is not what it was (its SHA-256 differs)', URL)
+    log.warning('WARNING: the file at %s has changed (SHA-256 differs)', URL)
     return None
   target = cache.directory() / FILE
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, raw.decode())
-  except OSError as error:  # A cache is a convenience: the bytes are here.
+  except OSError as error:  # The cache is optional: `raw` is complete.
     log.warning('%s could not be written: %s', target, error)
   return raw
 
 
 def _download(url: str) -> bytes | None:
-  """None once nothing has arrived for `GIVE_UP_SECONDS`.
+  """Returns the bytes at `url`, or None if the download fails.
 
-  In a thread of its own: looking up a name has no timeout.
+  The download fails if no byte arrives for `GIVE_UP_SECONDS`. It runs in a
+  separate thread, because the lookup of a host name has no timeout.
   """
   chunks: list[bytes] = []
   done, failed = threading.Event(), threading.Event()
@@ -213,18 +243,18 @@ def _download(url: str) -> bytes | None:
           chunks.append(chunk)
           arrived[0] = time.monotonic()
     except (OSError, http.client.HTTPException) as error:
-      log.info('no download: %s', error)
+      log.info('download failed: %s', error)
       failed.set()
     done.set()
 
   threading.Thread(target=read, daemon=True).start()
-  told = 0
+  logged = 0
   while not done.wait(0.1):
     if time.monotonic() - arrived[0] > GIVE_UP_SECONDS:
-      log.info('no download: nothing came for %d s', GIVE_UP_SECONDS)
+      log.info('download failed: no data for %d s', GIVE_UP_SECONDS)
       return None
-    if (size := sum(map(len, chunks))) - told > PROGRESS_BYTES:
-      told = size
+    if (size := sum(map(len, chunks))) - logged > PROGRESS_BYTES:
+      logged = size
       log.info('downloading: %d kB', size // 1000)
   if failed.is_set():
     return None
@@ -234,7 +264,7 @@ def _download(url: str) -> bytes | None:
 
 
 def _pydoc_topics() -> str:
-  """The reference texts that every CPython carries: 0.5M characters."""
+  """Returns the reference texts that CPython contains, 0.5M characters."""
   topics = importlib.import_module('pydoc_data.topics').topics
   return '\n'.join(topics[name] for name in sorted(topics))
 

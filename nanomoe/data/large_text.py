@@ -1,4 +1,4 @@
-"""Texts that are too large to hold: read, and tokenized, piece by piece."""
+"""Texts that exceed memory; they are read and tokenized in pieces."""
 
 import bisect
 import codecs
@@ -18,24 +18,31 @@ from trainers.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Of a text in memory at once.
+# Bytes of a text in memory at once.
 PIECE_BYTES = 1 << 17
 
 
 class _Mark(NamedTuple):
-  """A place in a file: bytes before it, and characters."""
+  """Position in a file, as the numbers of bytes and characters before it."""
 
   byte: int
   char: int
 
 
 class LargeText:
-  """A part of a UTF-8 file in place of a str: read when it is needed.
+  """Part of a UTF-8 file that is read on demand, in place of a str.
 
-  len() is in characters; a slice is a LargeText too; str() is all of it.
+  len() counts characters. A slice is a `LargeText`, and str() reads the whole
+  part. Every method that reads the file raises `UserError` if the file has
+  changed.
 
-  Raises, wherever it is read:
-    UserError: the file is not what it was any more.
+  Args:
+    path: Path of the file.
+    key: Flag or config key with its value, for errors.
+    status: Status of the file when it was scanned; see `_status`.
+    marks: Positions in the file, at most `PIECE_BYTES` apart.
+    start: Position of the first character of the part.
+    stop: Position after the last character of the part.
   """
 
   def __init__(
@@ -71,15 +78,16 @@ class LargeText:
     return ''.join(self.pieces())
 
   def pieces(self) -> Iterator[str]:
-    """In their order; each, but the first, begins with the space of a word.
+    """Yields the text in pieces, in order.
 
-    So a tokenizer that looks at words makes of all pieces what it makes of the
-    whole: its words do not go from one piece to the next.
+    Each piece after the first begins with the white space before a word. No
+    word spans two pieces, so a tokenizer of words gives the pieces the tokens
+    of the whole text.
     """
     rest = ''
     for piece in self.blocks():
       rest += piece
-      # Where nothing is like a word, somewhere.
+      # A text without white space is cut anywhere, to limit memory.
       at = last_word(rest) or (len(rest) > 4 * PIECE_BYTES and len(rest))
       if at:
         yield rest[:at]
@@ -88,7 +96,7 @@ class LargeText:
       yield rest
 
   def _at(self, position: int) -> _Mark:
-    """Of the character at `position`."""
+    """Returns the mark of the character at `position` of this part."""
     char = self._start.char + position
     mark = self._marks[
       bisect.bisect_right(self._marks, char, key=lambda m: m.char) - 1
@@ -100,20 +108,20 @@ class LargeText:
     return _Mark(mark.byte + len(before), char)
 
   def blocks(self) -> Iterator[str]:
-    """From mark to mark: about `PIECE_BYTES` each."""
+    """Yields the text from mark to mark, in blocks of about `PIECE_BYTES`."""
     ends = [m.byte for m in self._marks if m.byte > self._start.byte]
     with self._opened() as file:
-      place = self._start.byte
-      file.seek(place)
+      position = self._start.byte
+      file.seek(position)
       for end in ends:
         end = min(end, self._stop.byte)
-        if end > place:
-          yield file.read(end - place).decode(errors='replace')
-        place = end
+        if end > position:
+          yield file.read(end - position).decode(errors='replace')
+        position = end
 
   @contextlib.contextmanager
   def _opened(self):
-    """Raises UserError if it has changed, before or meanwhile."""
+    """Opens the file; raises UserError if the file changes before the end."""
     try:
       with self._path.open('rb') as file:
         if _status(file) == self._status:
@@ -126,18 +134,20 @@ class LargeText:
 
 
 def changed(key: str) -> UserError:
-  return UserError(f'{key} has changed while it was read: try again')
+  """Returns the error of a file that changed while it was read."""
+  return UserError(f'{key}: the file changed while it was read; try again')
 
 
 def scan(path: pathlib.Path, key: str) -> tuple[LargeText, str]:
-  """The text at `path`, and its SHA-256.
+  """Returns the text at `path` and its SHA-256 in hexadecimal.
 
   Args:
-    path: of the file.
-    key: what to call it in errors.
+    path: Path of the file.
+    key: Flag or config key with its value, for errors.
 
   Raises:
-    UserError: it cannot be read, or is not UTF-8, or changes meanwhile.
+    UserError: The file cannot be read, is not UTF-8, or changes during the
+      scan.
   """
   decoder = codecs.getincrementaldecoder('utf-8')()
   digest = hashlib.sha256()
@@ -169,21 +179,39 @@ def scan(path: pathlib.Path, key: str) -> tuple[LargeText, str]:
 
 
 def not_utf8(key: str, at: int, error: UnicodeDecodeError) -> UserError:
+  """Returns the error of a file that is not UTF-8.
+
+  Args:
+    key: Flag or config key with its value.
+    at: Position of the first invalid byte in the file.
+    error: Error of the decoder.
+  """
   byte = error.object[error.start]
-  # The byte order marks of UTF-16, which UTF-32 begins with too, or has next.
+  # UTF-16 begins with one of these byte order marks, and little-endian UTF-32
+  # with the first.
   utf16 = at == 0 and error.object[:2] in (b'\xff\xfe', b'\xfe\xff')
-  hint = '; it looks like UTF-16: save it as UTF-8' if utf16 else ''
-  return UserError(f'{key} is not UTF-8: byte {at} is 0x{byte:02x}{hint}')
+  hint = ', as in UTF-16; save it as UTF-8' if utf16 else ''
+  return UserError(
+    f'{key}: the file is not UTF-8, byte {at} is 0x{byte:02x}{hint}'
+  )
 
 
 def _status(file: Any) -> tuple:
-  """What differs once a file has changed."""
+  """Returns properties of an open file that differ after a change."""
   status = os.fstat(file.fileno())
   return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def read_whole(path: pathlib.Path, key: str) -> bytes:
-  """Raises UserError if it cannot be read, or changes meanwhile."""
+  """Returns the bytes of the file at `path`.
+
+  Args:
+    path: Path of the file.
+    key: Flag or config key with its value, for errors.
+
+  Raises:
+    UserError: The file cannot be read, or changes while it is read.
+  """
   try:
     with path.open('rb') as file:
       status = _status(file)
@@ -196,7 +224,7 @@ def read_whole(path: pathlib.Path, key: str) -> bytes:
 
 
 def pieces(text: str | LargeText) -> Iterator[str]:
-  """Of a str, itself."""
+  """Yields the pieces of a `LargeText`; a str is a single piece."""
   if isinstance(text, LargeText):
     yield from text.pieces()
   elif text:
@@ -204,7 +232,7 @@ def pieces(text: str | LargeText) -> Iterator[str]:
 
 
 def chunks(text: str | LargeText, size: int) -> Iterator[str]:
-  """Yields `size` characters at a time: the same of a str and of a file."""
+  """Yields chunks of `size` characters, the same for a str and a file."""
   rest = ''
   for block in [text] if isinstance(text, str) else text.blocks():
     rest += block
@@ -217,7 +245,10 @@ def chunks(text: str | LargeText, size: int) -> Iterator[str]:
 
 
 def last_word(text: str) -> int:
-  """Where the last white space after something else begins; 0: not near."""
+  """Returns the start of the last white space that follows a word.
+
+  Only the last 1000 characters are searched; 0 means no result.
+  """
   for at in range(len(text) - 1, max(len(text) - 1000, 0), -1):
     if text[at] in ' \n\r\t' and not text[at - 1].isspace():
       return at
@@ -236,18 +267,21 @@ def tokenize(
   fingerprint: str,
   directory: pathlib.Path,
 ) -> dict[str, Integer[np.ndarray, ' length']]:
-  """The tokens of each split, memory-mapped from a file in `directory`.
+  """Returns the tokens of each split, memory-mapped from a file.
 
-  The file is found again: its name is a hash of the text, of where it is split,
-  and of how its beginning is tokenized.
+  Later runs use the file again: its name is a hash of the text, of the lengths
+  of the splits and of the tokens at the start of each split.
 
   Args:
-    encode_pieces: of a tokenizer: pieces, and int32 tokens below `vocab_size`.
-    fingerprint: of the text.
+    splits: Text of each split.
+    encode_pieces: Method of a tokenizer that yields pieces of a text with their
+      int32 tokens.
+    vocab_size: Number of tokens in the vocabulary, which decides the dtype.
+    fingerprint: Fingerprint of the text.
+    directory: Directory of the file.
 
   Raises:
-    UserError: a part of the text has no token, or there is no room for the
-      file.
+    UserError: A part of the text has no token, or the file cannot be written.
   """
   dtype = np.dtype(
     np.uint8
@@ -276,8 +310,8 @@ def tokenize(
     whole = np.memmap(path, dtype, 'r')
   except OSError as error:
     raise UserError(
-      f'the tokens of a large text are kept in {directory}, which '
-      f'$XDG_CACHE_HOME can change: {error.strerror}'
+      f'{directory}: tokens of a large text cannot be cached '
+      f'({error.strerror}); $XDG_CACHE_HOME can set another directory'
     ) from error
   ends = np.cumsum(lengths)
   return {
@@ -289,7 +323,7 @@ def tokenize(
 def _find(
   directory: pathlib.Path, prefix: str, dtype: np.dtype
 ) -> tuple[pathlib.Path, list[int]] | None:
-  """The file, and how many tokens of each split are in it: its name tells."""
+  """Returns the file and the number of tokens of each split, from its name."""
   for path in directory.glob(f'{prefix}-*.bin'):
     parts = path.stem.removeprefix(f'{prefix}-').split('-')
     lengths = [int(n) for n in parts if n.isdecimal()]
@@ -309,19 +343,20 @@ def _make(
   temporary = directory / f'.{prefix}.{os.getpid()}.tmp'
   total = sum(len(text) for text in splits.values())
   log.info('tokenizing %s characters, once, into %s', f'{total:,}', directory)
-  lengths, done, told = [], 0, 0
+  lengths, done, logged = [], 0, 0
   try:
     with temporary.open('wb') as file:
-      fcntl.flock(file, fcntl.LOCK_EX)  # While it is held, it is in use.
+      # The lock tells other processes that the file is in use.
+      fcntl.flock(file, fcntl.LOCK_EX)
       for text in splits.values():
         length = 0
         for piece, tokens in encode_pieces(text):
           file.write(tokens.astype(dtype).tobytes())
           length += len(tokens)
           done += len(piece)
-          if 10 * done // total > told:
-            told = 10 * done // total
-            log.info('tokenizing: %d0 %%', told)
+          if 10 * done // total > logged:
+            logged = 10 * done // total
+            log.info('tokenizing: %d0 %%', logged)
         lengths.append(length)
       file.flush()
       os.fsync(file.fileno())
@@ -332,7 +367,7 @@ def _make(
 
 
 def _remove_abandoned(directory: pathlib.Path) -> None:
-  """What a process that was killed has left: nobody holds its lock."""
+  """Removes files of killed processes, whose locks are free."""
   for path in directory.glob('.tokens-*.tmp'):
     with contextlib.suppress(OSError), path.open('rb') as file:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Learning the merges of byte-pair encoding from a text of any size."""
+"""Learns the merges of byte-pair encoding from a text of any size."""
 
 import atexit
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from nanomoe.data.large_text import LargeText
 
 log = logging.getLogger(__name__)
 
-# Characters of a word. Learning takes time quadratic in the length of a word,
-# and a text without white space is a single word.
+# Largest number of characters in a word. Learning takes time quadratic in the
+# length of a word, and a text without white space is a single word.
 MAX_WORD = 256
-# The words of GPT-2 (Radford et al. 2019), none above MAX_WORD characters.
+# Words of GPT-2 (Radford et al. 2019) with at most MAX_WORD characters.
 _WORDS = (
   "'s|'t|'re|'ve|'m|'ll|'d"
   r'| ?\p{{L}}{{1,{rest}}}| ?\p{{N}}{{1,{rest}}}'
@@ -28,22 +28,28 @@ _WORDS = (
 ).format(rest=MAX_WORD - 1, whole=MAX_WORD)
 # Characters that the library gets at once: its memory grows with them.
 PIECE_CHARS = 1 << 14
-PROGRESS_SECONDS = 10.0  # Between two lines of progress.
-_STOP_SECONDS = 0.5  # Given to the library after a signal.
+PROGRESS_SECONDS = 10.0  # Time between two progress lines.
+_STOP_SECONDS = 0.5  # Time that the library gets to stop after a signal.
 
 
 def learn(vocab_size: int, text: str | LargeText) -> library.Tokenizer:
-  """Returns a byte-level tokenizer of merges that are frequent in `text`.
+  """Returns a byte-level tokenizer with the most frequent merges of `text`.
 
-  Words above `MAX_WORD` characters are split there. The split is a part of the
-  tokenizer, so encoding, here or by any other tool, splits them likewise.
+  Words are split after `MAX_WORD` characters. The split is part of the
+  tokenizer, so every tool that encodes with the tokenizer splits the same way.
 
-  The library does not answer signals, so it works in a thread of its own, and
-  the caller's thread only waits: KeyboardInterrupt is raised at once.
+  The library ignores signals, so it runs in a separate thread and the caller's
+  thread waits. KeyboardInterrupt is raised immediately.
 
   Args:
-    vocab_size: largest number of tokens, the 256 bytes included.
-    text: training text.
+    vocab_size: Largest number of tokens, the 256 bytes included.
+    text: Training text.
+
+  Returns:
+    A tokenizer of the `tokenizers` library.
+
+  Raises:
+    UserError: The file of `text` cannot be read or has changed.
   """
   pre = library.pre_tokenizers  # pyright: ignore
   tokenizer = library.Tokenizer(library.models.BPE())
@@ -73,7 +79,7 @@ def learn(vocab_size: int, text: str | LargeText) -> library.Tokenizer:
     try:
       tokenizer.train_from_iterator(read(), trainer)
       done.set_result(None)
-    except BaseException as error:  # It is raised in the caller's thread.
+    except BaseException as error:  # result() raises it in the caller's thread.
       done.set_exception(error)
 
   thread = threading.Thread(target=work, name='bpe', daemon=True)
@@ -85,7 +91,7 @@ def learn(vocab_size: int, text: str | LargeText) -> library.Tokenizer:
       for stream in (sys.stdout, sys.stderr):
         if stream:
           stream.flush()
-      os._exit(os.EX_TEMPFAIL)  # The exit code of an interrupted command.
+      os._exit(os.EX_TEMPFAIL)  # Exit code of an interrupted command.
 
   log.info(
     'learning %d tokens from %s characters', vocab_size, f'{len(text):,}'
@@ -96,9 +102,9 @@ def learn(vocab_size: int, text: str | LargeText) -> library.Tokenizer:
   try:
     while not futures.wait([done], PROGRESS_SECONDS).done:
       share = 100 * num_read // len(text)
-      doing = f'read {share} %' if share < 100 else 'merging pairs'
+      phase = f'read {share} %' if share < 100 else 'merging pairs'
       log.info(
-        'learning tokens: %s, %.0f s so far', doing, time.monotonic() - began
+        'learning tokens: %s, %.0f s so far', phase, time.monotonic() - began
       )
     done.result()
   finally:
@@ -118,7 +124,7 @@ def _pieces(
     rest += chunk
     at = large_text.last_word(rest)
     if not at:
-      # The last word may be longer in the whole text.
+      # The last word of `rest` may continue in the next chunk.
       words = splitter.pre_tokenize_str(rest)
       at = words[-2][1][0] if len(words) > 1 else 0
     if at:

@@ -1,4 +1,4 @@
-"""The text of a run: found, tokenized, split, cut into batches."""
+"""Pipeline from the text of a run to batches: read, split, tokenize, cut."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 import pathlib
@@ -21,8 +21,8 @@ from trainers.task import Batch, Dataset
 
 DATASETS = {'Windows': Windows}
 VOCABULARY = 'vocabulary.json'
-TRAIN_SHARE = 0.9  # Of the text; the rest is the validation split.
-COUNTED_BATCHES = 16  # Enough to know the most frequent tokens.
+TRAIN_SHARE = 0.9  # Share of the training split; the rest is for validation.
+COUNTED_BATCHES = 16  # Batches that estimate the frequencies of tokens.
 
 
 def read(
@@ -30,25 +30,33 @@ def read(
   directory: pathlib.Path,
   allow_changed: Collection[str] = (),
 ) -> tuple[Corpus, Tokenizer, Dataset]:
-  """The text, its tokenizer, and the batches that are cut from it.
+  """Returns the text of a run, its tokenizer and its dataset.
 
-  A run that is in `directory` gets the text and the tokenizer that it began
-  with, or an error, but for what is allowed to change; one that starts from
-  another run, that one's tokenizer.
+  A resumed run gets the text and the tokenizer that it began with. A run with
+  init_from gets the tokenizer of its source.
+
+  Args:
+    config: Config of the run.
+    directory: Workdir of the run. The run resumes if its vocabulary is there.
+    allow_changed: 'data' and 'tokenizer' allow another text and tokenizer.
+
+  Raises:
+    UserError: The text or the tokenizer cannot be read or has changed, or the
+      text does not fit the tokenizer or the dataset.
   """
   path = directory / VOCABULARY
   spec_of_tokenizer = config.data.tokenizer.to_dict()
-  goes_on = path.exists()
-  if goes_on and 'data' not in allow_changed:
+  resumes = path.exists()
+  if resumes and 'data' not in allow_changed:
     recorded = tokenizers.read(path)
     corpus = corpus_lib.find_again(
       config.data.path, recorded['corpus'], recorded['corpus_sha256']
     )
   else:
     corpus = corpus_lib.find(config.data.path, config.data.fallback)
-  if goes_on and 'tokenizer' not in allow_changed:
+  if resumes and 'tokenizer' not in allow_changed:
     tokenizer = tokenizers.load(spec_of_tokenizer, path)
-  elif config.init_from and not goes_on:
+  elif config.init_from and not resumes:
     tokenizer = _tokenizer_of(pathlib.Path(config.init_from), spec_of_tokenizer)
   else:
     tokenizer = tokenizers.build(spec_of_tokenizer)
@@ -73,11 +81,16 @@ def read(
 def tokenize(
   splits: Mapping[str, str | LargeText], tokenizer: Tokenizer, fingerprint: str
 ) -> dict[str, Integer[np.ndarray, ' length']]:
-  """The tokens of each split: of a large text, memory-mapped.
+  """Returns the tokens of each split; those of a large text are memory-mapped.
+
+  Args:
+    splits: Text of each split.
+    tokenizer: Tokenizer with a vocabulary.
+    fingerprint: Fingerprint of the text.
 
   Raises:
-    UserError: a part of a text has no token, or one beyond the vocabulary; or
-      there is no room for the tokens of a large one.
+    UserError: A part of a text has no token, a token is outside the vocabulary,
+      or the tokens of a large text cannot be written.
   """
 
   def check(tokens: np.ndarray) -> np.ndarray:
@@ -92,21 +105,24 @@ def tokenize(
   small_ones = {k: v for k, v in splits.items() if isinstance(v, str)}
   tokens = {n: check(tokenizer.encode(t)) for n, t in small_ones.items()}
   if large_ones:
-    place = cache.directory()
+    directory = cache.directory()
     vocab_size = tokenizer.vocab_size
     tokens |= large_text.tokenize(
-      large_ones, encode_pieces, vocab_size, fingerprint, place
+      large_ones, encode_pieces, vocab_size, fingerprint, directory
     )
   return tokens
 
 
 class InVocabulary:
-  """A `trainers.task.Dataset` of which no token is beyond the vocabulary.
+  """Dataset wrapper that checks that each token is in the vocabulary.
 
-  XLA clamps such an index: the loss would be that of another text.
+  XLA clamps an index that is out of range, so an invalid token would change the
+  loss silently. Each method that makes a batch raises `UserError` if the batch
+  has an invalid token.
 
-  Raises, where a batch is asked for:
-    UserError: it has such a token.
+  Args:
+    dataset: A `trainers.task.Dataset`.
+    vocab_size: Number of tokens in the vocabulary.
   """
 
   def __init__(self, dataset: Dataset, vocab_size: int):
@@ -125,21 +141,23 @@ class InVocabulary:
 
   def _checked(self, batch: Batch) -> Batch:
     for name in ('inputs', 'targets'):
-      where = f'data.dataset, in {name} of a batch,'
+      where = f'data.dataset: batch[{name!r}]'
       _check(where, np.asarray(batch[name]), self._vocab_size)
     return batch
 
 
 def _check(where: str, tokens: np.ndarray, vocab_size: int) -> None:
+  """Raises UserError if a token is not in [0, vocab_size)."""
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-    strange = tokens[(tokens < 0) | (tokens >= vocab_size)].flat[0]
+    invalid = tokens[(tokens < 0) | (tokens >= vocab_size)].flat[0]
     raise UserError(
-      f'{where} made token {strange}; the vocabulary has 0 to {vocab_size - 1}'
+      f'{where} has token {invalid}, which is not in the vocabulary; tokens '
+      f'must be 0 to {vocab_size - 1}'
     )
 
 
 def split(whole: Any) -> dict[str, Any]:
-  """Of the text, so that the splits are the same whatever its tokens."""
+  """Returns the splits of a text, which do not depend on the tokenizer."""
   num_train = int(len(whole) * TRAIN_SHARE)
   return {'train': whole[:num_train], 'val': whole[num_train:]}
 
@@ -147,9 +165,15 @@ def split(whole: Any) -> dict[str, Any]:
 def frequent(
   dataset: Dataset, token_bytes: Sequence[bytes], at_most: int
 ) -> list[int]:
-  """The tokens, or those most frequent in training; in the order of texts.
+  """Returns the most frequent tokens of training, in the order of their bytes.
 
-  Where the vocabulary has more than `at_most`, the first batches are counted.
+  A vocabulary of at most `at_most` tokens is returned whole. Otherwise the
+  tokens in the first `COUNTED_BATCHES` batches are counted.
+
+  Args:
+    dataset: Dataset of the run.
+    token_bytes: UTF-8 of each token.
+    at_most: Largest number of tokens to return.
   """
   tokens = np.arange(len(token_bytes))
   if len(tokens) > at_most:
@@ -162,10 +186,19 @@ def frequent(
 
 
 def build_dataset(config: Config, splits: dict[str, np.ndarray]) -> Dataset:
-  own = config.data.dataset.to_dict()
+  """Returns the dataset that config.data.dataset describes.
+
+  Args:
+    config: Config of the run.
+    splits: Tokens of each split, `[length]`.
+
+  Raises:
+    UserError: The type or an argument is wrong, or the type is not a Dataset.
+  """
+  dataset_spec = config.data.dataset.to_dict()
   dataset = spec.build(
     'data.dataset',
-    own,
+    dataset_spec,
     DATASETS,
     splits=splits,
     seed=config.seed,
@@ -175,18 +208,23 @@ def build_dataset(config: Config, splits: dict[str, np.ndarray]) -> Dataset:
   )
   if not isinstance(dataset, Dataset):
     raise UserError(
-      f'data.dataset.type={own["type"]!r} is not a trainers.task.Dataset: it '
-      'must have fingerprint, train_batch and eval_batches'
+      f'data.dataset.type={dataset_spec["type"]!r}: it is not a '
+      'trainers.task.Dataset; it must have fingerprint, train_batch and '
+      'eval_batches'
     )
   return dataset
 
 
-def _tokenizer_of(source: pathlib.Path, wanted: dict[str, Any]) -> Tokenizer:
-  """That of the run in `source`: weights mean nothing with another."""
-  theirs = workdir.config_of(source).data.tokenizer.to_dict()
-  if theirs != wanted:
+def _tokenizer_of(source: pathlib.Path, requested: dict[str, Any]) -> Tokenizer:
+  """Returns the tokenizer of the run in `source`, which its weights need.
+
+  Raises:
+    UserError: The config requests another tokenizer.
+  """
+  recorded = workdir.config_of(source).data.tokenizer.to_dict()
+  if recorded != requested:
     raise UserError(
-      f'init_from={source}: its weights are for data.tokenizer={theirs}, and '
-      f'this config has {wanted}'
+      f'init_from={source}: its weights need data.tokenizer={recorded}; this '
+      f'config has data.tokenizer={requested}'
     )
-  return tokenizers.load(theirs, source / VOCABULARY)
+  return tokenizers.load(recorded, source / VOCABULARY)

@@ -1,4 +1,4 @@
-"""What a tokenizer must do."""
+"""Interface of tokenizers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,34 +12,37 @@ from trainers.errors import UserError
 
 
 class Tokenizer:
-  """Text <-> integers in [0, vocab_size).
+  """Base class of tokenizers, which map texts to integers and back.
 
-  A new run calls `fit` and stores `state_dict` in its vocabulary.json; who
-  reads the run later calls `load_state_dict` instead.
+  A new run calls `fit` and stores `state_dict` in its vocabulary.json. A
+  resumed run and the commands call `load_state_dict` instead.
 
   Attributes:
-    vocab_size: known after either.
-    fits_pieces: whether `fit` takes a `LargeText`; else it gets, of a large
-      file too, a str.
+    vocab_size: Number of tokens, known after `fit` or `load_state_dict`. Tokens
+      are in [0, vocab_size).
+    fits_pieces: True if `fit` takes a `LargeText`; False if `fit` needs a str
+      even for a large file.
   """
 
   vocab_size: int
   fits_pieces = False
 
   def fit(self, texts: Mapping[str, Any]) -> None:
-    """Learns the vocabulary from the text of each split: a str.
+    """Learns the vocabulary.
 
-    With `fits_pieces`, a str or a `nanomoe.data.large_text.LargeText`:
-    `pieces` are of either.
+    Args:
+      texts: Text of each split, as a str. If `fits_pieces`, a text can also be
+        a `nanomoe.data.large_text.LargeText`; `large_text.pieces` reads both.
     """
 
   def encode(self, text: str) -> Int[np.ndarray, ' length']:
-    """int32. decode(encode(text)) == text.
+    """Returns the tokens of `text` as int32 `[length]`.
 
-    A large text comes in pieces, which are cut in front of white space.
+    decode(encode(text)) must equal text. A large text is passed in pieces that
+    are cut before white space.
 
     Raises:
-      UserError: a part of the text has no token.
+      UserError: A part of the text has no token.
     """
     raise NotImplementedError
 
@@ -48,32 +51,36 @@ class Tokenizer:
   ) -> Iterator[tuple[str, Int[np.ndarray, ' length']]]:
     """Yields the pieces of `text`, each with its tokens.
 
-    A str is a single piece; a large text is cut in front of white space.
+    A str is a single piece. A large text is cut before white space.
 
     Raises:
-      UserError: a part of the text has no token.
+      UserError: A part of the text has no token.
     """
     position = 0
     for piece in large_text.pieces(text):
       try:
         tokens = self.encode(piece)
       except UserError as error:
-        where = f'in what follows character {position:,}: ' if position else ''
+        where = f'after character {position:,}: ' if position else ''
         raise UserError(f'{where}{error}') from error
       yield piece, tokens
       position += len(piece)
 
   def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-    """U+FFFD stands for bytes that are no whole character."""
+    """Returns the text of tokens; U+FFFD replaces incomplete characters."""
     raise NotImplementedError
 
   def token_bytes(self) -> list[bytes]:
-    """The UTF-8 of each token: what bits per byte are counted by."""
+    """Returns the UTF-8 of each token, which bits per byte depend on."""
     return [self.decode([t]).encode() for t in range(self.vocab_size)]
 
   def state_dict(self) -> dict[str, Any]:
-    """JSON: what `fit` learned."""
+    """Returns the learned vocabulary as a JSON object."""
     return {}
 
   def load_state_dict(self, state: dict[str, Any]) -> None:
-    """Raises ValueError, TypeError or KeyError if `state` is none of its."""
+    """Restores the vocabulary from a result of `state_dict`.
+
+    Raises:
+      ValueError, TypeError, KeyError: `state` is invalid.
+    """

@@ -1,4 +1,4 @@
-"""Reading a tokenizer.json: settings that change texts, bytes of tokens."""
+"""Reader of tokenizer.json files, without settings that change texts."""
 
 from collections.abc import Iterator
 import json
@@ -9,10 +9,10 @@ import tokenizers as library
 
 log = logging.getLogger(__name__)
 
-# The library aborts the process if it finds no memory for more tokens.
+# The library aborts the process if there is no memory for more tokens.
 MAX_VOCAB_SIZE = 2**22
 
-# Each setting loses, adds or randomly varies tokens, and its neutral value.
+# Settings that drop, add or randomly vary tokens, with their neutral values.
 _NEUTRAL = {
   'padding': None,
   'truncation': None,
@@ -29,14 +29,16 @@ def load(state: Any) -> library.Tokenizer:
   """Returns the tokenizer that the JSON value `state` describes.
 
   Padding, truncation, BPE dropout, prefix spaces and stripped spaces are
-  disabled, and so are added tokens whose index means other bytes: with them,
-  tokens are not those of the text. One log line names what was disabled.
+  disabled, because they change the text of the tokens. Added tokens whose index
+  also stands for other bytes are disabled for the same reason. One log line
+  names the disabled settings.
 
   Raises:
     ValueError: `state` is not a tokenizer.
   """
   tokenizer = _from_json(json.dumps(state))
-  state = json.loads(tokenizer.to_str())  # As the library writes it.
+  # The library's own JSON has every setting under its current name.
+  state = json.loads(tokenizer.to_str())
   disabled = []
   for settings in _settings(state):
     for name in settings.keys() & _NEUTRAL.keys():
@@ -50,7 +52,7 @@ def load(state: Any) -> library.Tokenizer:
     state['added_tokens'].remove(token)
   if disabled:
     log.info(
-      'disabled in the tokenizer, because tokens must be those of the text: %s',
+      'disabled tokenizer settings that change the text: %s',
       ', '.join(sorted(set(disabled))),
     )
     tokenizer = _from_json(json.dumps(state))
@@ -58,14 +60,14 @@ def load(state: Any) -> library.Tokenizer:
 
 
 def bytes_of_tokens(tokenizer: library.Tokenizer) -> list[bytes]:
-  """Returns the bytes of each token; an index without a token has none.
+  """Returns the bytes of each token; an index without a token gets no bytes.
 
-  Characters of a learned token stand for bytes. An added token is text, which
-  the library looks for before it makes bytes of anything.
+  Each character of a learned token stands for a byte. An added token is text,
+  which the library finds before it converts the rest to bytes.
 
   Raises:
-    ValueError: a learned token has a character that stands for no byte, or an
-      index is above MAX_VOCAB_SIZE.
+    ValueError: A character of a learned token stands for no byte, or an index
+      is above `MAX_VOCAB_SIZE`.
   """
   byte_of = _byte_of_character()
   added = {
@@ -77,13 +79,14 @@ def bytes_of_tokens(tokenizer: library.Tokenizer) -> list[bytes]:
     for token, index in tokenizer.get_vocab(with_added_tokens=False).items()
     if index not in added
   }
-  # Checked first: a table up to a far index fills the memory.
+  # A table up to a large index could exhaust the memory, so the largest index
+  # is checked first.
   last = max({*added, *learned}, default=-1)
   if last > MAX_VOCAB_SIZE:
-    raise ValueError(f'it has a token beyond {MAX_VOCAB_SIZE}')
-  strangers = sorted(set().union(*learned.values()) - set(byte_of))
-  if strangers:
-    raise ValueError(f'its tokens hold {strangers[0]!r}, which is no byte')
+    raise ValueError(f'a token has index {last}, above {MAX_VOCAB_SIZE}')
+  invalid = sorted(set().union(*learned.values()) - set(byte_of))
+  if invalid:
+    raise ValueError(f'character {invalid[0]!r} of a token stands for no byte')
   table = [b''] * (last + 1)
   for index, token in learned.items():
     table[index] = bytes(byte_of[c] for c in token)
@@ -95,7 +98,7 @@ def bytes_of_tokens(tokenizer: library.Tokenizer) -> list[bytes]:
 def _from_json(text: str) -> library.Tokenizer:
   try:
     return library.Tokenizer.from_str(text)
-  except Exception as error:  # The library raises nothing more exact.
+  except Exception as error:  # The library raises no more specific class.
     raise ValueError(str(error)) from error
 
 
@@ -104,7 +107,8 @@ def _settings(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
   yield state
   yield state['model']
   yield from state['added_tokens']
-  # A Sequence holds others. Neither post-processor nor decoder is ever used.
+  # A Sequence contains other objects. The post-processor and the decoder are
+  # not searched, because nothing uses them.
   nested = [state['normalizer'], state['pre_tokenizer']]
   while nested:
     if settings := nested.pop():
@@ -114,10 +118,10 @@ def _settings(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _ambiguous(state: dict[str, Any]) -> list[dict[str, Any]]:
-  """Returns the added tokens whose index is also that of other bytes.
+  """Returns the added tokens whose index also stands for other bytes.
 
-  An added token that is in the vocabulary has its index. 'Ċ', for example, is
-  a letter in a text, and a new line in the vocabulary.
+  An added token that is in the vocabulary shares the index of that entry. 'Ċ',
+  for example, is a letter in a text and a new line in the vocabulary.
   """
   byte_of = _byte_of_character()
   merged = {
@@ -135,12 +139,13 @@ def _ambiguous(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _byte_of_character() -> dict[str, int]:
-  """Returns the byte that each character of a byte-level vocabulary is.
+  """Returns the byte of each character of a byte-level vocabulary.
 
-  Printable characters are their own bytes; the other bytes, in order, are the
-  remaining characters.
+  A printable character stands for the byte of its code point. The remaining
+  characters stand for the other bytes, in order.
   """
   alphabet = set(library.pre_tokenizers.ByteLevel.alphabet())
-  own = {chr(b): b for b in range(256) if chr(b) in alphabet}
+  printable = {chr(b): b for b in range(256) if chr(b) in alphabet}
   others = [b for b in range(256) if chr(b) not in alphabet]
-  return own | dict(zip(sorted(alphabet - set(own)), others, strict=True))
+  rest = sorted(alphabet - set(printable))
+  return printable | dict(zip(rest, others, strict=True))

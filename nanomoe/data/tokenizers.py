@@ -1,4 +1,4 @@
-"""Text <-> integers."""
+"""Tokenizers of characters and bytes, and the table of all tokenizers."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -17,11 +17,11 @@ from nanomoe.data.tokenizer import Tokenizer
 from trainers import spec
 from trainers.errors import UserError
 
-CHUNK_CHARS = 1 << 16  # Of a text in temporary arrays.
+CHUNK_CHARS = 1 << 16  # Characters of a text in temporary arrays.
 
 
 class Characters(Tokenizer):
-  """One token for each distinct character, in the order of code points."""
+  """Tokenizer with a token per distinct character, in code point order."""
 
   fits_pieces = True
 
@@ -40,7 +40,11 @@ class Characters(Tokenizer):
     return len(self.characters)
 
   def encode(self, text: str) -> Int[np.ndarray, ' length']:
-    """Raises UserError naming a character without a token, and its position."""
+    """Returns the tokens of `text` as int32 `[length]`.
+
+    Raises:
+      UserError: A character has no token.
+    """
     tokens = np.empty(len(text), np.int32)
     for start in range(0, len(text), CHUNK_CHARS):
       codes = _code_points(text[start : start + CHUNK_CHARS])
@@ -49,8 +53,8 @@ class Characters(Tokenizer):
       if unknown.size:
         at = start + int(unknown[0])
         raise UserError(
-          f'character {text[at]!r} at position {at} is not in the vocabulary: '
-          f'{validation.shown(self.characters)}'
+          f'character {text[at]!r} at position {at} is not in the vocabulary; '
+          f'characters are {validation.shown(self.characters)}'
         )
       tokens[start : start + len(chunk)] = chunk
     return tokens
@@ -67,14 +71,15 @@ class Characters(Tokenizer):
   def load_state_dict(self, state: dict[str, Any]) -> None:
     characters = state['characters']
     if not characters or characters != ''.join(sorted(set(characters))):
-      raise ValueError('its characters are none, not in order, or occur twice')
-    characters.encode()  # Raises ValueError: a lone surrogate is none.
+      raise ValueError('characters must be distinct, sorted and not empty')
+    characters.encode()  # A lone surrogate raises ValueError.
     self._set(characters)
 
   def _set(self, characters: str) -> None:
     self.characters = characters
     codes = _code_points(characters)
-    # Of each code point; -1: it has none, nor have all that follow the last.
+    # Token of each code point; -1 for none. The last entry is for all larger
+    # code points.
     self._tokens = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
     self._tokens[codes] = np.arange(len(codes))
 
@@ -84,7 +89,7 @@ def _code_points(text: str) -> UInt32[np.ndarray, ' length']:
 
 
 class Bytes(Tokenizer):
-  """The 256 bytes of UTF-8: any text, and nothing to learn."""
+  """Tokenizer with the 256 bytes of UTF-8, which encode any text."""
 
   fits_pieces = True
   vocab_size = 256
@@ -103,45 +108,63 @@ TOKENIZERS = {'Characters': Characters, 'Bytes': Bytes, 'BPE': BPE}
 
 
 def build(config: dict[str, Any]) -> Tokenizer:
-  """What `config.data.tokenizer` describes, not yet fit."""
+  """Returns the tokenizer of a spec, without a vocabulary.
+
+  Args:
+    config: Type and arguments of the tokenizer, as in config.data.tokenizer.
+
+  Raises:
+    UserError: The type or an argument is wrong, or the type is not a Tokenizer.
+  """
   tokenizer = spec.build('data.tokenizer', config, TOKENIZERS)
   if not isinstance(tokenizer, Tokenizer):
     raise UserError(
-      f'data.tokenizer.type={config["type"]!r} is not a '
-      'nanomoe.data.tokenizer.Tokenizer'
+      f'data.tokenizer.type={config["type"]!r}: it is not a Tokenizer; it must '
+      'be a nanomoe.data.tokenizer.Tokenizer'
     )
   return tokenizer
 
 
 def load(config: dict[str, Any], path: pathlib.Path) -> Tokenizer:
-  """The tokenizer that a run stored in its vocabulary.json.
+  """Returns the tokenizer of a run with its stored vocabulary.
+
+  Args:
+    config: Type and arguments of the tokenizer, as in config.data.tokenizer.
+    path: Path of the run's vocabulary.json.
 
   Raises:
-    UserError: the file is missing, or is no vocabulary.
+    UserError: The file is missing or damaged.
   """
   tokenizer = build(config)
   try:
     tokenizer.load_state_dict(read(path))
     if tokenizer.vocab_size < 1:
-      raise ValueError('it has no tokens')
+      raise ValueError('the vocabulary has no tokens')
   except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise UserError(f'{path} is damaged: {error!r}') from error
+    raise UserError(f'{path}: the vocabulary is damaged ({error!r})') from error
   return tokenizer
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """vocabulary.json: a tokenizer's state, and the `corpus` that it is of.
+  """Returns the contents of a vocabulary.json.
+
+  Args:
+    path: Path of the file.
+
+  Returns:
+    The state of the tokenizer, and `corpus` and `corpus_sha256`, the name and
+    fingerprint of the text.
 
   Raises:
-    UserError: the file is missing, or is no vocabulary.
+    UserError: The file is missing or damaged.
   """
   try:
     state = json.loads(path.read_text(encoding='utf-8-sig'))
     for key in ('corpus', 'corpus_sha256'):
       if not isinstance(state[key], str):
-        raise ValueError(f'its {key} is no text')
+        raise ValueError(f'{key} must be a text')
     return state
   except OSError as error:
     raise UserError(f'{path}: {error.strerror}') from error
   except (ValueError, TypeError, KeyError, RecursionError) as error:
-    raise UserError(f'{path} is damaged: {error!r}') from error
+    raise UserError(f'{path}: the vocabulary is damaged ({error!r})') from error

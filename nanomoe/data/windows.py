@@ -1,4 +1,4 @@
-"""Batches of windows of a long sequence of tokens."""
+"""Dataset of windows that are cut from a long sequence of tokens."""
 
 from collections.abc import Iterator
 import hashlib
@@ -12,25 +12,28 @@ from trainers.task import Batch
 
 
 class ShortSplit(UserError):
-  """A split with too few tokens; who knows the text puts its path in front."""
+  """Error of splits with too few tokens; the caller adds the text's path."""
 
 
 class Windows:
-  """A `trainers.task.Dataset`: random windows to train, fixed ones to evaluate.
+  """Dataset of random windows to train on and fixed windows to evaluate on.
 
-  A window is `block_size` inputs and, one further on, as many targets. Batch
-  `index` is a function of (seed, index): nothing else needs to be saved.
+  A window has `block_size` inputs and `block_size` targets, which are the
+  inputs shifted by one token. Training batch `index` is a function of (seed,
+  index), so a checkpoint stores no other state of the dataset.
 
   Args:
-    splits: tokens by name: 'train' and 'val'. They may be memory-mapped.
-    seed: of the windows.
-    batch_size, block_size: rows and columns of a batch.
-    eval_iters: batches of an evaluation; 0: each target of the split, once.
+    splits: Tokens of the splits 'train' and 'val', `[length]`; they may be
+      memory-mapped.
+    seed: Random seed of the windows.
+    batch_size: Number of windows in a batch.
+    block_size: Number of tokens in a window.
+    eval_iters: Number of batches in an evaluation; 0 evaluates each target of
+      the split once.
 
   Raises:
-    ShortSplit: a split is shorter than a window and its targets; or, if it is
-      only evaluated on and `eval_iters` is 0, shorter than two tokens: such a
-      pass pads its last window.
+    ShortSplit: A split has fewer than block_size + 1 tokens. If `eval_iters` is
+      0, an evaluation pads its last window and needs two tokens only.
   """
 
   def __init__(
@@ -49,8 +52,8 @@ class Windows:
       if len(tokens) < needed:
         reason = 'an evaluation' if is_padded else f'{block_size=}'
         problems.append(
-          f'the {name} split has too few tokens, {len(tokens)} of the {needed} '
-          f'that {reason} needs'
+          f'the {name} split is too short, with {len(tokens)} of the {needed} '
+          f'tokens that {reason} needs'
         )
     if problems:
       raise ShortSplit(problems)
@@ -68,21 +71,21 @@ class Windows:
     if not self.eval_iters:
       yield from self._one_pass(split, rows)
     for index in range(self.eval_iters):
-      # Its own streams: no split's windows repeat those of training.
+      # A stream per split: no evaluation repeats the windows of training.
       stream = 1 + zlib.crc32(split.encode())
       yield self._random_batch(split, stream, index, rows)
 
   def _random_batch(
     self, split: str, stream: int, index: int, rows: slice
   ) -> Batch:
-    # Counter-based: any batch costs the same, whatever came before.
+    # Counter-based generator: a batch needs no state of earlier batches.
     bits = np.random.Philox(key=[self.seed, stream], counter=[0, 0, 0, index])
     tokens = self.splits[split]
     starts = np.random.Generator(bits).integers(
       0, len(tokens) - self.block_size, size=self.batch_size
     )[rows]
-    places = starts[:, None] + np.arange(self.block_size + 1)
-    windows = tokens[places].astype(np.int32)
+    positions = starts[:, None] + np.arange(self.block_size + 1)
+    windows = tokens[positions].astype(np.int32)
     return {
       'inputs': windows[:, :-1],
       'targets': windows[:, 1:],
@@ -90,7 +93,7 @@ class Windows:
     }
 
   def _one_pass(self, split: str, rows: slice) -> Iterator[Batch]:
-    """Consecutive windows; what is missing of the last batch is padding."""
+    """Yields batches of consecutive windows; padding completes the last one."""
     tokens = self.splits[split]
     num_targets = len(tokens) - 1
     shape = self.batch_size, self.block_size
@@ -114,7 +117,8 @@ def _fingerprint(splits: dict[str, np.ndarray]) -> str:
   digest = hashlib.sha256()
   for name, tokens in splits.items():
     digest.update(f'{name}:{len(tokens)}:'.encode())
-    for start in range(0, len(tokens), 1 << 20):  # They may be many.
+    # Parts limit the memory of a memory-mapped split.
+    for start in range(0, len(tokens), 1 << 20):
       part = tokens[start : start + (1 << 20)]
       digest.update(part.astype(np.int32).tobytes())
   return digest.hexdigest()[:16]

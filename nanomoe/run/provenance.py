@@ -23,7 +23,7 @@ _PACKAGES = (
 
 
 def facts() -> dict[str, Any]:
-  """JSON: versions, devices, argv, environment, revision."""
+  """Returns versions, devices, argv, environment and revision as JSON."""
   return {
     'versions': {
       'python': platform.python_version(),
@@ -55,9 +55,10 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-  """The commit of this source tree, '+' if it was changed; None outside git.
+  """Returns the commit of this source tree, with '+' after local changes.
 
-  None too where git knows the directory, as another project's, but not us.
+  Returns None if git does not track this file, even if it is inside the
+  repository of another project.
   """
   here = pathlib.Path(__file__).parent
 

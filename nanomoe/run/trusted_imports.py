@@ -1,9 +1,9 @@
-"""Whose code a run's own files may name: what this user has named before.
+"""Trusted import paths: plug-ins that a run's config.json may import.
 
-config.json is data: it may come from somebody else. A `type` in it that is an
-import path would run code when it is built. So it is imported only if this user
-has named it: in a --config file, as --config.KEY.type=PATH, or by
---allow_imports=PATH. That is remembered, by its path, for the runs to come.
+A config.json is data and may come from another user. A `type` that is an import
+path would run code when it is built. Such a path is imported only if the user
+has named it before: in a --config file, as --config.KEY.type=PATH, or by
+--allow_imports=PATH. A file in the user's state directory stores these paths.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ from absl import flags
 from nanomoe.config import home, schema
 from trainers.errors import UserError
 
-# What a command that reads a trained model builds of its config.
+# Types that a command builds to read a trained model.
 OF_A_MODEL = (
   'data.tokenizer.type',
   'data.dataset.type',
@@ -26,11 +26,12 @@ OF_A_MODEL = (
 
 
 def define_flag(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines the flag --allow_imports in `values` and returns its holder."""
   return flags.DEFINE_list(
     'allow_imports',
     [],
-    "Import paths, with commas between, that a run's own config.json may name "
-    'besides those that you have used before.',
+    "Comma-separated import paths of plug-ins that the run's config.json may "
+    'import. Paths that you have used before are always allowed.',
     flag_values=values,
   )
 
@@ -38,7 +39,12 @@ def define_flag(values: flags.FlagValues) -> flags.FlagHolder:
 def paths(
   config: Mapping[str, Any], keys: Collection[str] | None = None
 ) -> set[str]:
-  """The import paths in `config`: types with a dot; of `keys` alone, if any."""
+  """Returns the import paths in `config`, which are the types with a dot.
+
+  Args:
+    config: Config of a run.
+    keys: Dotted keys to search, such as 'moe.router.type'; None searches all.
+  """
   return {
     value
     for key, value in schema.flatten(config)
@@ -50,19 +56,27 @@ def paths(
 
 
 def check(named: set[str], allowed: Collection[str]) -> None:
-  """Raises UserError if `named` by data, and neither allowed nor known."""
-  strangers = sorted(named - set(allowed) - _known())
-  if strangers:
+  """Checks that import paths are trusted, and remembers them.
+
+  Args:
+    named: Import paths in a config.json.
+    allowed: Import paths that the user allows.
+
+  Raises:
+    UserError: A path is neither allowed nor used before.
+  """
+  untrusted = sorted(named - set(allowed) - _known())
+  if untrusted:
     raise UserError(
-      f'config.json names code that you have not used before: '
-      f'{", ".join(strangers)}; if you trust it, add '
-      f'--allow_imports={",".join(strangers)}'
+      f'config.json: it imports plug-ins that you have not used before, '
+      f'{", ".join(untrusted)}; to trust them, add '
+      f'--allow_imports={",".join(untrusted)}'
     )
   remember(named)
 
 
 def remember(named: set[str]) -> None:
-  """Where it cannot be kept, it has to be named again."""
+  """Stores import paths as trusted, or nothing if the file is not writable."""
   new = sorted(named - _known())
   if not new:
     return
@@ -76,7 +90,7 @@ def remember(named: set[str]) -> None:
 def _known() -> set[str]:
   try:
     text = _file().read_text(encoding='utf-8', errors='replace')
-  except (OSError, UserError):  # None yet, or no home.
+  except (OSError, UserError):  # No file yet, or no home directory.
     return set()
   return set(text.splitlines())
 

@@ -1,4 +1,4 @@
-"""A run's directory: its files, its log, and going on in it."""
+"""Workdir of a run: its config, its log and its lock."""
 
 import datetime
 import fcntl
@@ -21,7 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def make_default(config_path: str) -> pathlib.Path:
-  """Makes runs/<config>-<date>-<time>, which no other process has."""
+  """Makes and returns runs/<config>-<date>-<time>, a new directory.
+
+  Args:
+    config_path: Path of the config file.
+
+  Raises:
+    UserError: The directory cannot be made.
+  """
   now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
   name = f'{pathlib.Path(config_path).stem}-{now}'
   runs = pathlib.Path('runs')
@@ -32,48 +39,62 @@ def make_default(config_path: str) -> pathlib.Path:
     try:
       runs.mkdir(exist_ok=True)
     except OSError as error:
-      raise UserError(f'{runs} cannot be made: {error.strerror}') from error
+      raise UserError(
+        f'--workdir={runs}: the directory cannot be made ({error.strerror})'
+      ) from error
     try:
       path.mkdir()
       return path
-    except FileExistsError:  # Two starts within a second.
+    except FileExistsError:  # Two runs started within a second.
       continue
     except OSError as error:
-      raise UserError(f'{path} cannot be made: {error.strerror}') from error
+      raise UserError(
+        f'--workdir={path}: the directory cannot be made ({error.strerror})'
+      ) from error
   raise AssertionError('unreachable')
 
 
 def read_config(workdir: pathlib.Path) -> Config | None:
-  """The config of the run in `workdir`, or None if there is no run."""
+  """Returns the config of the run in `workdir`, or None if there is no run.
+
+  Keys that an older version lacked get the values by which it behaved.
+
+  Raises:
+    UserError: config.json cannot be read or is damaged.
+  """
   path = workdir / 'config.json'
   try:
     values = json.loads(path.read_text(encoding='utf-8-sig'))
     if not isinstance(values, dict) or not values:
-      raise ValueError('it is not an object with keys')
+      raise ValueError('it must be an object with keys')
     return schema.make(older.upgrade(values))
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
     raise UserError(f'{path}: {error.strerror}') from error
   except (ValueError, RecursionError) as error:
-    raise UserError(f'{path} is damaged: {error}') from error
+    raise UserError(f'{path}: the file is damaged ({error})') from error
 
 
 def config_of(workdir: pathlib.Path) -> Config:
-  """As `read_config`; raises UserError if there is no run, or not one of ours.
+  """Returns the checked config of the run in `workdir`.
 
-  An older version's config may lack keys.
+  Raises:
+    UserError: There is no run, or its config.json is damaged or has mistakes.
   """
   config = read_config(workdir)
   if config is None:
-    raise UserError(f'--workdir={workdir}: no run is there (no config.json)')
+    raise UserError(
+      f'--workdir={workdir}: there is no run; the directory must contain a '
+      'config.json'
+    )
   if lines := validation.problems(config.to_dict()):
     raise UserError([f'{workdir / "config.json"}: {line}' for line in lines])
   return config
 
 
 def discard(workdir: pathlib.Path) -> None:
-  """Removes a directory, made for a mistake, that has nothing but its log."""
+  """Removes the workdir of a failed start if it contains only a log."""
   made = {path.name for path in workdir.iterdir()}
   begun = any((workdir / 'checkpoints').glob('*'))
   if made <= {'log.txt', 'checkpoints'} and not begun:
@@ -81,56 +102,73 @@ def discard(workdir: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Raises UserError if it cannot be written: the disk is full, for example."""
+  """Writes `value` to `path` as JSON, atomically.
+
+  Raises:
+    UserError: The file cannot be written, for example because the disk is full.
+  """
   try:
     write_atomically(path, to_json(value, indent=2) + '\n')
   except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror}') from error
+    raise UserError(
+      f'{path}: the file cannot be written ({error.strerror})'
+    ) from error
 
 
 def problems(workdir: pathlib.Path) -> list[str]:
-  """What is in the way of making or writing `workdir`; makes nothing."""
+  """Returns a line for each reason why `workdir` cannot be made or written.
+
+  The check makes no directory.
+  """
   try:
-    str(workdir.absolute()).encode()  # Or no checkpoint could be written there.
+    # Checkpoints need a path that is valid UTF-8.
+    str(workdir.absolute()).encode()
   except UnicodeEncodeError:
-    return [f'--workdir={str(workdir)!r}: its name is not UTF-8']
+    return [
+      f'--workdir={str(workdir)!r}: the path is not UTF-8; it must be UTF-8'
+    ]
   except FileNotFoundError:
     return [f'--workdir={workdir}: the current directory does not exist']
   try:
-    for place in (workdir, *workdir.absolute().parents):
-      if place.exists():
+    for existing in (workdir, *workdir.absolute().parents):
+      if existing.exists():
         break
-      if place.is_symlink():  # Its target is not made: nobody asked for it.
+      if existing.is_symlink():  # Making the target would be unexpected.
         return [
-          f'--workdir={workdir} cannot be made: {place} is a link to '
-          f'{str(place.readlink())!r}, which does not exist'
+          f'--workdir={workdir}: {existing} is a link to '
+          f'{str(existing.readlink())!r}, which does not exist; it must be a '
+          'directory'
         ]
   except (OSError, ValueError) as error:
     return [f'--workdir={workdir}: {getattr(error, "strerror", error)}']
-  if not place.is_dir():
-    return [f'--workdir={workdir} cannot be made: {place} is no directory']
-  if not os.access(place, os.W_OK | os.X_OK):
+  if not existing.is_dir():
+    return [f'--workdir={workdir}: {existing} is not a directory']
+  if not os.access(existing, os.W_OK | os.X_OK):
     return [
-      f'--workdir={workdir} cannot be written: permission denied, or read-only'
+      f'--workdir={workdir}: {existing} is read-only or permission is denied; '
+      'it must be writable'
     ]
   return []
 
 
 class _LockedLog(logging.FileHandler):
-  """<workdir>/log.txt, and the only one: held, with the directory, while open.
+  """Handler of <workdir>/log.txt that locks the log and the workdir.
 
-  A lock is of the process: nothing is left of it where that was killed.
+  The locks belong to the process, so they are released if it is killed.
+
+  Args:
+    workdir: Directory of the run.
 
   Raises:
-    BlockingIOError: another process has it.
+    BlockingIOError: Another process holds a lock.
   """
 
   def __init__(self, workdir: pathlib.Path):
     super().__init__(
       workdir / 'log.txt', encoding='utf-8', errors='backslashreplace'
     )
-    # Whoever deletes the log does not unlock the directory; where directories
-    # cannot be locked (NFS), the log can.
+    # Two locks: the lock of the directory survives a deleted log, and the log
+    # can be locked on file systems without locks of directories (NFS).
     self._directory: int | None = os.open(workdir, os.O_RDONLY)
     errors = []
     for descriptor in (self.stream.fileno(), self._directory):  # pyright: ignore
@@ -152,23 +190,24 @@ class _LockedLog(logging.FileHandler):
 
 
 def log_to(workdir: pathlib.Path) -> None:
-  """Makes the directory, logs to its log.txt too, and keeps others out.
+  """Makes the workdir, locks it, and adds its log.txt to the loggers.
 
   Raises:
-    UserError: it cannot be written, or another process trains there.
+    UserError: The workdir cannot be written, or another process holds its lock.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     handler = _LockedLog(workdir)
     with tempfile.TemporaryFile(dir=workdir):
-      pass  # It can be written to: the log could be, by itself.
+      pass  # An existing log can be writable in a read-only directory.
   except BlockingIOError as error:
     raise UserError(
-      f'--workdir={workdir}: another process is training there'
+      f'--workdir={workdir}: another process is training in this directory; '
+      'choose another workdir'
     ) from error
   except OSError as error:
     raise UserError(
-      f'--workdir={workdir} cannot be written: {error.strerror}'
+      f'--workdir={workdir}: the directory cannot be written ({error.strerror})'
     ) from error
   handler.setFormatter(
     logging.Formatter('%(asctime)s %(levelname)s %(message)s')

@@ -64,7 +64,7 @@ def everything(workdir) -> dict:
     pytest.param(
       '--config.data.path=OTHER',
       'data',
-      'the text has changed',
+      'data.path=',
       marks=pytest.mark.fault(injected='another text'),
     ),
     pytest.param(
@@ -261,7 +261,7 @@ def test_a_second_trainer_is_refused(start, tmp_path, finished, happened):
   _, status = os.waitpid(first.process.pid, os.WUNTRACED)
   assert os.WIFSTOPPED(status), first.output[-2000:]
   (line,) = errors(start(workdir, new=False))
-  assert 'another process is training there' in line
+  assert 'another process' in line
   first.signal(signal.SIGCONT)
   assert first.end() == 0, first.output[-2000:]
   same_end(workdir, finished[0])
@@ -279,7 +279,7 @@ def test_the_lock_is_not_a_file_that_can_go(start, tmp_path, happened):
   first.until(lambda: (workdir / 'metrics.jsonl').exists())
   (workdir / 'log.txt').unlink()
   (line,) = errors(start(workdir, new=False))
-  assert 'another process is training there' in line
+  assert 'another process' in line
   first.signal(signal.SIGKILL)
   first.end()
   happened('refused')

@@ -393,7 +393,7 @@ def test_tilde_in_variables(home, monkeypatch, happened):
   assert os.environ['JAX_COMPILATION_CACHE_DIR'] == str(
     home / 'JAX_COMPILATION_CACHE_DIR'
   )
-  assert list(corpus_lib._places()) == [
+  assert list(corpus_lib._directories()) == [
     home / 'NANOMOE_DATA_DIR',
     home / 'XDG_CACHE_HOME' / 'nanomoe',
   ]
@@ -439,7 +439,7 @@ def test_an_unknown_home(home, happened, words):
 def test_an_unknown_home_in_a_variable(home, monkeypatch, happened, name):
   monkeypatch.setenv(name, '~nobody_x/a')
   read = {
-    'NANOMOE_DATA_DIR': lambda: list(corpus_lib._places()),
+    'NANOMOE_DATA_DIR': lambda: list(corpus_lib._directories()),
     'XDG_CACHE_HOME': cache.directory,
     'JAX_COMPILATION_CACHE_DIR': cache.keep_compiled_programs,
   }[name]

@@ -95,7 +95,9 @@ def test_an_older_run_on_a_marked_text(
   new = text_lib.read(config, tmp_path / 'new')
   assert '\ufeff' not in new[1].characters
   marked.write_bytes(TEXT.encode())
-  assert 'the text has changed' in one_line(text_lib.read, config, run)
+  line = one_line(text_lib.read, config, run)
+  assert f'data.path={str(marked)!r}' in line
+  assert '--allow_changed=data' in line
   happened('equal fingerprints of the tokens')
 
 

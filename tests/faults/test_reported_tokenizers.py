@@ -287,7 +287,7 @@ def test_a_text_that_changes_while_it_is_learned(
   found = from_file(path, TEXT * 20)
   path.write_text('another')
   line = one_line(BPE().fit, {'train': found.text})
-  assert 'has changed' in line
+  assert 'changed' in line
   happened(line.replace(str(tmp_path), '...'))
 
 
@@ -677,9 +677,9 @@ def test_a_normalizer_that_changes_the_text(
   line = one_line(tokenizer.fit, {'train': TEXT.replace('th', '')})
   assert 'data.tokenizer.file' in line
   assert part in line
-  assert 'back as it was' in line
+  assert 'character' in line
   tokenizer.fit({'train': 'romeo'})
-  assert 'back as it was' in one_line(tokenizer.encode, 'ROMÉO')
+  assert 'character' in one_line(tokenizer.encode, 'ROMÉO')
   happened(line.partition('json')[2][:120])
 
 
@@ -696,7 +696,8 @@ def test_a_byte_without_a_token(state, write, happened):
   tokenizer = write(made)
   tokenizer.fit({'train': TEXT})
   line = one_line(tokenizer.encode, 'to \x7f be')
-  assert r"character 3: '\x7f be' becomes ' be'" in line
+  for part in ('character 3', r"'\x7f be'", "' be'"):
+    assert part in line
   happened(line)
 
 

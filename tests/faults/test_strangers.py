@@ -231,7 +231,7 @@ def test_a_token_far_beyond_the_others(happened):
   tokenizer.fit({'train': 'the cat, the hat ' * 9})
   state = json.loads(json.dumps(tokenizer.state_dict()))
   state['tokenizer']['model']['vocab']['a'] = 2**31
-  with pytest.raises(ValueError, match='a token beyond') as error:
+  with pytest.raises(ValueError, match=str(2**31)) as error:
     bpe.BPE().load_state_dict(state)
   happened(str(error.value))
 
