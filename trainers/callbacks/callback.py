@@ -1,4 +1,4 @@
-"""The hooks of a run."""
+"""Base class of callbacks, with the hooks of a run."""
 
 from typing import Any
 
