@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a flag: the loop decides where it is safe to stop."""
+"""Flag for SIGTERM and Ctrl-C, which lets the loop stop at a safe point."""
 
 import contextlib
 import os
@@ -9,7 +9,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
-  """The first signal sets `name`; the second leaves the process at once."""
+  """Flag that the first signal sets. The second signal ends the process.
+
+  Attributes:
+    name: Name of the first signal, or None.
+  """
 
   name: str | None = None
 
@@ -24,9 +28,13 @@ class Interrupt:
 
   @contextlib.contextmanager
   def listening(self):
-    """Handles signals inside the block; only the main thread of a process can.
+    """Handles signals inside the block, in the main thread of a process.
 
-    The handlers only set the flag: whatever they interrupt stays intact.
+    In other threads it does nothing: Python allows no handlers there. The
+    handlers only set the flag, so that the interrupted code completes.
+
+    Yields:
+      This object.
     """
     if threading.current_thread() is not threading.main_thread():
       yield self
@@ -46,8 +54,8 @@ class Interrupt:
 def _leaving_at_second():
   """Ends the process at the second signal, also inside a long call of C.
 
-  Handlers run between two instructions of Python: while XLA compiles, there
-  are none.
+  Python runs handlers between two of its instructions, so that none runs while
+  XLA compiles. A thread reads the numbers of signals from a pipe instead.
   """
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
