@@ -138,7 +138,7 @@ class Checkpointer:
       meta = json.loads(json.dumps(meta))
       meta['digest'] = reader.digest(meta)
       if step in self._manager.all_steps():
-        # A failure must not lose it: it is kept until the new one is saved.
+        # The old checkpoint is kept until the new one is on the disk.
         self._superseded.mkdir(exist_ok=True)
         path = self._directory / str(step)
         path.rename(self._superseded / str(step))
@@ -226,9 +226,7 @@ class Checkpointer:
         failures[step] = (
           f'checkpoint {step} is of another model: {error.problems[1]}'
         )
-      except (
-        Exception
-      ) as error:  # A decoder of damaged data may raise anything.
+      except Exception as error:  # Decoders of damaged data raise anything.
         failures[step] = reader.damage(step, error)
       else:
         for newer in sorted(s for s in failures if s > step):
