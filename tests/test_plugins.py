@@ -298,7 +298,7 @@ def test_clipping_and_the_schedule_stand_before_the_optimizer(importable, tiny):
         'optimizer.type': 'my_optimizer.momentum_sgd',
         'optimizer.momentum': 'x',
       },
-      ["optimizer.momentum='x'", 'momentum=0.9', 'wants float'],
+      ["optimizer.momentum='x'", 'momentum=0.9', 'float'],
     ),
     (
       {'callbacks.a.type': 'my_callback.GradientAlarm'},
@@ -310,7 +310,7 @@ def test_clipping_and_the_schedule_stand_before_the_optimizer(importable, tiny):
     ),
     (
       {'writers.w.type': 'my_callback.GradientAlarm', 'writers.w.limit': 1},
-      ['writers.w', 'made a GradientAlarm; it must be a MetricWriter'],
+      ['writers.w.type=', 'GradientAlarm', 'MetricWriter'],
     ),
     (
       {'data.dataset.type': 'my_tokenizer.Words'},

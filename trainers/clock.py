@@ -1,4 +1,4 @@
-"""Where the wall-clock seconds of a run went."""
+"""Clock that divides the wall-clock seconds of a run by phase."""
 
 from collections import defaultdict
 import contextlib
@@ -6,11 +6,11 @@ import time
 
 
 class Clock:
-  """Seconds by phase; an inner phase pauses the outer one.
+  """Clock of phases, in which an inner phase pauses the outer one.
 
   Attributes:
-    seconds: {phase: seconds}; `read` for the current one.
-    current: the phase.
+    seconds: Seconds by phase, without the current stretch; see `read`.
+    current: Name of the current phase.
   """
 
   def __init__(self):
@@ -24,12 +24,13 @@ class Clock:
     self.current, self._since = phase, now
 
   def read(self, phase: str) -> float:
-    """Seconds spent in `phase` so far."""
+    """Returns the seconds spent in `phase` so far."""
     self._switch(self.current)
     return self.seconds[phase]
 
   @contextlib.contextmanager
   def phase(self, name: str):
+    """Counts the seconds of the block for the phase `name`."""
     outer = self.current
     self._switch(name)
     try:

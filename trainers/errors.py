@@ -1,13 +1,17 @@
-"""The errors that a person is meant to read."""
+"""Errors for users, and exceptions that end or undo a step."""
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-  """Mistakes of the user, or of the world: one clear line each, exit code 2.
+  """Error that a user can correct, with one line for each problem; exit code 2.
+
+  Args:
+    problems: One problem, or several.
 
   Attributes:
-    problems: What is wrong, where, and what is allowed; a line each.
+    problems: Lines that say where the problem is, what is wrong, and what is
+      allowed.
   """
 
   def __init__(self, problems: str | Sequence[str]):
@@ -16,7 +20,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-  """SIGTERM or Ctrl-C arrived: raised where a long action polls for it."""
+  """Exception of a long action that polls after SIGTERM or Ctrl-C arrived."""
 
 
 class NotFinite(FloatingPointError):
@@ -24,13 +28,16 @@ class NotFinite(FloatingPointError):
 
 
 class RollBack(Exception):
-  """A hook wants the newest good checkpoint back: raised to undo the steps."""
+  """Exception of a hook that returns the run to its newest good checkpoint."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-  """Whether memory, of the host or of a device, ran out.
+  """Returns whether memory of the host or of a device ran out.
 
-  XLA's errors have one class for all reasons: the text tells.
+  XLA has one class for all its errors: their text gives the reason.
+
+  Args:
+    error: Any error.
   """
   words = ('RESOURCE_EXHAUSTED', 'Out of memory', 'bad_alloc')
   return isinstance(error, MemoryError) or (

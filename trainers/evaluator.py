@@ -1,4 +1,4 @@
-"""One pass over a split: compiled once, whatever is evaluated how often."""
+"""Evaluation on one pass over a split, with one compiled function."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,11 +12,17 @@ from trainers.task import Batch, Task
 
 
 class Evaluator:
-  """(params, model_state, batches) -> {metric: value}, totals over counts."""
+  """Function (params, model_state, batches) -> {metric: value}.
+
+  Metrics are totals over counts of all batches, not means of batch means.
+
+  Args:
+    task: Task whose loss reports the metrics.
+  """
 
   def __init__(self, task: Task):
     def metrics(params, model_state, batch):
-      key = keys.make(0)  # Evaluation draws nothing.
+      key = keys.make(0)  # Unused: evaluation is deterministic.
       _, aux = task.loss(params, model_state, batch, key, train=False)
       return aux.metrics
 
@@ -33,10 +39,19 @@ class Evaluator:
     batches: Iterable[Batch],
     poll: Callable[[], None] = lambda: None,
   ) -> dict[str, Any]:
-    """Calls `poll` before each batch: it may raise.
+    """Evaluates on `batches`.
+
+    Args:
+      params: Parameters of the model.
+      model_state: Model state, which evaluation does not change.
+      batches: Batches of equal shapes.
+      poll: Called before each batch. It may raise.
+
+    Returns:
+      {metric: value} as Python numbers and lists.
 
     Raises:
-      ValueError: there are no batches.
+      ValueError: There are no batches.
     """
     running = None
     for batch in batches:
@@ -48,7 +63,7 @@ class Evaluator:
       previous = running
       with debugging.checked():
         running = self._add(running, params, model_state, batch)
-      jax.block_until_ready(previous)  # One batch ahead, no more.
+      jax.block_until_ready(previous)  # Limits the queue to one batch.
     if running is None:
       raise ValueError('there is no batch to evaluate on')
     return metrics_lib.compute(running)

@@ -1,4 +1,4 @@
-"""Small files that are whole at any moment, and JSON that any tool can read."""
+"""Atomic writes of small files, and JSON that any tool can read."""
 
 import json
 import math
@@ -8,10 +8,14 @@ from typing import Any
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces `path` by a file that holds `text`: never by a part of it.
+  """Replaces `path` by a file that holds `text`, in one atomic step.
 
-  In UTF-8. What a path that is none decodes to, lone surrogates, is escaped as
-  JSON does it.
+  The encoding is UTF-8. Lone surrogates, which Python makes of paths that are
+  not UTF-8, are escaped as in JSON.
+
+  Args:
+    path: Path of the file.
+    text: Content of the file.
   """
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
@@ -25,8 +29,12 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def jsonable(value: Any) -> Any:
-  """`value`, with null for what JSON has no number for."""
-  if hasattr(value, 'tolist'):  # Of NumPy or JAX.
+  """Returns `value` as JSON values, with None for NaN and infinities.
+
+  Args:
+    value: JSON value that may contain tuples and arrays of NumPy or JAX.
+  """
+  if hasattr(value, 'tolist'):  # NumPy and JAX arrays have it.
     value = value.tolist()
   if isinstance(value, float):
     return value if math.isfinite(value) else None
@@ -38,6 +46,15 @@ def jsonable(value: Any) -> Any:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
+  """Returns `jsonable(value)` as JSON text.
+
+  Args:
+    value: Value, as in `jsonable`.
+    indent: Spaces of indentation; None writes one line.
+
+  Raises:
+    TypeError: JSON cannot hold a part of `value`.
+  """
   return json.dumps(
     jsonable(value), indent=indent, allow_nan=False, ensure_ascii=False
   )

@@ -1,4 +1,4 @@
-"""Metrics that can be merged: over steps, micro-batches and devices."""
+"""Metrics that can be merged over steps, micro-batches and devices."""
 
 from typing import Any, NamedTuple, Self
 
@@ -8,37 +8,49 @@ import numpy as np
 
 
 class Mean(NamedTuple):
-  """A weighted mean, kept as its two sums: a mean of means never happens."""
+  """Weighted mean, stored as two sums, so that means are never averaged.
+
+  Attributes:
+    total: Weighted sum.
+    count: Sum of the weights.
+  """
 
   total: jax.Array
   count: jax.Array
 
   def merge(self, other: 'Mean') -> 'Mean':
+    """Returns the mean of both samples."""
     return Mean(self.total + other.total, self.count + other.count)
 
   def compute(self) -> np.ndarray:
-    """total / count on the host; NaN where nothing was counted."""
+    """Returns total / count on the host, NaN where the count is 0."""
     total, count = np.asarray(self.total), np.asarray(self.count)
     with np.errstate(divide='ignore', invalid='ignore'):
       return np.true_divide(total, count)
 
 
 class Sum(NamedTuple):
-  """A sum; below are functions of one, which is never a sum of functions."""
+  """Sum. Its subclasses are functions of a sum, not sums of a function.
+
+  Attributes:
+    total: The sum.
+  """
 
   total: jax.Array
 
   def merge(self, other: Self) -> Self:
+    """Returns the metric of both sums."""
     return type(self)(self.total + other.total)
 
   def compute(self) -> np.ndarray:
+    """Returns the value on the host."""
     return np.asarray(self.total)
 
 
 class MaxOverMean(Sum):
-  """The largest of summed amounts over their mean, along the last axis.
+  """Largest sum divided by the mean of the sums, along the last axis.
 
-  1 if all are equal; NaN where there is nothing.
+  The value is 1 if all sums are equal, NaN if all are 0.
   """
 
   def compute(self) -> np.ndarray:
@@ -48,9 +60,9 @@ class MaxOverMean(Sum):
 
 
 class Entropy(Sum):
-  """Of summed amounts over their sum, along the last axis, in nats.
+  """Entropy of the normalized sums, along the last axis, in nats.
 
-  0 if one has everything, ln n if n are equal; NaN where there is nothing.
+  The value is 0 if one sum is positive, ln n if n are equal, NaN if all are 0.
   """
 
   def compute(self) -> np.ndarray:
@@ -58,9 +70,9 @@ class Entropy(Sum):
 
 
 class ShareOfZeros(Sum):
-  """The share of summed amounts that are 0, along the last axis.
+  """Share of sums that are 0, along the last axis.
 
-  NaN where there is nothing at all.
+  The value is NaN if all sums are 0.
   """
 
   def compute(self) -> np.ndarray:
@@ -70,21 +82,23 @@ class ShareOfZeros(Sum):
 
 
 class MutualInformation(Sum):
-  """Of pairs, counted in [..., x, y]: I(x; y) / H(y), which normalizes it.
+  """Normalized mutual information I(x; y) / H(y) of counts `[..., x, y]`.
 
-  The share of what y tells that x told already: 0 if they are independent, 1
-  if x determines y; NaN where y is always the same, or nothing was counted.
+  The value is the share of the information in y that x gives. It is 0 if x and
+  y are independent, 1 if x determines y. It is NaN if y is constant or nothing
+  was counted.
   """
 
   def compute(self) -> np.ndarray:
     total = np.asarray(self.total, np.float64)
-    # Of sums of counts: exactly 0 where all is in one.
-    of_x = _entropy(_shares(total.sum(axis=-1), axis=-1), axis=-1)
-    of_y = _entropy(_shares(total.sum(axis=-2), axis=-1), axis=-1)
-    both = _entropy(_shares(total, axis=(-2, -1)), axis=(-2, -1))
-    told = of_x + of_y - both
+    # Counts are summed before division: an entropy is then exactly 0 if one
+    # value has all counts.
+    h_x = _entropy(_shares(total.sum(axis=-1), axis=-1), axis=-1)
+    h_y = _entropy(_shares(total.sum(axis=-2), axis=-1), axis=-1)
+    h_xy = _entropy(_shares(total, axis=(-2, -1)), axis=(-2, -1))
+    information = h_x + h_y - h_xy
     with np.errstate(divide='ignore', invalid='ignore'):
-      return np.where(of_y > 0, np.clip(told / of_y, 0, 1), np.nan)
+      return np.where(h_y > 0, np.clip(information / h_y, 0, 1), np.nan)
 
 
 def _shares(total: Any, axis: int | tuple[int, ...]) -> np.ndarray:
@@ -99,19 +113,26 @@ def _entropy(p: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
 
 
 class Last(NamedTuple):
-  """The most recent value: a learning rate, for example."""
+  """Most recent value, for example a learning rate."""
 
   value: jax.Array | np.generic
 
   def merge(self, other: 'Last') -> 'Last':
+    """Returns `other`, the later one."""
     return other
 
   def compute(self) -> np.ndarray:
+    """Returns the value on the host."""
     return np.asarray(self.value)
 
 
 class Score(NamedTuple):
-  """The monitored metric of one evaluation; lower is better."""
+  """Monitored metric of one evaluation; lower is better.
+
+  Attributes:
+    step: Step of the evaluation.
+    value: Value of the metric.
+  """
 
   step: int
   value: float
@@ -122,25 +143,39 @@ Metrics = dict[str, Metric]
 
 
 def zeros_like(metrics: Metrics) -> Metrics:
-  """The neutral element of `merge`, from metrics or their shapes."""
+  """Returns zero metrics, the neutral element of `merge`.
+
+  Args:
+    metrics: Metrics or their shapes.
+  """
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
 
 
 def merge(old: Metrics, new: Metrics) -> Metrics:
+  """Returns `old` merged with `new`, metric by metric."""
   return {name: old[name].merge(new[name]) for name in new}  # pyright: ignore
 
 
 def compute(metrics: Metrics) -> dict[str, float | list]:
-  """Python numbers (lists, for arrays). Blocks until they are known."""
+  """Returns metrics as Python numbers, or lists of numbers for arrays.
+
+  The call waits until the device has computed the metrics.
+
+  Args:
+    metrics: Metrics by name.
+  """
   metrics = jax.device_get(metrics)
   return {name: metric.compute().tolist() for name, metric in metrics.items()}
 
 
 def is_for_files(value: Any) -> bool:
-  """Not what has three axes or more: a callback makes a picture of that."""
+  """Returns whether a metric is written to files: it has at most two axes.
+
+  Callbacks draw arrays of more axes.
+  """
   return np.ndim(value) < 3
 
 
 def prefixed(split: str, metrics: dict[str, Any]) -> dict[str, Any]:
-  """{'<split>/<name>': value}."""
+  """Returns {'<split>/<name>': value}."""
   return {f'{split}/{name}': value for name, value in metrics.items()}

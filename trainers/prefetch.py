@@ -1,4 +1,4 @@
-"""Batches made ahead of the loop, in order, by one thread."""
+"""Batches that one thread makes ahead of the training loop, in order."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,8 +15,16 @@ def prefetched(
 ) -> Iterator[Iterator[T]]:
   """Yields an iterator over make(start), make(start + 1), ...
 
-  An error of `make` is raised where its item is asked for. Items depend on
-  their index only, so neither `depth` nor a restart changes them.
+  Items depend on their index only, so neither `depth` nor a resume changes
+  them. The iterator raises an error of `make` at the item that failed.
+
+  Args:
+    make: Returns the item of an index.
+    start: First index.
+    depth: Number of items to make ahead.
+
+  Yields:
+    An endless iterator.
   """
   with futures.ThreadPoolExecutor(1, thread_name_prefix='prefetch') as pool:
 

@@ -17,7 +17,11 @@ _SAME_HANGUP_SECONDS = 1.0
 
 
 class Interrupt:
-  """The first signal sets `name`; the second leaves the process at once."""
+  """Flag that the first signal sets. The second signal ends the process.
+
+  Attributes:
+    name: Name of the first signal, or None.
+  """
 
   name: str | None = None
 
@@ -40,10 +44,14 @@ class Interrupt:
 
   @contextlib.contextmanager
   def listening(self):
-    """Handles signals inside the block; only the main thread of a process can.
+    """Handles signals inside the block, in the main thread of a process.
 
     SIGTERM and SIGINT are always handled. SIGHUP, SIGUSR1 and SIGUSR2 are left
     alone where they are ignored (`nohup`) or have a handler of another owner.
+    In other threads it does nothing: Python allows no handlers there.
+
+    Yields:
+      This object.
     """
     if threading.current_thread() is not threading.main_thread():
       yield self
@@ -95,8 +103,8 @@ def _handled() -> Iterator[signal.Signals]:
 def _leaving_at_second(numbers: Collection[int]):
   """Ends the process at the second signal, also inside a long call of C.
 
-  Handlers run between two instructions of Python: while XLA compiles, there
-  are none.
+  Python runs handlers between two of its instructions, so that none runs while
+  XLA compiles. A thread reads the numbers of signals from a pipe instead.
   """
   reader, writer = os.pipe()
   os.set_blocking(writer, False)

@@ -1,4 +1,4 @@
-"""What a training step reads and writes: arrays, and nothing but arrays."""
+"""Arrays that a training step reads and writes."""
 
 from typing import Any
 
@@ -13,20 +13,24 @@ ModelState = Any
 
 @struct.dataclass
 class TrainState:
-  """Everything that resuming needs, beside what the callbacks remember.
+  """State of training, with all that a resume needs but callbacks' states.
 
   Attributes:
-    step: int32, batches attempted, 1..N after a step.
-    batch_index: int32, the next batch to train on; equals `step` unless data
-      was skipped.
-    skipped: int32, updates that were refused: not finite, or a spike.
-    skipped_in_a_row: int32, the newest of them without an accepted one between.
-    params: what the optimizer updates.
-    opt_state: the optimizer's.
-    model_state: what the task changes without gradients (router biases).
-    average: of params over the updates, exponentially weighted; or None.
-    recent_losses: float32[window], of accepted updates, the newest last; 0
-      where there was none yet (NaN in checkpoints of older versions); or None.
+    step: Number of steps done, 0 to N; int32 scalar.
+    batch_index: Index of the next batch; equals `step` unless a rollback
+      skipped batches; int32 scalar.
+    skipped: Number of refused updates, not finite or spikes; int32 scalar.
+    skipped_in_a_row: Number of refused updates since the last accepted one;
+      int32 scalar.
+    params: Parameters, which the optimizer updates.
+    opt_state: State of the optimizer.
+    model_state: State that the task updates without gradients, for example
+      router biases.
+    average: Exponentially weighted average of `params` over the updates, or
+      None.
+    recent_losses: Losses of the last accepted updates, oldest first; float32
+      `[window]`, or None. Empty places hold 0, in checkpoints of older versions
+      NaN.
   """
 
   step: jax.Array
@@ -49,9 +53,14 @@ class TrainState:
     average: bool = False,
     window: int = 0,
   ) -> 'TrainState':
-    """Of step 0; with an average, which begins as a copy of params.
+    """Returns the state of step 0.
 
-    `window`: of recent_losses; 0: none are kept.
+    Args:
+      params: Initial parameters.
+      model_state: Initial model state.
+      optimizer: Optax transformation of gradients.
+      average: Whether to keep an average, which begins as a copy of `params`.
+      window: Number of recent losses to keep; 0 keeps none.
     """
     return cls(
       step=jnp.zeros((), jnp.int32),

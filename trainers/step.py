@@ -1,4 +1,4 @@
-"""The pure steps: (state, batch, key) -> (state, metrics)."""
+"""Training step as a pure function: (state, batch, key) -> (state, metrics)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,11 +16,16 @@ StepFn = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 class Spikes(NamedTuple):
-  """Losses above `factor` times the median of the last `window`: refused.
+  """Limit of the loss, above which an update is refused as a spike.
 
-  Only losses of accepted updates are among the last, and nothing is refused
-  before there are as many. A loss must be positive. With a factor of 0 nothing
-  is refused; the state is the same, so that a run may change the factor.
+  The limit is `factor` times the median loss of the last `window` accepted
+  updates. No update is refused before there are `window` accepted ones. Losses
+  must be positive.
+
+  Attributes:
+    factor: Factor of the limit; 0 disables it. The state does not depend on the
+      factor, so that a resumed run may change it.
+    window: Number of accepted updates.
   """
 
   factor: float
@@ -28,7 +33,7 @@ class Spikes(NamedTuple):
 
 
 def all_finite(tree) -> jax.Array:
-  """bool[]: no leaf holds an infinity or a NaN."""
+  """Returns whether all leaves of `tree` are finite, as bool `[]`."""
   leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
   return jnp.all(jnp.stack(leaves))
 
@@ -40,15 +45,23 @@ def make_train_step(
   ema_decay: float = 0.0,
   spikes: Spikes | None = None,
 ) -> StepFn:
-  """One update. A non-finite one is counted and otherwise leaves no trace.
+  """Returns a function that does one training step.
 
-  So is one that is among `spikes`, if they are given; then the state must have
-  as many recent_losses.
+  The step refuses an update that is not finite or a spike. A refused update
+  increments the counters of the state and leaves the rest unchanged.
 
-  `schedule` is only reported: it is the learning rate at the number of updates
-  so far, as the optimizer's own counter sees it.
+  Args:
+    task: Task that gives the loss and the update of the model state.
+    optimizer: Optax transformation of gradients.
+    schedule: Learning rate by the number of accepted updates. It is only
+      reported; the optimizer has its own.
+    ema_decay: Largest decay of the average in the state, if the state has one.
+      The decay of update t is min(ema_decay, (1 + t) / (10 + t)).
+    spikes: Limit of the loss, or None. The state must have `spikes.window`
+      recent losses.
 
-  `ema_decay` is of the state's average, if it has one: see `_averaged`.
+  Returns:
+    (state, batch, key) -> (state, metrics), which can be jitted.
   """
 
   def train_step(state, batch, key):
@@ -86,7 +99,7 @@ def make_train_step(
     accepted = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     accepted &= all_finite(updates)
     if spikes and spikes.factor:
-      # Until as many updates were accepted, places of the window are empty.
+      # The window has empty places until as many updates were accepted.
       is_full = num_updates >= len(state.recent_losses)
       limit = spikes.factor * jnp.median(state.recent_losses)
       accepted &= ~(is_full & (loss > limit))
@@ -120,10 +133,10 @@ def make_train_step(
 def _averaged(
   average: Params | None, params: Params, num_updates: jax.Array, decay: float
 ) -> Params | None:
-  """d * average + (1 - d) * params, with d = min(decay, (1 + t) / (10 + t)).
+  """Returns d * average + (1 - d) * params.
 
-  t is the number of updates before: what training begins with is soon
-  forgotten.
+  d = min(decay, (1 + t) / (10 + t)), where t is the number of previous updates.
+  The smaller d of early updates reduces the weight of the initial parameters.
   """
   if average is None:
     return None

@@ -1,4 +1,4 @@
-"""Updates one after another: the device is a few of them ahead of the host."""
+"""Runner of compiled training steps, which queues steps on the device."""
 
 from collections import deque
 from collections.abc import Callable
@@ -19,26 +19,31 @@ from trainers.task import Batch
 
 log = logging.getLogger(__name__)
 
-# Steps that may be queued on the device: enough to hide the host, few enough
-# to stop, and to notice a failure, soon.
+# Steps queued on the device. More would delay stopping and noticing a failure;
+# fewer would leave the device waiting for the host.
 RUN_AHEAD = 2
 
 
 class StepRunner:
-  """(state, batch) -> (state, metrics), which are added up too.
+  """Function (state, batch) -> (state, metrics) that also accumulates metrics.
 
-  The state that is given is donated.
+  A call donates its state.
+
+  Args:
+    step_fn: Training step.
+    key: Random key of the run.
+    memory_hint: Suggests how to reduce memory.
 
   Attributes:
-    compiled: whether the first update is done: the only one that is waited for.
-    memory: what it needs, once it is compiled.
-    accumulated: the metrics since `pop_metrics`, added up.
+    compiled: Whether the first step is done. Only the first call waits for it.
+    memory: Memory that a step needs; None before the first step.
+    accumulated: Metrics since the last `pop_metrics`, merged.
   """
 
   def __init__(
     self, step_fn: StepFn, key: jax.Array, memory_hint: memory_lib.Hint
   ):
-    # Jitted by itself too: it is traced once for its shapes and its program.
+    # The inner jit caches the trace, which shapes and program share.
     self._step_fn = jax.jit(step_fn)
     self._key = key
     self._hint = memory_hint
@@ -48,13 +53,28 @@ class StepRunner:
     self.memory: memory_lib.StepMemory | None = None
 
   def trace(self, state: TrainState, batch: Batch) -> Metrics:
-    """The metrics' shapes, from those of the state."""
+    """Traces a step, without compiling it.
+
+    Args:
+      state: State or its shapes.
+      batch: Batch or its shapes.
+
+    Returns:
+      Shapes of the metrics.
+    """
     shapes = jax.eval_shape(self._step_fn, state, batch, self._key)[1]
     self._zeros = self.accumulated = metrics_lib.zeros_like(shapes)
     return shapes
 
   def compile(self, state: TrainState, batch: Batch) -> None:
-    """Begins to, in the background, once; after `trace`, of shapes too."""
+    """Starts to compile the step in the background, unless it has started.
+
+    `trace` must be called first.
+
+    Args:
+      state: State or its shapes.
+      batch: Batch or its shapes.
+    """
     if self._update:
       return
     if debugging.needs_python():
@@ -87,12 +107,17 @@ class StepRunner:
     return state, metrics
 
   def pop_metrics(self) -> Metrics:
-    """The metrics that were added up; from here on, others are."""
+    """Returns the accumulated metrics and resets them."""
     running, self.accumulated = self.accumulated, self._zeros
     return running
 
   def explained(self, error: BaseException, step: int) -> BaseException:
-    """With what would help, if it is that memory ran out; where a NaN is."""
+    """Returns errors of memory and of NaNs explained; others unchanged.
+
+    Args:
+      error: Error of a training step.
+      step: Number of completed steps.
+    """
     error = debugging.located(error, f'after step {step}')
     return memory_lib.explained(error, step, self.memory, self._hint)
 
@@ -108,7 +133,7 @@ class StepRunner:
   def _check_memory(
     self, update: Callable[..., Any], state: TrainState
   ) -> None:
-    """Warns in time: where Linux kills a process, nothing more is told."""
+    """Warns before the first step: Linux may kill the process without one."""
     if not isinstance(update, jax.stages.Compiled):
       return
     self.memory = memory = memory_lib.measure(update, state)

@@ -1,4 +1,4 @@
-"""The two things a user brings: what is learned, and from what."""
+"""Interfaces that a user implements: the task and its data set."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,9 +13,11 @@ Batch = Mapping[str, np.ndarray | jax.Array]
 
 
 class Total(NamedTuple):
-  """A loss as a sum and a weight, both float32 scalars.
+  """Loss as a sum and a weight, which are divided after accumulation.
 
-  It is divided once: after accumulation, and over all devices.
+  Attributes:
+    sum: Sum of the loss, a float32 scalar.
+    weight: Weight of the sum, for example a number of tokens; float32 scalar.
   """
 
   sum: jax.Array
@@ -23,9 +25,12 @@ class Total(NamedTuple):
 
 
 class Aux(NamedTuple):
-  """What a loss reports: metrics, and statistics that `advance` gets.
+  """Auxiliary results of a loss.
 
-  Statistics are additive over micro-batches and devices (expert loads).
+  Attributes:
+    metrics: Metrics by name.
+    statistics: Statistics for `advance`, for example expert loads. They are
+      additive over micro-batches and devices.
   """
 
   metrics: metrics_lib.Metrics
@@ -33,9 +38,16 @@ class Aux(NamedTuple):
 
 
 class Task(Protocol):
-  """What is trained. Its functions are pure, and traced."""
+  """Protocol of a task, whose methods are pure functions that JAX traces."""
 
-  def init(self, key: jax.Array, batch: Batch) -> tuple[Params, ModelState]: ...
+  def init(self, key: jax.Array, batch: Batch) -> tuple[Params, ModelState]:
+    """Returns the initial parameters and model state.
+
+    Args:
+      key: Random key.
+      batch: Batch that gives the shapes.
+    """
+    ...
 
   def loss(
     self,
@@ -45,24 +57,49 @@ class Task(Protocol):
     key: jax.Array,
     *,
     train: bool,
-  ) -> tuple[Total, Aux]: ...
+  ) -> tuple[Total, Aux]:
+    """Returns the loss of a batch, with metrics and statistics.
+
+    Args:
+      params: Parameters.
+      model_state: Model state.
+      batch: Batch, `[batch, ...]` each.
+      key: Random key of the step, for example for dropout.
+      train: Whether the loss is for training, not for evaluation.
+    """
+    ...
 
   def advance(self, model_state: ModelState, statistics: Any) -> ModelState:
-    """The model state after one accepted update."""
+    """Returns the model state after one accepted update."""
     ...
 
 
 @runtime_checkable
 class Dataset(Protocol):
-  """Where batches come from: functions of their index, so no iterator to save.
+  """Protocol of a data set, whose batches are functions of their index.
 
-  `rows` is the part of the global batch that this process feeds.
+  A resume thus needs no saved iterator.
+
+  Attributes:
+    fingerprint: Hash of the data, which a resumed run compares.
   """
 
   fingerprint: str
 
-  def train_batch(self, index: int, rows: slice) -> Batch: ...
+  def train_batch(self, index: int, rows: slice) -> Batch:
+    """Returns a training batch.
+
+    Args:
+      index: Index of the batch.
+      rows: Rows of the global batch that this process feeds.
+    """
+    ...
 
   def eval_batches(self, split: str, rows: slice) -> Iterable[Batch]:
-    """A finite pass over `split`, the same at each call."""
+    """Returns a finite pass over `split`, the same at each call.
+
+    Args:
+      split: Name of the split.
+      rows: Rows of each global batch that this process feeds.
+    """
     ...

@@ -266,8 +266,8 @@ class Optimizer(_Section):
   beta1: float = key('Decay of the first moment', 0, 1, resume=_BY_NAME)
   beta2: float = key('Decay of the second moment', 0, 1, resume=_BY_NAME)
   schedule: Spec = spec(
-    'Schedule of the learning rate over steps; with a warm-up, the first update '
-    'has learning rate 0',
+    'Schedule of the learning rate over steps; with a warm-up, the first '
+    'update has learning rate 0',
     resume=_BY_NAME,
   )
   clip_norm: float = key(

@@ -118,8 +118,8 @@ def test_what_is_allowed_to_change(
   more = '--config.num_train_steps=14'
   process = start(workdir, *words, more, f'--allow_changed={allow}', new=False)
   assert process.end() == 0, process.output[-2000:]
-  told = [x for x in process.output.splitlines() if 'allowed to change' in x]
-  assert [x.split(' was ')[0].split()[-1] for x in told] == allow.split(',')
+  told = [x for x in process.output.splitlines() if '--allow_changed=' in x]
+  assert [x.rpartition('--allow_changed=')[2] for x in told] == allow.split(',')
   assert result_of(workdir)['step'] == 14
   # From then on it is the run's.
   again = start(workdir, '--config.num_train_steps=15', new=False)
@@ -172,7 +172,7 @@ def test_allow_changed_is_checked(start, workdir, happened):
     pytest.param(
       'config.json',
       {'seed': 5},
-      'seed was 0 in this run, and is 5 now',
+      'seed=5: ',
       marks=pytest.mark.fault(injected='config.json edited: another seed'),
     ),
     pytest.param(

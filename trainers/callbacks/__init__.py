@@ -1,4 +1,4 @@
-"""What happens periodically, or at the ends; one file each."""
+"""Callbacks: periodic actions, and actions at the start and end of a run."""
 
 from trainers.callbacks.callback import Callback
 from trainers.callbacks.checkpoints import Checkpoints

@@ -1,4 +1,4 @@
-"""The hooks of a run."""
+"""Base class of callbacks, with the hooks of a run."""
 
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ class Callback:
     """Runs when training failed with `error`, which `fit` will raise."""
 
   def on_fit_end(self, loop: Loop) -> None:
-    """Runs at the end, whatever happened. See `loop.status`."""
+    """Runs at the end, also after an error. See `loop.status`."""
 
   def state_dict(self) -> dict[str, Any]:
     """Returns the state of this callback as JSON values.

@@ -9,10 +9,13 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Callback):
-  """Saves every `every_steps` steps and after the last one.
+  """Callback that saves periodically and after the last step.
 
-  List it after Evaluation: the checkpoint of a step then holds its evaluation.
-  A save that fails is reported, and tried again at the next period.
+  A checkpoint includes the evaluation of its step if Evaluation is listed
+  before. A save that fails is logged; the next period tries again.
+
+  Args:
+    every_steps: Steps between two saves.
   """
 
   def __init__(self, every_steps: int):

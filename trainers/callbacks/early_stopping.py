@@ -1,10 +1,18 @@
-"""Early stopping."""
+"""Callback that stops a run whose evaluations stop improving."""
 
 from trainers.callbacks.callback import Callback
 
 
 class EarlyStopping(Callback):
-  """Stops after `patience` evaluations without a new best; 0: never."""
+  """Callback that stops after `patience` evaluations without a new best.
+
+  Args:
+    patience: Number of evaluations; 0 disables early stopping.
+    split: Split of the evaluations.
+
+  Raises:
+    ValueError: `patience` is negative.
+  """
 
   def __init__(self, patience: int, split: str = 'val'):
     if patience < 0:
@@ -20,7 +28,7 @@ class EarlyStopping(Callback):
     self._maybe_stop(loop)
 
   def on_fit_start(self, loop):
-    self._maybe_stop(loop)  # A run that stopped early has nothing to do.
+    self._maybe_stop(loop)  # A run that stopped early does not train on resume.
 
   def _maybe_stop(self, loop) -> None:
     if self.patience and self.num_worse >= self.patience:

@@ -1,4 +1,4 @@
-"""Periodic evaluation, and the best of it."""
+"""Periodic evaluation, with the best score so far."""
 
 import logging
 import math
@@ -10,11 +10,16 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation(Callback):
-  """Evaluates every `every_steps` steps, and after the last one.
+  """Callback that evaluates periodically and after the last step.
 
-  Sets loop.score and loop.best from the metric `monitor` (lower is better; a
-  value that is not finite is never the best), and adds '<split>/best_<monitor>'
-  to the metrics.
+  It sets `loop.score` and `loop.best` from the monitored metric, and adds
+  '<split>/best_<monitor>' to the metrics. Lower is better. A value that is not
+  finite is never the best.
+
+  Args:
+    every_steps: Steps between two evaluations.
+    monitor: Name of the monitored metric, without the split.
+    split: Split to evaluate on.
   """
 
   def __init__(self, every_steps: int, monitor: str, split: str = 'val'):

@@ -14,7 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Callbacks(list[Callback]):
-  """In the order of their calls; CLU's periodic actions among them."""
+  """List of callbacks in the order of their calls.
+
+  Args:
+    callbacks: Callbacks and periodic actions of CLU, which are wrapped.
+  """
 
   def __init__(
     self, callbacks: Iterable[Callback | periodic_actions.PeriodicAction]
@@ -38,19 +42,27 @@ class Callbacks(list[Callback]):
     return names
 
   def emit(self, hook: str, *args: Any) -> None:
+    """Calls a hook of every callback."""
     for callback in self:
       getattr(callback, hook)(*args)
 
   def on_exception(self, loop: Loop, error: BaseException) -> None:
-    """Tells every one; what they raise does not hide `error`."""
+    """Calls `on_exception` of every callback; logs what they raise.
+
+    Args:
+      loop: Run that failed.
+      error: Error that ended the run.
+    """
     for callback in self:
       try:
         callback.on_exception(loop, error)
-      except BaseException as other:  # Of SystemExit too.
-        log.error('in on_exception of %s: %r', type(callback).__name__, other)
+      except BaseException as other:  # SystemExit must not hide `error` either.
+        log.error(
+          'on_exception of %s raised %r', type(callback).__name__, other
+        )
 
   def state_dict(self) -> dict[str, Any]:
-    """By name, of those that have something to remember."""
+    """Returns the states of callbacks by name, without the empty ones."""
     states = {
       name: callback.state_dict()
       for name, callback in zip(self.names, self, strict=True)
@@ -58,6 +70,7 @@ class Callbacks(list[Callback]):
     return {name: state for name, state in states.items() if state}
 
   def load_state_dict(self, states: dict[str, Any]) -> None:
+    """Restores the states of callbacks by name; others keep theirs."""
     for name, callback in zip(self.names, self, strict=True):
       if name in states:
         callback.load_state_dict(states[name])

@@ -1,4 +1,4 @@
-"""A bar at the bottom of a terminal."""
+"""Progress bar at the bottom of a terminal."""
 
 import datetime
 import time
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trainers.callbacks.callback import Callback
 
-# Of Clock: what is said where no step is being done.
+# Text beside the bar in each phase of Clock without steps.
 _PHASES = {
   'compile': 'compiling the step',
   'evaluate': 'evaluating',
@@ -20,14 +20,14 @@ _PHASES = {
 
 
 class LiveProgress(Callback):
-  """Step, loss, speed, time left and the best score; log lines scroll above it.
+  """Progress bar with step, loss, speed, time left and best score.
 
-  Drawn twice a second by a thread of its own: a step costs nothing.
-
-  List it last, and after Progress, whose figures it shows.
+  Log lines scroll above it. A thread draws the bar twice a second, so that
+  steps do not wait for the terminal. The callback shows figures of Progress and
+  must be listed after it, as the last callback.
 
   Args:
-    console: where log lines are drawn too.
+    console: Console of the bar and of the log lines.
   """
 
   def __init__(self, console: Console):
@@ -44,11 +44,11 @@ class LiveProgress(Callback):
       transient=True,
     )
     self._live.start()
-    # Whatever ends this process, even kill -9: the terminal has its cursor.
+    # The terminal keeps its cursor even if SIGKILL ends this process.
     self.console.show_cursor(True)
 
   def on_train_step_end(self, loop):
-    if self._start is None:  # The step before this compiled.
+    if self._start is None:  # The first step includes compilation: not timed.
       self._first_step, self._start = loop.step, time.monotonic()
 
   def on_log(self, loop, metrics):

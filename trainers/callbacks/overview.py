@@ -1,4 +1,4 @@
-"""The table of parameters, once."""
+"""Table of parameters in the log file."""
 
 import logging
 
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class ParameterOverview(Callback):
-  """Writes name, shape and size of every parameter to the log file."""
+  """Callback that logs name, shape and size of every parameter at the start."""
 
   def on_fit_start(self, loop):
     table = parameter_overview.get_parameter_overview(

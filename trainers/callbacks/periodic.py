@@ -12,13 +12,16 @@ log = logging.getLogger(__name__)
 
 
 class PeriodicActionCallback(Callback):
-  """Any clu.periodic_actions.PeriodicAction: ReportProgress, Profile, ...
+  """Callback that calls a periodic action of CLU after each step.
+
+  Args:
+    action: Any clu.periodic_actions.PeriodicAction, for example ReportProgress.
 
   Raises:
-    ValueError: its every_steps is below 1.
+    ValueError: `every_steps` of the action is below 1.
   """
 
-  SECONDS = 60  # That an action in the background has to end.
+  SECONDS = 60  # Time limit of a background action at the end of the run.
 
   def __init__(self, action: periodic_actions.PeriodicAction):
     every_steps = action._every_steps
@@ -32,7 +35,8 @@ class PeriodicActionCallback(Callback):
     first = getattr(self.action, '_first_profile', None)
     if first is None:
       return
-    # Of the run, which may be past it: then, of this start.
+    # A resumed run may be past the first step of the profile: the profile then
+    # begins as many steps after this start.
     first += loop.step if first <= loop.step else 0
     self.action._first_profile = first  # pyright: ignore
     if first >= loop.num_train_steps:
@@ -42,17 +46,17 @@ class PeriodicActionCallback(Callback):
     self.action(loop.step)
 
   def on_roll_back(self, loop: Loop) -> None:
-    # Called for a step twice, those of CLU raise.
+    # CLU's actions raise if they are called for a step twice.
     self.action._previous_step = self.action._last_step = loop.step
 
   def on_fit_end(self, loop: Loop) -> None:
-    # CLU's Profile loses what it is taking when training ends.
+    # CLU's Profile would lose a profile that is running when training ends.
     if getattr(self.action, '_session_running', False):
       try:
         profiler.stop()
       except Exception as error:
         log.warning('the profile could not be written: %s', error)
-    # An error of the last call in the background would be told at the next.
+    # CLU reports an error of a background call at the next call only.
     for result in getattr(self.action, '_cb_results', ()):
       if isinstance(result, futures.Future):
         result.result(self.SECONDS)

@@ -1,4 +1,4 @@
-"""A trace of a few steps, for TensorBoard's profiler."""
+"""Trace of a few steps for TensorBoard's profiler."""
 
 import logging
 
@@ -11,11 +11,17 @@ log = logging.getLogger(__name__)
 
 
 class Profile(Callback):
-  """Traces `num_steps` steps, once in each start of the run; 0: never.
+  """Callback that traces a few steps, once in each start of the run.
 
-  `delay` steps after the start, or sooner where no more steps are left: with
-  CLU's periodic Profile, a resumed or a short run may get none. A trace that
-  cannot be taken is told of, and training goes on.
+  CLU's periodic Profile, in contrast, may trace nothing in a resumed or a short
+  run. If no trace can be taken, a warning is logged and training continues.
+
+  Args:
+    num_steps: Number of steps to trace; 0 disables it.
+    delay: Number of steps before the trace; fewer if few steps are left.
+
+  Raises:
+    ValueError: An argument is negative.
   """
 
   def __init__(self, num_steps: int, delay: int = 10):
@@ -24,14 +30,16 @@ class Profile(Callback):
         raise ValueError(f'{name}={value} must be >= 0')
     self.num_steps = num_steps
     self.delay = delay
-    self._first, self._last = 0, 0  # The step before the trace; its last.
+    # Step before the trace, and last step of the trace.
+    self._first, self._last = 0, 0
     self._running = False
 
   def on_fit_start(self, loop):
-    left = loop.num_train_steps - loop.step
-    if not self.num_steps or left <= 0 or loop.workdir is None:
+    remaining = loop.num_train_steps - loop.step
+    if not self.num_steps or remaining <= 0 or loop.workdir is None:
       return
-    self._first = loop.step + max(min(self.delay, left - self.num_steps), 0)
+    delay = max(min(self.delay, remaining - self.num_steps), 0)
+    self._first = loop.step + delay
     self._last = min(self._first + self.num_steps, loop.num_train_steps)
     if loop.step == self._first:
       self._start(loop)
@@ -48,7 +56,7 @@ class Profile(Callback):
 
   def _start(self, loop) -> None:
     try:
-      jax.block_until_ready(loop.state)  # No step before belongs to it.
+      jax.block_until_ready(loop.state)  # Excludes earlier steps.
       profiler.start(str(loop.workdir))
       self._running = True
     except Exception as error:  # Another profiler is running, for example.
@@ -59,7 +67,7 @@ class Profile(Callback):
     with loop.clock.phase('profile'):
       try:
         jax.block_until_ready(loop.state)
-      except Exception as error:  # A step that failed: it is told elsewhere.
+      except Exception as error:  # The trainer reports a step that failed.
         log.debug('while waiting for the last step of a profile: %r', error)
       try:
         profiler.stop()

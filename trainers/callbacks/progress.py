@@ -1,4 +1,4 @@
-"""The progress line, and speed."""
+"""Progress line, with speed and time left."""
 
 import datetime
 import logging
@@ -9,10 +9,13 @@ log = logging.getLogger(__name__)
 
 
 class Progress(Callback):
-  """Adds steps_per_sec and tokens_per_sec to the log, and prints a line of it.
+  """Callback that logs a progress line and adds speed to the metrics.
 
-  Speed is of training alone: compiling, evaluating and saving do not count.
-  The time that is left (ETA) counts everything, as it went so far.
+  It adds steps_per_sec and tokens_per_sec. They exclude compiling, evaluating
+  and saving. The time left (ETA) includes evaluating and saving.
+
+  Args:
+    tokens_per_step: Number of tokens of a batch.
   """
 
   def __init__(self, tokens_per_step: int):
@@ -25,7 +28,7 @@ class Progress(Callback):
     self._start = _seconds(loop)
 
   def seconds_left(self, loop) -> float:
-    """As long for each step as it took so far, evaluations included."""
+    """Returns the time left in seconds, from the mean time of a step so far."""
     done = loop.step - self._first_step
     elapsed = _seconds(loop) - self._start
     return (loop.num_train_steps - loop.step) * elapsed / max(done, 1)
@@ -56,7 +59,7 @@ class Progress(Callback):
 
 
 def _seconds(loop) -> float:
-  """Of the run, without those that come once."""
+  """Returns the seconds of this start, without compiling, which comes once."""
   loop.clock.read('train')
   seconds = loop.clock.seconds
   return sum(seconds.values()) - seconds.get('compile', 0.0)

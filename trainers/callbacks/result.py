@@ -1,4 +1,4 @@
-"""result.json: what became of the run, for people and for other tools."""
+"""Summary of a run in result.json, for people and for other tools."""
 
 import logging
 import resource
@@ -15,16 +15,17 @@ log = logging.getLogger(__name__)
 
 
 class Result(Callback):
-  """Writes result.json at the start (status running) and on every exit.
+  """Callback that writes result.json at the start and at every exit.
 
-  List it last: what other callbacks do when training ends comes before it.
+  The status at the start is 'running'. The callback must be listed last: at the
+  end, the result includes the actions of the other callbacks.
 
   Args:
-    facts: what does not change: versions, devices, argv.
-    tokens_per_step: for tokens_per_sec.
-    monitor: the metric of the validation split that is `val_loss`.
-    val_metrics: further ones: {key of the result: metric}.
-    train_metrics: metrics of the training log: {key of the result: metric}.
+    facts: Constant facts: versions, devices, argv.
+    tokens_per_step: Number of tokens of a batch.
+    monitor: Validation metric that is reported as `val_loss`.
+    val_metrics: Further validation metrics, {key of the result: metric}.
+    train_metrics: Metrics of the training log, {key of the result: metric}.
   """
 
   def __init__(
@@ -44,7 +45,7 @@ class Result(Callback):
       'skipped_updates': 0,
       **dict.fromkeys(self.val_metrics),
     }
-    # Before a resume.
+    # Timing of the starts before this one.
     self.earlier: dict[str, Any] = {'steps': 0, 'seconds_by_phase': {}}
     self._loop = None
 
@@ -64,7 +65,7 @@ class Result(Callback):
 
   def on_exception(self, loop, error):
     self.facts['error'] = f'{type(error).__name__}: {error}'
-    # A refused start leaves what is there: it tells of an earlier one.
+    # A refused start must not overwrite the result of an earlier start.
     if self._loop or not isinstance(error, UserError):
       self._write(loop)
 
@@ -109,18 +110,23 @@ class Result(Callback):
     return {
       'latest': self.latest,
       'earlier': self._timing(self._loop),
-      'facts': self.facts,  # For who finds a checkpoint alone.
+      'facts': self.facts,  # For a checkpoint without its run.
     }
 
   def load_state_dict(self, state):
-    # An older version's checkpoint lacks some of the keys.
+    # Checkpoints of old versions lack some of the keys.
     self.latest = {**self.latest, **state['latest']}
-    if not self._loop:  # Else the run went back: its seconds were spent.
+    if not self._loop:  # A rollback keeps the seconds that were spent.
       self.earlier = state['earlier']
 
 
 def peak_memory_bytes() -> int:
-  """Of the accelerator if it counts, else of this process."""
+  """Returns the peak memory of the first device, or of this process.
+
+  Returns:
+    Bytes of the device if its backend reports them, as accelerators do, or the
+    peak resident set size of the process.
+  """
   stats = jax.local_devices()[0].memory_stats() or {}
   if 'peak_bytes_in_use' in stats:
     return stats['peak_bytes_in_use']

@@ -1,4 +1,4 @@
-"""Checkpoints: written, read and compared."""
+"""Writing, reading and comparing checkpoints."""
 
 from trainers.checkpoint.checkpointer import Checkpointer, SaveError
 

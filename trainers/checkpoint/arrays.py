@@ -1,4 +1,4 @@
-"""The leaves of a tree by name: how they look, and whether they are whole."""
+"""Leaves of a tree by name, their signatures and their fingerprints."""
 
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,11 @@ from trainers.errors import UserError
 
 
 def flatten_by_name(tree: Any) -> dict[str, Any]:
-  """{'state.params.block_0...': leaf}: no container types on the disk."""
+  """Returns {'state.params.block_0...': leaf}, independent of container types.
+
+  Args:
+    tree: Tree of arrays.
+  """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): leaf
@@ -20,12 +24,20 @@ def flatten_by_name(tree: Any) -> dict[str, Any]:
 
 
 def signatures(arrays: dict[str, Any]) -> dict[str, str]:
-  """{name: 'float32[3, 4]'}."""
+  """Returns {name: 'float32[3, 4]'}, the dtype and the shape of each array."""
   return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in arrays.items()}
 
 
 def check_signatures(saved: dict[str, str], wanted: dict[str, str]) -> None:
-  """Raises UserError, naming what is missing or of another type or shape."""
+  """Raises an error if two trees differ in names, dtypes or shapes.
+
+  Args:
+    saved: Signatures of the checkpoint.
+    wanted: Signatures of the model.
+
+  Raises:
+    UserError: They differ. The lines name up to 5 of the differing arrays.
+  """
   if saved == wanted:
     return
   names = [n for n in saved | wanted if saved.get(n) != wanted.get(n)]
@@ -42,10 +54,15 @@ def check_signatures(saved: dict[str, str], wanted: dict[str, str]) -> None:
 
 
 def subtree(arrays: dict[str, Any], prefix: str, like: Any) -> Any:
-  """The part of `arrays` under `prefix`, as a tree `like` another.
+  """Returns the arrays under `prefix`, as a tree.
+
+  Args:
+    arrays: Arrays by name, as of `flatten_by_name`.
+    prefix: First part of the names, without the dot.
+    like: Tree of arrays or shapes that gives the structure.
 
   Raises:
-    UserError: naming the arrays that are missing or of another shape.
+    UserError: An array is missing, or has another dtype or shape.
   """
   wanted = flatten_by_name(like)
   start = f'{prefix}.'
@@ -61,12 +78,15 @@ def subtree(arrays: dict[str, Any], prefix: str, like: Any) -> Any:
 
 
 def fingerprints(arrays: dict[str, Any]) -> dict[str, str]:
-  """{name: 32 bits of its content, in hexadecimal}.
+  """Returns a 32-bit hash of each array, in hexadecimal.
 
-  One changed element always changes them. On an accelerator they are computed
-  there: 160 MB take less time than copying them.
+  A change of one element always changes the hash. An accelerator computes the
+  hashes of its arrays: for 160 MB that takes less time than a copy.
+
+  Args:
+    arrays: Arrays by name.
   """
-  if jax.default_backend() == 'cpu':  # Nothing to copy, and to compile.
+  if jax.default_backend() == 'cpu':  # Saves compilation; nothing is copied.
     hashes = {n: _fingerprint(np.asarray(x), np) for n, x in arrays.items()}
   else:
     hashes = jax.device_get(_on_device(arrays))
@@ -79,10 +99,10 @@ def _on_device(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _fingerprint(x: Any, numpy: ModuleType) -> Any:
-  """uint32: the sum of MurmurHash3's finalizer over the words and places.
+  """Returns the uint32 sum of MurmurHash3's finalizer over words and indices.
 
-  The finalizer is a bijection, so no single change cancels; a sum, so that
-  neither the order nor a number of devices matters.
+  The finalizer is a bijection, so a single change always changes the sum. A sum
+  depends on neither the order of its terms nor the number of devices.
   """
   words = x.ravel().view(f'uint{8 * min(x.dtype.itemsize, 4)}')
   words = words.astype(np.uint32)

@@ -1,6 +1,6 @@
-"""Checkpoints, written: Orbax, behind a few verbs of our own.
+"""Writer of a run's checkpoints, built on Orbax.
 
-A trainer has a Checkpointer: save, wait, restore, undo, close.
+A trainer has a Checkpointer, with save, wait, restore, undo and close.
 """
 
 import contextlib
@@ -24,19 +24,27 @@ log = logging.getLogger(__name__)
 
 
 class SaveError(Exception):
-  """A checkpoint did not reach the disk."""
+  """Error: a checkpoint could not be written to the disk."""
 
 
 class Checkpointer:
-  """<directory>/<step>/: arrays by name, and JSON.
+  """Writer and reader of a run's checkpoints.
 
-  Beside it are checkpoints.json, which names what was saved, and directories
-  of what was set aside: damaged_checkpoints, undone_checkpoints.
+  A checkpoint is a directory <directory>/<step>/ of arrays by name and JSON
+  values. The parent of `directory` has checkpoints.json, which lists the saved
+  steps. It also has damaged_checkpoints and undone_checkpoints, for checkpoints
+  that were set aside.
 
   Args:
-    directory: absolute; made if missing.
-    keep_latest: how many of the newest are kept, beside the best and the
+    directory: Absolute path, created if missing.
+    keep_latest: Number of newest checkpoints to keep, besides the best and the
       newest good one.
+
+  Attributes:
+    newest: Newest step that this object saved or restored, or None.
+
+  Raises:
+    UserError: The directory cannot be created, or its path has *, ? or [.
   """
 
   def __init__(self, directory: pathlib.Path, keep_latest: int = 2):
@@ -44,47 +52,48 @@ class Checkpointer:
     self._superseded = reader.superseded(directory)
     self._manifest = directory.with_name('checkpoints.json')
     self._policy = _Policy(keep_latest)
-    self._kept = self._policy.kept  # As the last save that landed left it.
+    self._kept = self._policy.kept  # Value after the last completed save.
     self._saving: int | None = None
-    self.newest: int | None = None  # Saved, or restored, by this object.
-    if wild := set(str(directory)) & set('*?['):
-      # Orbax looks for its files by patterns: what it had saved in such a place
-      # could not be read.
+    self.newest: int | None = None
+    if wildcards := set(str(directory)) & set('*?['):
+      # Orbax finds its files by glob patterns: it could not read a checkpoint
+      # below such a path.
       raise UserError(
-        f'{directory}: no checkpoint can be kept in a path with '
-        f'{" or ".join(sorted(wild))}'
+        f'{directory}: the path of checkpoints has the wildcard '
+        f'{" and ".join(sorted(wildcards))}; choose a --workdir without *, ? '
+        'and ['
       )
     try:
       directory.mkdir(parents=True, exist_ok=True)
-      self._put_back()
+      self._restore_superseded()
       self._manager = self._open()
     except OSError as error:
       raise UserError(f'{directory}: {error.strerror}') from error
 
   def _open(self) -> ocp.CheckpointManager:
-    self._sweep()
+    self._delete_unfinished()
     return ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
-        # Otherwise a save that fails leaves threads that wait for 20 minutes
-        # for a directory, and the process with them.
+        # Asynchronous creation would leave threads, after a failed save, that
+        # wait 20 minutes for a directory and delay the end of the process.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         step_name_format=ocp.path.step.standard_name_format(),
       ),
     )
 
-  def _sweep(self) -> None:
-    """Deletes what was never finished.
+  def _delete_unfinished(self) -> None:
+    """Deletes the directories of unfinished saves.
 
-    Orbax would when it is opened, in the background, and not again; its
-    writers outlive a save that failed, and may make their directory anew.
+    Orbax deletes them only when a manager is created. Its writers may outlive a
+    failed save and create their directory again.
     """
     for unfinished in self._directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*'):
       shutil.rmtree(unfinished, ignore_errors=True)
 
-  def _put_back(self) -> None:
-    """Puts back what was superseded by a save that never landed."""
+  def _restore_superseded(self) -> None:
+    """Moves back the checkpoints that an unfinished save superseded."""
     for old in self._superseded.glob('*'):
       if not (self._directory / old.name).exists():
         old.rename(self._directory / old.name)
@@ -98,17 +107,24 @@ class Checkpointer:
     best: int | None,
     standing: str = 'good',
   ) -> None:
-    """Copies, and writes in the background. Replaces a checkpoint of `step`.
+    """Copies a state and writes it in the background.
 
-    Whatever their age, the step that is `best` is kept, and the newest whose
-    `standing` is good: to which a run may go back. Others are 'paused', which a
-    signal caused, or 'refused', as their last update was.
+    An existing checkpoint of `step` is replaced. The best checkpoint and the
+    newest good one are kept at any age.
+
+    Args:
+      step: Step of the state.
+      tree: Tree of arrays.
+      meta: JSON values.
+      best: Step of the best checkpoint, or None.
+      standing: 'good' if a rollback may return to the checkpoint; 'paused' if
+        a signal caused the save; 'refused' if its last update was refused.
 
     Raises:
-      SaveError: the one before did not reach the disk, or this cannot start.
+      SaveError: The previous save failed, or this save cannot start.
     """
     self.wait()
-    self._sweep()
+    self._delete_unfinished()
     try:
       arrays = arrays_lib.flatten_by_name(tree)
       meta = {
@@ -118,16 +134,17 @@ class Checkpointer:
         'standing': standing,
         **meta,
       }
-      meta = json.loads(json.dumps(meta))  # As it will be read.
+      # JSON changes tuples and keys: the digest is of the values read back.
+      meta = json.loads(json.dumps(meta))
       meta['digest'] = reader.digest(meta)
       if step in self._manager.all_steps():
-        # Kept until the new one is on the disk.
+        # The old checkpoint is kept until the new one is on the disk.
         self._superseded.mkdir(exist_ok=True)
         path = self._directory / str(step)
         path.rename(self._superseded / str(step))
         self._manager.reload()
-      there = {step, *self._manager.all_steps()}
-      best = best if best in there else self._kept.best
+      existing = {step, *self._manager.all_steps()}
+      best = best if best in existing else self._kept.best
       self._policy.kept = (
         _Kept(best, step, best)
         if standing == 'good'
@@ -141,16 +158,19 @@ class Checkpointer:
         ),
         force=True,
       )
-    except Exception as error:  # Orbax raises what its storage raises.
-      self._give_up()
+    except Exception as error:  # Storage backends of Orbax may raise anything.
+      self._reset()
       raise SaveError(f'step {step}: {reader.told(error)}') from error
     self.newest = self._saving = step
 
   def wait(self) -> int | None:
-    """The step of the last save, once it is on the disk; None the next time.
+    """Waits until the last save is on the disk.
+
+    Returns:
+      The step of the save; None if an earlier call returned it.
 
     Raises:
-      SaveError: it is not.
+      SaveError: The save failed.
     """
     step, self._saving = self._saving, None
     try:
@@ -159,42 +179,41 @@ class Checkpointer:
         self._write_manifest()
         shutil.rmtree(self._superseded, ignore_errors=True)
         self._kept = self._policy.kept
-    except Exception as error:  # Orbax raises what its storage raises.
-      self._give_up()
+    except Exception as error:  # Storage backends of Orbax may raise anything.
+      self._reset()
       raise SaveError(f'step {step}: {reader.told(error)}') from error
     return step
 
-  def _give_up(self) -> None:
-    """After a save that failed: what was there is there, and no more."""
+  def _reset(self) -> None:
+    """Restores the directory and the manager as before a failed save."""
     self.newest = None
     self._policy.kept = self._kept
-    # It waits for the arrays only if its own record could be written.
+    # The manager skips waiting for the arrays if its own file failed.
     with contextlib.suppress(Exception):
       self._manager._checkpointer.wait_until_finished()  # pyright: ignore
     try:
-      self._put_back()
-      # The one that failed counts what never landed, forgot what it meant to
-      # delete, left a directory where there is no room, and would tell of one
-      # failure after another.
+      self._restore_superseded()
+      # The manager of the failed save counts an unsaved step, has lost its
+      # pending deletions, and would raise the same error at the next call.
       self._manager = self._open()
     except OSError as error:
       log.error('%s: %s', self._directory, error)
 
   def restore(self, abstract: Any) -> Saved | None:
-    """The newest intact checkpoint, or None if there never was one.
+    """Returns the newest intact checkpoint, or None if there never was one.
 
-    What is newer is set aside: it would count as the newest.
+    Newer, damaged checkpoints are set aside: they would count as the newest.
 
     Args:
-      abstract: a tree of shapes and types, as the saved one must be.
+      abstract: Tree of shapes and dtypes that the checkpoint must have.
 
     Raises:
-      UserError: it is of another architecture, none is intact, or those that
-        were saved are gone.
+      UserError: The checkpoints are of another architecture, none is intact,
+        or those that were saved are missing.
     """
     steps = reader.steps_in(self._directory)
     failures = {
-      step: f'checkpoint {step} is gone'
+      step: f'checkpoint {step} is missing'
       for step in self._recorded(steps)
       if step not in steps
     }
@@ -204,8 +223,10 @@ class Checkpointer:
         found = self._restore(step, abstract)
       except UserError as error:
         mismatch = mismatch or error
-        failures[step] = f'checkpoint {step} is foreign: {error.problems[1]}'
-      except Exception as error:  # Whatever damage does to a decoder.
+        failures[step] = (
+          f'checkpoint {step} is of another model: {error.problems[1]}'
+        )
+      except Exception as error:  # Decoders of damaged data raise anything.
         failures[step] = reader.damage(step, error)
       else:
         for newer in sorted(s for s in failures if s > step):
@@ -223,14 +244,13 @@ class Checkpointer:
         return found
     if mismatch:
       raise mismatch
-    anew = 'to start anew, choose another --workdir'
+    remedy = 'choose another --workdir to start a new run'
     if steps:
-      none = f'none in {self._directory} is intact; {anew}'
-      raise UserError([*(failures[s] for s in sorted(failures)), none])
+      summary = f'{self._directory}: no checkpoint is intact; {remedy}'
+      raise UserError([*(failures[s] for s in sorted(failures)), summary])
     if failures:
       raise UserError(
-        f'{self._directory}: checkpoints were saved here, and all are gone; '
-        f'{anew}'
+        f'{self._directory}: all checkpoints of the run are missing; {remedy}'
       )
     return None
 
@@ -252,29 +272,32 @@ class Checkpointer:
   def _meta(self, step: int) -> dict[str, Any]:
     try:
       return {'standing': 'good', **reader.read_meta(self._directory, step)}
-    except Exception:  # Whatever damage does to a decoder.
+    except Exception:  # A decoder of damaged data may raise anything.
       return {'standing': 'damaged'}
 
   def undo(self) -> bool:
-    """Whether there is a good one; sets aside what was saved after it.
+    """Sets aside the checkpoints after the newest good one.
 
-    Without one, those whose last update was refused are set aside.
+    Without a good one, checkpoints whose last update was refused are set aside.
+
+    Returns:
+      Whether there is a good checkpoint.
     """
     steps, good = reader.steps_in(self._directory), self._kept.good
     if good is None:
-      astray = [s for s in steps if self._meta(s)['standing'] == 'refused']
+      bad = [s for s in steps if self._meta(s)['standing'] == 'refused']
     else:
-      astray = [s for s in steps if s > good]
-    self._set_aside(astray, 'undone')
+      bad = [s for s in steps if s > good]
+    self._set_aside(bad, 'undone')
     return good is not None
 
-  def _set_aside(self, steps: list[int], why: str) -> None:
+  def _set_aside(self, steps: list[int], reason: str) -> None:
     for step in steps:
-      aside = self._directory.with_name(f'{why}_checkpoints') / str(step)
-      shutil.rmtree(aside, ignore_errors=True)
-      aside.parent.mkdir(exist_ok=True)
-      (self._directory / str(step)).rename(aside)
-      log.info('checkpoint %d was moved to %s', step, aside)
+      target = self._directory.with_name(f'{reason}_checkpoints') / str(step)
+      shutil.rmtree(target, ignore_errors=True)
+      target.parent.mkdir(exist_ok=True)
+      (self._directory / str(step)).rename(target)
+      log.info('checkpoint %d was moved to %s', step, target)
     if steps:
       self._manager.reload()
       self._write_manifest()
@@ -284,10 +307,13 @@ class Checkpointer:
     write_atomically(self._manifest, text + '\n')
 
   def _recorded(self, steps: list[int]) -> list[int]:
-    """The steps of the manifest; those that are there if it is damaged.
+    """Returns the steps in the manifest, or `steps` if it is damaged.
+
+    Args:
+      steps: Steps of the existing checkpoints.
 
     Raises:
-      UserError: it is damaged, and there are none.
+      UserError: The manifest is damaged, and no checkpoint exists.
     """
     try:
       return list(map(int, json.loads(self._manifest.read_text())['steps']))
@@ -301,21 +327,22 @@ class Checkpointer:
       return steps
 
   def close(self) -> None:
-    """That a save failed is an error no more: it has been told, or is here."""
+    """Closes the manager. A save that fails meanwhile is logged."""
     try:
       self._manager.close()
-    except Exception as error:  # Orbax raises what its storage raises.
+    except Exception as error:  # Storage backends of Orbax may raise anything.
       if self._saving is not None:
         log.error('step %d could not be saved: %s', self._saving, error)
 
 
 class _Kept(NamedTuple):
-  """Steps that are kept, whatever their age.
+  """Steps of checkpoints that are kept at any age.
 
   Attributes:
-    best: as the trainer knows it.
-    good: the newest that a run may go back to.
-    best_then: the best when `good` was saved, which is the best again then.
+    best: Best step, as the trainer reports it.
+    good: Newest step that a rollback may return to.
+    best_then: Best step when `good` was saved. A rollback makes it the best
+      again.
   """
 
   best: int | None = None
@@ -324,10 +351,10 @@ class _Kept(NamedTuple):
 
 
 class _Policy(checkpoint_managers.PreservationPolicy):
-  """Keeps the newest few, the best as the trainer knows it, the newest good.
+  """Policy that keeps the newest checkpoints, the best and the newest good one.
 
-  Not by scores stored with Orbax: it reads them all when it starts, and a
-  damaged one keeps it from starting.
+  Scores that Orbax stores are not used: it reads all of them when a manager is
+  created, and fails on a damaged one.
   """
 
   def __init__(self, num_latest: int):

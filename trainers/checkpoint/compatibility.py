@@ -1,4 +1,4 @@
-"""What makes a run itself: with other data or another seed it is another."""
+"""Check that a checkpoint belongs to the run that resumes from it."""
 
 from collections.abc import Collection, Mapping
 import logging
@@ -14,20 +14,26 @@ def check(
   now: Mapping[str, Any],
   allowed: Collection[str] = (),
 ) -> None:
-  """Raises UserError with a line for each part of `now` that has changed.
+  """Raises an error if facts of a run, such as its data or seed, have changed.
 
-  Those that are `allowed` to are logged.
+  Changes of facts in `allowed` are logged.
+
+  Args:
+    saved: Facts in the checkpoint, by name.
+    now: Facts of this start, by name.
+    allowed: Names of facts that may change.
+
+  Raises:
+    UserError: Facts have changed, one line each.
   """
   lines = []
   for name, value in now.items():
     if saved.get(name) == value:
       continue
-    tell = f'{name} was {saved.get(name)!r} in this run, and is {value!r} now'
+    change = f'{name}={value!r}: the run started with {saved.get(name)!r}'
     if name in allowed:
-      log.warning('%s: allowed to change', tell)
+      log.warning('%s; accepted by --allow_changed=%s', change, name)
     else:
-      lines.append(
-        f'{tell}; training goes on all the same with --allow_changed={name}'
-      )
+      lines.append(f'{change}; --allow_changed={name} accepts the change')
   if lines:
     raise UserError(lines)

@@ -1,4 +1,4 @@
-"""Checkpoints, read: what is there, and whether it is what was saved."""
+"""Reading and verifying checkpoints, also of a run in progress."""
 
 from collections.abc import Callable
 import hashlib
@@ -17,24 +17,31 @@ from trainers.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# How often a reader starts again because a trainer replaced the checkpoint.
+# Limit of attempts, for a trainer that keeps replacing the checkpoint.
 _ATTEMPTS = 30
-# A failed read waits this long for signs that its checkpoint is being deleted.
-# Orbax needs a tenth of a second for the directories, after the files.
+# Orbax deletes the directories 0.1 s after the files: a failed read waits this
+# long for signs that its checkpoint is being deleted.
 _SETTLE_SECONDS = 1.0
 
-# {step: the directory in which the directory of that step is}.
+# {step: parent of the directory of that step}.
 Places = dict[int, pathlib.Path]
 
 
 class _Replaced(Exception):
-  """A process deleted, moved or replaced the checkpoint while it was read."""
+  """Error: a process deleted, moved or replaced a checkpoint during a read."""
 
 
 _WIDE = ('float64', 'int64', 'uint64', 'complex128')
 
 
 class Saved(NamedTuple):
+  """Content of a checkpoint.
+
+  Attributes:
+    tree: Tree of arrays.
+    meta: JSON values, such as the step and the states of callbacks.
+  """
+
   tree: Any
   meta: dict[str, Any]
 
@@ -42,19 +49,22 @@ class Saved(NamedTuple):
 def read(
   directory: pathlib.Path, step: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """({name: array}, meta) of a checkpoint, as saved; writes nothing.
+  """Reads a checkpoint, without writing to the directory.
 
-  The run may be in progress: if its trainer replaces a checkpoint while it is
-  read, the reading starts again with the checkpoints that are there then.
+  The run may be in progress. If its trainer replaces the checkpoint during the
+  read, the read starts again with the checkpoints that exist by then.
 
   Args:
-    directory: with the checkpoints of a run.
-    step: a number, 'best' (by the monitored metric) or 'latest': the newest
-      that is intact.
+    directory: Directory of the run's checkpoints.
+    step: Number of a step, 'best' (by the monitored metric) or 'latest' (the
+      newest intact checkpoint).
+
+  Returns:
+    ({name: array}, meta) as saved.
 
   Raises:
-    UserError: there is no such checkpoint, or it is damaged, or it was replaced
-      while it was read.
+    UserError: There is no such checkpoint, it is damaged, or it was replaced
+      during each of the reads.
   """
   for attempt in range(_ATTEMPTS):
     try:
@@ -71,11 +81,16 @@ def read(
 def _attempt(
   directory: pathlib.Path, step: str, again: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns what `read` does; `again` says that it was there before.
+  """Reads a checkpoint once, as `read` does.
+
+  Args:
+    directory: Directory of the run's checkpoints.
+    step: Step, as in `read`.
+    again: Whether an earlier attempt found the checkpoint.
 
   Raises:
-    _Replaced: another process changed the checkpoint meanwhile.
-    UserError: as `read` does.
+    _Replaced: Another process changed the checkpoint during the read.
+    UserError: As in `read`.
   """
   places = _places(directory)
   if not places:
@@ -100,19 +115,19 @@ def _attempt(
     return _watched(_read, places[number], number)
   except _Replaced:
     raise
-  except Exception as error:  # Whatever damage does to a decoder.
+  except Exception as error:  # A decoder of damaged data may raise anything.
     raise UserError(damage(number, error)) from error
 
 
 def _newest(places: Places, read_one: Callable) -> Any:
-  """read_one(directory, step) of the newest where it raises nothing."""
+  """Returns read_one(directory, step) of the newest intact checkpoint."""
   failures = []
   for step in sorted(places, reverse=True):
     try:
       found = _watched(read_one, places[step], step)
     except _Replaced:
       raise
-    except Exception as error:  # Whatever damage does to a decoder.
+    except Exception as error:  # A decoder of damaged data may raise anything.
       failures.append(damage(step, error))
       continue
     for failure in failures:
@@ -122,13 +137,14 @@ def _newest(places: Places, read_one: Callable) -> Any:
 
 
 def _places(directory: pathlib.Path) -> Places:
-  """Returns where the checkpoints of a run are, including superseded ones.
+  """Returns the directory of each checkpoint, including superseded ones.
 
-  A checkpoint is superseded, until the new one of its step is on the disk, by a
-  trainer that saves a step again. A trainer that starts puts it back.
+  A trainer that saves a step again supersedes the checkpoint of that step until
+  the new one is on the disk. A trainer that starts restores it.
   """
   aside = superseded(directory)
-  # Listed twice: whichever way one is moved meanwhile, it is in a list.
+  # A trainer may move a checkpoint meanwhile, either way: a directory that is
+  # listed twice, before and after the other, does not miss it.
   return {
     **dict.fromkeys(steps_in(directory), directory),
     **dict.fromkeys(steps_in(aside), aside),
@@ -145,7 +161,7 @@ def _watched(read_one: Callable, directory: pathlib.Path, step: int) -> Any:
   """Returns read_one(directory, step).
 
   Raises:
-    _Replaced: it failed, and the files are not those that it began with.
+    _Replaced: The read failed, and the files changed since it began.
   """
   path = directory / str(step)
   before = _files(path)
@@ -158,9 +174,9 @@ def _watched(read_one: Callable, directory: pathlib.Path, step: int) -> Any:
 
 
 def _changes(path: pathlib.Path, before: dict[str, tuple]) -> bool:
-  """Returns whether `path` is gone or changes, now or within a moment.
+  """Returns whether `path` is deleted or changes within `_SETTLE_SECONDS`.
 
-  A deletion that began before the first look may not have ended yet.
+  A deletion that began before `before` was listed may still be in progress.
   """
   end = time.monotonic() + _SETTLE_SECONDS
   while path.is_dir() and _files(path) == before:
@@ -171,13 +187,13 @@ def _changes(path: pathlib.Path, before: dict[str, tuple]) -> bool:
 
 
 def _files(path: pathlib.Path) -> dict[str, tuple]:
-  """Returns {path: what differs once it is changed or replaced}."""
+  """Returns {path: (inode, size, modification time)} of all files in `path`."""
   found = {}
   for parent, _, names in os.walk(path):
     for name in ('', *names):
       try:
         status = os.lstat(os.path.join(parent, name))
-      except OSError:  # It was deleted since it was listed.
+      except OSError:  # The file was deleted since it was listed.
         continue
       found[os.path.join(parent, name)] = (
         status.st_ino,
@@ -188,6 +204,7 @@ def _files(path: pathlib.Path) -> dict[str, tuple]:
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
+  """Returns the steps of the checkpoints in `directory`, in ascending order."""
   names = [path.name for path in directory.glob('*') if path.is_dir()]
   return sorted(int(n) for n in names if n.isdecimal() and str(int(n)) == n)
 
@@ -198,7 +215,16 @@ def _read(directory, step):
 
 
 def read_meta(directory: pathlib.Path, step: int) -> dict[str, Any]:
-  """Raises ValueError if it changed, and whatever damage does to a decoder."""
+  """Reads the JSON values of a checkpoint.
+
+  Args:
+    directory: Directory of the checkpoint's directory.
+    step: Step of the checkpoint.
+
+  Raises:
+    ValueError: The values are not those that were saved.
+    Exception: The decoder failed on damaged data.
+  """
   meta = _read_item(directory, step, 'meta', ocp.args.JsonRestore())
   if not isinstance(meta, dict) or 'leaves' not in meta:
     raise ValueError('it is of something else')
@@ -216,10 +242,21 @@ def read_arrays(
   meta: dict[str, Any],
   wanted: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """By name; of the shapes and on the devices of `wanted`.
+  """Reads the arrays of a checkpoint and verifies their fingerprints.
 
-  Raises ValueError, naming one, if they are not what `meta` says was saved,
-  and whatever damage does to a decoder.
+  Args:
+    directory: Directory of the checkpoint's directory.
+    step: Step of the checkpoint.
+    meta: JSON values of the checkpoint, with the fingerprints.
+    wanted: Shapes, dtypes and shardings of the arrays, by name; None reads
+      them as they were saved.
+
+  Returns:
+    The arrays by name.
+
+  Raises:
+    ValueError: Arrays are not those that were saved. One is named.
+    Exception: The decoder failed on damaged data.
   """
   if not jax.config.values[
     'jax_enable_x64'
@@ -232,7 +269,7 @@ def read_arrays(
       )
   args = ocp.args.StandardRestore(wanted)  # pyright: ignore
   arrays = _read_item(directory, step, 'arrays', args)
-  recorded = meta.get('content', {})  # Older ones have none.
+  recorded = meta.get('content', {})  # Checkpoints of old versions lack it.
   found = arrays_lib.fingerprints(arrays)
   changed = [name for name in recorded if recorded[name] != found.get(name)]
   if changed:
@@ -253,12 +290,15 @@ def _read_item(directory, step, name, args):
 
 
 def digest(meta: dict[str, Any]) -> str:
+  """Returns the SHA-256 of the JSON values of a checkpoint, in hexadecimal."""
   return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def damage(step: int, error: Exception) -> str:
+  """Returns a line that says that a checkpoint is damaged, with the reason."""
   return f'checkpoint {step} is damaged: {told(error)}'
 
 
 def told(error: Exception) -> str:
+  """Returns the first line of an error's message, or its repr if empty."""
   return str(error).splitlines()[0] if str(error) else repr(error)

@@ -1,4 +1,4 @@
-"""What a training step needs, what is free, and what to say if it is less."""
+"""Memory that a training step needs, and errors that explain a shortage."""
 
 from collections.abc import Callable
 import contextlib
@@ -12,12 +12,12 @@ from trainers.runtime import host_memory
 
 
 class StepMemory(NamedTuple):
-  """In bytes.
+  """Memory of a training step, in bytes.
 
   Attributes:
-    state: parameters, the optimizer's state and the model's.
-    temporaries: what a step allocates beside it: activations and gradients.
-    free: before the first step; None: not known.
+    state: Memory of the parameters, the optimizer state and the model state.
+    temporaries: Memory that a step allocates besides: activations, gradients.
+    free: Memory that is free before the first step; None if unknown.
   """
 
   state: int
@@ -36,12 +36,17 @@ class StepMemory(NamedTuple):
     )
 
 
-# Of what a user may change, given that much.
+# Function that names the settings that would reduce the memory of a step.
 Hint = Callable[[StepMemory], str]
 
 
 def measure(step: jax.stages.Compiled, state: Any) -> StepMemory | None:
-  """Of a compiled step whose inputs exist; None if XLA does not tell."""
+  """Returns the memory of a compiled step, or None if XLA does not report it.
+
+  Args:
+    step: Compiled step.
+    state: State that the step takes, already allocated.
+  """
   analysis = step.memory_analysis()
   if analysis is None:
     return None
@@ -59,7 +64,10 @@ def measure(step: jax.stages.Compiled, state: Any) -> StepMemory | None:
 
 
 def trim() -> None:
-  """Gives the system what compiling took: glibc keeps hundreds of megabytes."""
+  """Returns free memory to the system.
+
+  After compiling, glibc keeps hundreds of megabytes.
+  """
   with contextlib.suppress(OSError, AttributeError):  # Another C library.
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -67,7 +75,14 @@ def trim() -> None:
 def explained(
   error: BaseException, step: int, memory: StepMemory | None, hint: Hint
 ) -> BaseException:
-  """`error`, or a UserError that says what would help if memory ran out."""
+  """Returns an out-of-memory error with suggestions; other errors unchanged.
+
+  Args:
+    error: Error of a training step.
+    step: Number of completed steps.
+    memory: Memory of a step, if known.
+    hint: Returns suggestions for `memory`.
+  """
   if not is_out_of_memory(error):
     return error
   told = f': {memory}; {hint(memory)}' if memory else f': {error}'

@@ -1,6 +1,6 @@
 """Metric writers: TensorBoard, JSON lines and plug-ins.
 
-`Writer`, the base class of plug-ins, is looked up when it is asked for: CLU's
+`Writer`, the base class of plug-ins, is imported on first access. CLU's
 interface must not be imported before `clu_without_tensorflow` is installed.
 """
 

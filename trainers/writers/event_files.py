@@ -1,4 +1,4 @@
-"""Names and times of event files: TensorBoard reads files in their order."""
+"""Names and times of event files, which TensorBoard reads in name order."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -11,20 +11,20 @@ from typing import BinaryIO
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 PREFIX = 'events.out.tfevents.'
-# The year 9999: a later time is the content of a damaged file.
+# A wall time after the year 9999 is the content of a damaged file.
 _LAST_SECOND = 253_402_300_799
 
 
 class WallClock:
-  """Seconds since 1970 that never decrease, for the events of a run.
+  """Clock of a run's events, in seconds since 1970, that never decreases.
 
-  The machine's clock may be set back between two starts, or during one.
-  TensorBoard draws charts by wall time too: there, a line would run backwards.
-  If the clock is behind, time continues from the newest event, and the distance
-  between two events is still that of the clock.
+  The system clock may be set back between two starts, or during one.
+  TensorBoard also draws charts by wall time, where a line would run backwards.
+  While the system clock is behind, time continues from the newest event.
+  Intervals between events remain those of the system clock.
 
   Args:
-    files: earlier event files of the run.
+    files: Earlier event files of the run.
   """
 
   def __init__(self, files: Iterable[pathlib.Path] = ()):
@@ -47,29 +47,32 @@ def in_directory(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def next_name(directory: pathlib.Path, now: float, source: str) -> str:
-  """Returns the name of a new event file, behind all that are there.
+  """Returns the name of a new event file, which sorts after the existing ones.
 
-  TensorBoard sorts the files of a directory by their names. The clock's time
-  comes first in a name, or else the smallest number behind the last name: a
-  clock that was set back does not change the order.
+  TensorBoard sorts the files of a directory by name. A name begins with the
+  time of the clock. If the clock was set back, the name begins with the
+  smallest number after the last name instead.
 
   Args:
-    directory: of the file.
-    now: seconds since 1970, at least 0.
-    source: the end of the name.
+    directory: Directory of the event files.
+    now: Seconds since 1970, at least 0.
+    source: End of the name.
+
+  Returns:
+    The name, without the directory.
   """
-  # Ten digits: 9 seconds after 1970 come before 10.
+  # Zero-padding makes names sort like numbers: 9 seconds before 10.
   stamp = f'{now:017.6f}'
   name = f'{PREFIX}{stamp}.{source}'
   names = [path.name for path in directory.glob(f'{PREFIX}*')]
   last = max(names, default='')
   if name <= last:
-    name = f'{PREFIX}{_behind(last.removeprefix(PREFIX), stamp)}.{source}'
+    name = f'{PREFIX}{_after(last.removeprefix(PREFIX), stamp)}.{source}'
   return name
 
 
-def _behind(last: str, stamp: str) -> str:
-  """Returns what sorts behind `last`, the end of a name in ASCII."""
+def _after(last: str, stamp: str) -> str:
+  """Returns text that sorts after `last`, the end of a name in ASCII."""
   tildes = re.match('~*', last)[0]  # pyright: ignore
   number = re.match(r'[0-9]+(\.[0-9]+)?', last[len(tildes) :])
   if number:
@@ -78,15 +81,21 @@ def _behind(last: str, stamp: str) -> str:
     more = f'{int(digits) + 1:0{len(digits)}}'
     if len(more) == len(digits):
       return tildes + more[: len(whole)] + dot + more[len(whole) :]
-  # No number, or one of nines: `~` is the last character of ASCII.
+  # `~` is the last printable character of ASCII: it sorts after numbers that
+  # cannot be increased, which have nines alone, and after other text.
   return f'{tildes}~{stamp}'
 
 
 def newest_time(path: pathlib.Path) -> float:
-  """Returns the newest wall time of the events in a file; 0 if it has none.
+  """Returns the newest wall time of the events in a file.
 
-  A file that cannot be read has none. An event that is damaged ends the file,
-  as it does for TensorBoard.
+  A damaged event ends the file, as it does for TensorBoard.
+
+  Args:
+    path: Event file.
+
+  Returns:
+    Seconds since 1970; 0 if the file has no events or cannot be read.
   """
   with contextlib.suppress(OSError), path.open('rb') as file:
     end = file.seek(0, 2)
@@ -110,9 +119,9 @@ def _times(file: BinaryIO, end: int) -> Iterator[tuple[float, int, int]]:
     size = int.from_bytes(head[:8], 'little')
     if start + size + 4 > end:
       return
-    # An event begins with its wall time: the number of the field, and a double.
+    # An event begins with its wall time: a field number (1 byte), a double (8).
     if size >= 9 and head[12] == 9:
       (seconds,) = struct.unpack('<d', head[13:])
-      if 0 <= seconds <= _LAST_SECOND:  # It is not NaN either.
+      if 0 <= seconds <= _LAST_SECOND:  # False for NaN, too.
         yield seconds, start, size
     start += size + 16

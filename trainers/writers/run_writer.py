@@ -1,4 +1,4 @@
-"""How TensorBoard shows a run, and the files that it reads."""
+"""TensorBoard layout of a run, and the event files of the run."""
 
 from collections.abc import Mapping
 import logging
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Chart(NamedTuple):
-  """Where TensorBoard shows a metric.
+  """TensorBoard chart of a metric.
 
   Attributes:
-    tag: 'group/name'.
-    description: Markdown, beside the chart.
+    tag: Tag of the chart, 'group/name'.
+    description: Markdown text beside the chart.
   """
 
   tag: str
@@ -26,14 +26,16 @@ class Chart(NamedTuple):
 
 
 class TensorBoardLayout(NamedTuple):
-  """How TensorBoard shows a run.
+  """Presentation of a run in TensorBoard.
 
   Attributes:
-    charts: of metrics, without their split; others keep their names.
-    layout: of the custom-scalars tab: {category: {chart: regex of its tags}}.
-    hparams: flat; numbers, booleans and strings.
-    split: whose scalars stand beside the hyper-parameters: runs can be sorted
-      by them.
+    charts: Chart of each metric, by metric name without split. Other metrics
+      keep their names as tags.
+    layout: Charts of the custom-scalars tab, {category: {chart: regex of its
+      tags}}.
+    hparams: Hyper-parameters, a flat dict of numbers, booleans and strings.
+    split: Split whose scalars TensorBoard lists beside the hyper-parameters,
+      for sorting runs.
   """
 
   charts: Mapping[str, Chart] = {}
@@ -43,16 +45,16 @@ class TensorBoardLayout(NamedTuple):
 
 
 class RunWriter(metric_writers.MetricWriter):
-  """CLU's MetricWriter, to the event files of a run.
+  """MetricWriter of CLU that writes the event files of a run.
 
-  '<split>/<name>' goes to the directory <workdir>/<split>/, without the split:
-  TensorBoard draws what has the same name in several directories on one chart.
+  The metric '<split>/<name>' is written as '<name>' in <workdir>/<split>/.
+  TensorBoard draws equal tags of several directories on one chart.
 
   Args:
-    workdir: of the run.
-    board: how it is shown.
-    step: what earlier files say of the steps after it is superseded.
-    splits: the names before a slash that are splits; more may be added.
+    workdir: Directory of the run.
+    board: Presentation of the run in TensorBoard.
+    step: Last step that is kept. Later steps in earlier files are superseded.
+    splits: Prefixes of metric names that are splits. The caller may add more.
   """
 
   SESSION = '0.session'  # Sorts before the other files of its directory.
@@ -68,7 +70,7 @@ class RunWriter(metric_writers.MetricWriter):
     self._board = board
     self._step = step
     self._splits = splits
-    # One for all directories: their events are drawn on the same charts.
+    # Directories share a clock: their events are drawn on the same charts.
     self._clock = event_files.WallClock(
       file
       for directory in (workdir, *workdir.glob('*/'))
@@ -122,18 +124,26 @@ class RunWriter(metric_writers.MetricWriter):
   def write_audios(
     self, step: int, audios: Mapping[str, Array], *, sample_rate: int
   ) -> None:
-    log.warning('step %d: no audio is written: %s', step, ', '.join(audios))
+    log.warning(
+      'step %d: audio is not supported, dropped: %s', step, ', '.join(audios)
+    )
 
   def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
-    log.warning('step %d: no video is written: %s', step, ', '.join(videos))
+    log.warning(
+      'step %d: video is not supported, dropped: %s', step, ', '.join(videos)
+    )
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """Adds to the hyper-parameters.
+    """Adds hyper-parameters to those of the run.
 
-    They are in the directory of the split: TensorBoard offers every scalar
-    below them for sorting. They are in a file of their own, which is made
-    anew: TensorBoard believes the first values, and the first end, that it
-    reads.
+    TensorBoard sorts runs by the scalars of the directory that holds the
+    hyper-parameters: it is the directory of `TensorBoardLayout.split`.
+    TensorBoard uses the first values, and the first end of a run, that it
+    reads. The hyper-parameters thus have a separate file, which each call
+    rewrites.
+
+    Args:
+      hparams: Flat dict of numbers, booleans and strings.
     """
     self._hparams.update(hparams)
     directory = self._workdir / self._board.split
@@ -145,7 +155,11 @@ class RunWriter(metric_writers.MetricWriter):
     self._files[self.SESSION].write_hparams(self._hparams)
 
   def end(self, success: bool) -> None:
-    """Of the run: after this comes close()."""
+    """Records the end of the run; only `close` may follow.
+
+    Args:
+      success: Whether the run is done; False marks it as failed.
+    """
     if self.SESSION in self._files:
       self._files[self.SESSION].end_hparams(success)
 
@@ -169,7 +183,7 @@ class RunWriter(metric_writers.MetricWriter):
     return self._files[directory]
 
   def _route(self, name: str) -> tuple[SummaryWriter, str]:
-    """The file and the tag of what is called `name`."""
+    """Returns the writer and the tag of the metric `name`."""
     split, _, metric = name.partition('/')
     if split not in self._splits or not metric:
       split, metric = '', name

@@ -1,6 +1,6 @@
-"""TensorBoard event files, by TensorBoard's own protocol buffers."""
+"""Writer of TensorBoard event files, with TensorBoard's protocol buffers."""
 
-# Their names are made when they are imported.
+# Pyright cannot see the classes: protocol buffers create them on import.
 # pyright: reportAttributeAccessIssue=false
 
 from collections.abc import Iterator, Mapping
@@ -35,18 +35,18 @@ Array = interface.Array
 
 
 class SummaryWriter(interface.MetricWriter):
-  """CLU's MetricWriter, to an event file of its own in `logdir`.
+  """MetricWriter of CLU that writes a new event file in `logdir`.
 
-  Scalars, histograms, images, texts and hyper-parameters are written as
-  TensorFlow's v2 summaries are; audio and video are left out.
+  Scalars, histograms, images, texts and hyper-parameters have the format of
+  TensorFlow's v2 summaries. Audio and video are not supported.
 
   Args:
-    logdir: made if there is none.
-    name: of the file, after 'events.out.tfevents.'; '': one that is unique,
-      and sorts behind those that were made before.
-    descriptions: Markdown, shown beside the chart: {tag: text}.
-    clock: what dates the events; by default, it continues from the newest
-      event in `logdir`.
+    logdir: Directory of the file, created if missing.
+    name: Name of the file, after 'events.out.tfevents.'; '' selects a unique
+      name that sorts after the existing files.
+    descriptions: Markdown text beside each chart, {tag: text}.
+    clock: Clock that dates the events; None creates one that continues from
+      the newest event in `logdir`.
   """
 
   def __init__(
@@ -73,7 +73,11 @@ class SummaryWriter(interface.MetricWriter):
     self._event(event_pb2.Event(wall_time=now, file_version='brain.Event:2'))
 
   def start_session(self, step: int) -> None:
-    """Hides what earlier files say of steps after `step`: they are redone."""
+    """Makes TensorBoard hide events of earlier files after `step`.
+
+    Args:
+      step: Last step that is kept; training repeats the later ones.
+    """
     session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._event(
       event_pb2.Event(
@@ -115,7 +119,7 @@ class SummaryWriter(interface.MetricWriter):
       count = (num_buckets or {}).get(tag, 30)
       try:
         sizes, edges = np.histogram(values, count)
-      except ValueError:  # All but equal: no number is between two edges.
+      except ValueError:  # Values are too close for floats between the edges.
         sizes, edges = np.histogram(values, 1)
       rows = np.stack([edges[:-1], edges[1:], sizes], axis=1)
       tensor = make_tensor_proto(rows.astype(np.float64))
@@ -123,7 +127,13 @@ class SummaryWriter(interface.MetricWriter):
       self._tensor(step, tag, tensor, metadata)
 
   def write_images(self, step: int, images: Mapping[str, Array]) -> None:
-    """Images [N, H, W, C] or [H, W, C]: uint8, or floats in [0, 1]."""
+    """Writes images.
+
+    Args:
+      step: Step of the images.
+      images: Images by tag, `[N, H, W, C]` or `[H, W, C]`, with C = 1 or 3;
+        uint8, or floats in [0, 1].
+    """
     for tag, array in images.items():
       pixels = np.asarray(array)
       if pixels.dtype != np.uint8:
@@ -145,9 +155,13 @@ class SummaryWriter(interface.MetricWriter):
       self._tensor(step, tag, tensor, metadata)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """Flat: numbers, booleans and strings."""
-    # By default, runs of equal values are shown as one, by a hash; with no
-    # name for the group, each is shown by its own directory.
+    """Writes hyper-parameters.
+
+    Args:
+      hparams: Flat dict of numbers, booleans and strings.
+    """
+    # Without a group name, TensorBoard lists each run by its directory. The
+    # default name is a hash of the values, which merges runs of equal values.
     self._summary(
       0,
       hparams_summary.hparams_pb(
@@ -157,7 +171,11 @@ class SummaryWriter(interface.MetricWriter):
     self.flush()
 
   def end_hparams(self, success: bool) -> None:
-    """The run of the hyper-parameters that were written is over."""
+    """Records the end of the run whose hyper-parameters were written.
+
+    Args:
+      success: Whether the run is done; False marks it as failed.
+    """
     status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
     end = plugin_data_pb2.SessionEndInfo(
       status=status, end_time_secs=self._clock()
@@ -171,7 +189,11 @@ class SummaryWriter(interface.MetricWriter):
     )
 
   def write_layout(self, layout: Mapping[str, Mapping[str, str]]) -> None:
-    """Of the custom-scalars tab: {category: {chart: regex of its tags}}."""
+    """Writes the layout of the custom-scalars tab.
+
+    Args:
+      layout: Charts of the tab, {category: {chart: regex of tags}}.
+    """
     proto = layout_pb2.Layout(
       category=[
         layout_pb2.Category(
@@ -223,13 +245,13 @@ class SummaryWriter(interface.MetricWriter):
 
 
 def _png(pixels: np.ndarray) -> bytes:
-  """uint8[H, W, C] with C 1 or 3, as PNG."""
+  """Returns `pixels`, uint8 `[H, W, C]` with C = 1 or 3, encoded as PNG."""
   height, width, channels = pixels.shape
   color = {1: 0, 3: 2}[channels]
 
   def chunks() -> Iterator[tuple[bytes, bytes]]:
     yield b'IHDR', struct.pack('>IIBBBBB', width, height, 8, color, 0, 0, 0)
-    # Each row follows the number of its filter: 0, none.
+    # PNG prefixes each row with the number of its filter; 0 is no filter.
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))
     yield b'IDAT', zlib.compress(rows.tobytes())
     yield b'IEND', b''

@@ -1,4 +1,4 @@
-"""Calls of code that may never answer."""
+"""Calls with a time limit, for code that may hang."""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -8,13 +8,13 @@ from typing import Any
 
 
 class OwnThread:
-  """Makes calls in a thread of their own, and waits for each: not for ever.
+  """Worker thread that makes one call at a time, each with a time limit.
 
-  A call that hangs holds up neither its caller, beyond the time that it is
-  given, nor the end of the process. One call at a time: nothing queues up.
+  A call that hangs delays its caller by the time limit. It does not delay the
+  end of the process.
 
   Args:
-    name: of the thread.
+    name: Name of the thread.
   """
 
   def __init__(self, name: str):
@@ -23,13 +23,20 @@ class OwnThread:
     self._thread: threading.Thread | None = None
 
   def __call__(self, call: Callable[[], Any], seconds: int) -> Any:
-    """What `call` returns, or raises.
+    """Makes a call in the thread and waits for it.
+
+    Args:
+      call: Function without arguments. Its exceptions are raised here.
+      seconds: Time limit.
+
+    Returns:
+      The result of `call`.
 
     Raises:
-      TimeoutError: it has not answered. Nothing may be called after that.
+      TimeoutError: The time limit passed. No further call may be made.
     """
     if not self._thread:
-      # Not of a pool: a pool's threads are waited for when the process ends.
+      # A pool would not do: a process waits for the threads of its pools.
       self._thread = threading.Thread(
         target=self._work, name=self._name, daemon=True
       )
@@ -37,8 +44,8 @@ class OwnThread:
     future: futures.Future = futures.Future()
     self._calls.put((call, future))
     for _ in range(seconds):
-      # By the second: a process that was stopped and continued, or slept, has
-      # used up one of them, whatever the clock says.
+      # Waits of one second: a process that was stopped and continued, or slept,
+      # loses one of them at most, however far the clock advanced.
       if futures.wait([future], 1).done:
         return future.result()
     raise TimeoutError(f'no answer for {seconds} s')
@@ -52,5 +59,5 @@ class OwnThread:
       call, future = task
       try:
         future.set_result(call())
-      except BaseException as error:  # It is raised where it is waited for.
+      except BaseException as error:  # Raised again in __call__.
         future.set_exception(error)

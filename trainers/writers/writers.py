@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, and CLU writers (TensorBoard)."""
+"""Writers of a run's metrics: metrics.jsonl, TensorBoard and plug-ins."""
 
 from collections.abc import Sequence
 import contextlib
@@ -20,40 +20,50 @@ from trainers.writers.worker_thread import OwnThread
 log = logging.getLogger(__name__)
 
 
-# A call of a writer may take so long: less than a machine that is taken away
-# gives us to save. Its last one may have much to send.
+# Time limit of a call of a plug-in writer: less than a preempted machine leaves
+# for saving. The last call, `close`, may have much data to send.
 PATIENCE_SECONDS = 15
 PATIENCE_AT_END_SECONDS = 60
 
 
 class MetricsFile:
-  """metrics.jsonl: one JSON object per line, `step` first.
+  """File metrics.jsonl, with one JSON object per line, `step` first.
+
+  A checkpoint records the size of the file. Resuming truncates the file to that
+  size, so that no step is written twice. If the file was edited since, an
+  incomplete last line is removed, too.
 
   Args:
-    path: of the file.
-    size: what to keep of it, in bytes. A checkpoint records how long the file
-      was; resuming cuts it there, so that no step is told twice. Where it was
-      changed since, so that a line would be cut in two, that line goes too.
+    path: Path of the file.
+    size: Number of bytes to keep.
   """
 
   def __init__(self, path: pathlib.Path, size: int):
     self._file = path.open('a+b', buffering=0)
     if self._file.tell() < size:
-      log.warning('%s is shorter than it was: lines are missing', path)
+      log.warning('%s is shorter than at the checkpoint: lines are lost', path)
     size = min(size, self._file.tell())
     whole = _whole_lines(self._file, size)
     if whole < size:
-      log.warning('%s was changed: a line that is cut in two is removed', path)
+      log.warning('%s was edited: an incomplete line is removed', path)
     if self._file.tell() > whole:
       self._file.truncate(whole)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """Whole lines only: what a full disk cut off is taken back."""
+    """Writes a line. A partial line, of a full disk, is removed again.
+
+    Args:
+      step: Step of the metrics.
+      metrics: JSON values by name.
+
+    Raises:
+      OSError: The line could not be written.
+    """
     size = self.tell()
     line = to_json({'step': step, **metrics}) + '\n'
     raw = line.encode(errors='backslashreplace')
     try:
-      if self._file.write(raw) < len(raw):  # There was room for a part.
+      if self._file.write(raw) < len(raw):  # A full disk took a part.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:
       with contextlib.suppress(OSError):
@@ -68,7 +78,7 @@ class MetricsFile:
 
 
 def _whole_lines(file: BinaryIO, size: int) -> int:
-  """How many of the first `size` bytes are whole lines."""
+  """Returns how many of the first `size` bytes are complete lines."""
   while size:
     start = max(size - (1 << 16), 0)
     file.seek(start)
@@ -88,11 +98,11 @@ def _guarded(method: str) -> Any:
 
 
 class Guarded(metric_writers.MetricWriter):
-  """A writer that, when it fails or hangs, is told of once and left out.
+  """Wrapper that logs the first failure of a writer, then skips the writer.
 
   Args:
-    writer: any.
-    thread: where it is called, if not by the caller.
+    writer: Metric writer that may raise or hang.
+    thread: Thread that makes the calls; None calls from the caller's thread.
   """
 
   def __init__(
@@ -103,6 +113,7 @@ class Guarded(metric_writers.MetricWriter):
     self._failed = False
 
   def call(self, method: str, *args: Any, **kwargs: Any) -> None:
+    """Calls a method of the writer, unless the writer has failed."""
     if not self._failed:
       self._try(method, *args, **kwargs)
 
@@ -115,10 +126,10 @@ class Guarded(metric_writers.MetricWriter):
         self._thread(call, wait)
       else:
         call()
-    except (Exception, SystemExit) as error:  # Whatever somebody's raises.
+    except (Exception, SystemExit) as error:  # A plug-in may raise anything.
       if not self._failed:
         _warn(type(self.writer).__name__, error)
-        # What it has so far is kept, if it can be.
+        # Closing lets the writer keep the metrics that it has.
         self._failed = True
         if not closing and not isinstance(error, TimeoutError):
           self._try('close')
@@ -138,14 +149,20 @@ class Guarded(metric_writers.MetricWriter):
 
 
 class Writers:
-  """Everything that gets the metrics of a run; without a workdir, nothing.
+  """All writers of a run's metrics.
 
-  A writer that fails is told of once, and left out: the run goes on. Those
-  that were given have a thread each, so that one that hangs is left out too.
+  The first failure of a writer is logged, then the writer is skipped, and the
+  run continues. Each writer in `extra` has a thread, so that one that hangs can
+  be skipped, too.
+
+  Args:
+    workdir: Directory of the run; None writes no files.
+    extra: Further writers, for example plug-ins.
+    board: Presentation of the run in TensorBoard; None selects the default.
 
   Attributes:
-    clu: all of them as one, for callbacks.
-    splits: the names before a slash that are splits.
+    clu: MetricWriter that forwards to all writers but metrics.jsonl.
+    splits: Prefixes of metric names that are splits.
   """
 
   def __init__(
@@ -162,14 +179,16 @@ class Writers:
     self._extra = [
       Guarded(writer, OwnThread(type(writer).__name__)) for writer in extra
     ]
-    self._told: set[str] = set()
+    self._warned: set[str] = set()
     self.splits = {'train', self._board.split}
     self.clu = metric_writers.MultiWriter(self._extra)
 
   def start(self, step: int, file_size: int) -> None:
-    """Opens the files; what they say of steps after `step` is superseded.
+    """Opens the files of the run, at its start and after each rollback.
 
-    Again, where a run goes back to an earlier step.
+    Args:
+      step: Last step that is kept; later steps in the files are superseded.
+      file_size: Bytes of metrics.jsonl that are kept.
     """
     if self._workdir is None:
       return
@@ -186,17 +205,22 @@ class Writers:
       _warn(path.name, error)
     try:
       writer = RunWriter(self._workdir, self._board, step, self.splits)
-    except Exception as error:  # A file is in the way, a text is not UTF-8.
+    except Exception as error:  # For example: a directory cannot be created.
       _warn(RunWriter.__name__, error)
     else:
       self._run = Guarded(writer)
       self.clu = metric_writers.MultiWriter([self._run, *self._extra])
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """Numbers are scalars, so are those of a vector; rows are histograms.
+    """Writes metrics to every writer.
 
-    What is not `is_for_files` is left out; so is what is neither, nor JSON, and
-    told of once.
+    A number is written as a scalar, a vector as a scalar per element, and a
+    matrix as a histogram per row. Arrays of more axes are skipped; see
+    `is_for_files`. A metric that JSON cannot hold is skipped with one warning.
+
+    Args:
+      step: Step of the metrics.
+      metrics: Numbers, arrays or JSON values by name.
     """
     scalars, histograms = {}, {}
     whole = {}
@@ -208,7 +232,7 @@ class Writers:
         value = value.tolist() if hasattr(value, 'tolist') else value
         to_json(value)
       except (TypeError, ValueError) as error:
-        self._tell_once(f'the metric {name!r} is left out: {error}', name)
+        self._warn_once(f'metric {name!r} is skipped: {error}', name)
         continue
       whole[name] = value
       if isinstance(value, (int, float)):
@@ -227,39 +251,50 @@ class Writers:
       try:
         self._file.write(step, metrics)
       except OSError as error:
-        self._tell_once(
-          f'metrics.jsonl could not be written from step {step} on: {error}; '
-          'the run goes on, and writes it again as soon as it can',
+        self._warn_once(
+          f'metrics.jsonl could not be written at step {step}: {error}; '
+          'training continues, and later steps are tried again',
           'metrics.jsonl',
         )
 
-  def _tell_once(self, text: str, what: str) -> None:
-    if what not in self._told:
+  def _warn_once(self, text: str, subject: str) -> None:
+    if subject not in self._warned:
       log.warning(text)
-    self._told.add(what)
+    self._warned.add(subject)
 
   def file_size(self) -> int:
-    """Bytes of metrics.jsonl so far; what it was, if it cannot be opened."""
+    """Returns the size of metrics.jsonl, in bytes, for a checkpoint.
+
+    If the file could not be opened, its size at the last start is returned.
+    """
     return self._file.tell() if self._file else self._size
 
   def close(self, status: str) -> None:
-    """`status`: of the trainer. A run that can go on is not over."""
+    """Closes every writer.
+
+    Args:
+      status: Status of the trainer. An interrupted run can resume: its end is
+        not recorded.
+    """
     if self._run and status != 'interrupted':
       self._run.call('end', success=status == 'done')
     self.clu.close()
     if self._file:
       try:
         self._file.close()
-      except OSError as error:  # What was trained is saved already.
+      except OSError as error:  # Not fatal: the checkpoint is saved already.
         _warn('metrics.jsonl', error)
 
 
 def _warn(name: str, error: BaseException) -> None:
-  log.warning('%s failed, the run goes on without: %r', name, error)
+  log.warning('%s failed; the run continues without it: %r', name, error)
 
 
 class Writer(metric_writers.MetricWriter):
-  """A MetricWriter that ignores all: override what yours is interested in."""
+  """Base class of plug-in writers, whose methods ignore their arguments.
+
+  A plug-in overrides the methods that it needs.
+  """
 
   def write_summaries(self, step, values, metadata=None):
     pass
