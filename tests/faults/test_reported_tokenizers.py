@@ -125,14 +125,14 @@ def from_file(path, text):
 )
 def test_a_text_without_white_space(happened):
   began = time.monotonic()
-  tokenizer = BPE(400)
+  tokenizer = BPE(1024)
   text = dna(300_000)
   tokenizer.fit({'train': text})
   tokens = tokenizer.encode(text)
   seconds = time.monotonic() - began
-  assert tokenizer.vocab_size == 400
+  assert tokenizer.vocab_size == 1024
   assert tokenizer.decode(tokens) == text
-  assert seconds < 30  # It took 85 on an idle machine.
+  assert seconds < 40  # Whole, it is 85 on an idle machine.
   happened('learned and encoded')
 
 
@@ -205,10 +205,12 @@ def test_an_older_vocabulary(state, small_pieces, happened):
 
 
 LEARN = """
-import pathlib, sys
+import atexit, pathlib, sys
 from nanomoe import command, terminal
 from nanomoe.data import merges
 from nanomoe.data.bpe import BPE
+
+atexit.register(print, 'late')
 
 def main(_):
   terminal.log_to_terminal()
@@ -258,7 +260,9 @@ def test_a_signal_while_it_learns(tmp_path, happened, number, phase):
     rest = process.stdout.read()
     assert process.wait(60) == 75, rest
     seconds = time.monotonic() - sent
-  assert rest.splitlines()[-1] == 'interrupted'
+  assert 'interrupted' in rest
+  # It leaves at once: a library that returns while Python shuts down aborts.
+  assert phase == 'read' or 'late' not in rest
   assert seconds < 10  # About one, on an idle machine.
   happened('exit code 75')
 
@@ -378,6 +382,22 @@ def test_pieces_and_the_whole(
     )
     found = tokens['train']
   assert found.tolist() == whole
+  happened('equal tokens')
+
+
+@reported('4')
+@fault(
+  'an added token for whole words, in a text where each cut would make it one',
+  'no cut changes a token',
+)
+def test_a_cut_that_would_change_tokens(state, write, small_pieces, happened):
+  made = state(added_tokens=[{'content': 'zq', 'single_word': True}])
+  text = '##' + '12zq' * 500
+  tokenizer = write(made)
+  tokenizer.fit({'train': text})
+  whole = library.Tokenizer.from_str(json.dumps(made)).encode(text).ids
+  assert 300 not in whole
+  assert tokenizer.encode(text).tolist() == whole
   happened('equal tokens')
 
 
