@@ -193,13 +193,19 @@ def test_long_words_in_pieces(tmp_path, small_pieces, happened):
   'a vocabulary of an older version, which splits no word, and a long word',
   'its tokens are what they were: the run can be resumed',
 )
-def test_an_older_vocabulary(state, small_pieces, happened):
+def test_an_older_vocabulary(state, tmp_path, small_pieces, happened):
   text = TEXT + 'the' * 3000 + ' ' * 500 + TEXT
   made = state()
   older = BPE()
   older.load_state_dict({'tokenizer': made})
-  whole = library.Tokenizer.from_str(json.dumps(made)).encode(text).ids
-  assert older.encode(text).tolist() == whole
+  alone = library.Tokenizer.from_str(json.dumps(made))
+  assert older.encode(text).tolist() == alone.encode(text).ids
+  # It cut large texts elsewhere.
+  found = from_file(tmp_path / 'text.txt', text).text
+  wanted = [(piece, alone.encode(piece).ids) for piece in large.pieces(found)]
+  assert [
+    (piece, tokens.tolist()) for piece, tokens in older.encode_pieces(found)
+  ] == wanted
   assert older.state_dict() == {'tokenizer': made}
   happened('equal tokens')
 
@@ -392,7 +398,7 @@ def test_pieces_and_the_whole(
 )
 def test_a_cut_that_would_change_tokens(state, write, small_pieces, happened):
   made = state(added_tokens=[{'content': 'zq', 'single_word': True}])
-  text = '##' + '12zq' * 500
+  text = ''.join('7' * (i % 6 + 1) + 'zq!' for i in range(500))
   tokenizer = write(made)
   tokenizer.fit({'train': text})
   whole = library.Tokenizer.from_str(json.dumps(made)).encode(text).ids
