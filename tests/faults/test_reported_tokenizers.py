@@ -125,14 +125,14 @@ def from_file(path, text):
 )
 def test_a_text_without_white_space(happened):
   began = time.monotonic()
-  tokenizer = BPE(400)
+  tokenizer = BPE(1024)
   text = dna(300_000)
   tokenizer.fit({'train': text})
   tokens = tokenizer.encode(text)
   seconds = time.monotonic() - began
-  assert tokenizer.vocab_size == 400
+  assert tokenizer.vocab_size == 1024
   assert tokenizer.decode(tokens) == text
-  assert seconds < 30  # It took 85 on an idle machine.
+  assert seconds < 40  # Whole, it is 85 on an idle machine.
   happened('learned and encoded')
 
 
@@ -193,22 +193,30 @@ def test_long_words_in_pieces(tmp_path, small_pieces, happened):
   'a vocabulary of an older version, which splits no word, and a long word',
   'its tokens are what they were: the run can be resumed',
 )
-def test_an_older_vocabulary(state, small_pieces, happened):
+def test_an_older_vocabulary(state, tmp_path, small_pieces, happened):
   text = TEXT + 'the' * 3000 + ' ' * 500 + TEXT
   made = state()
   older = BPE()
   older.load_state_dict({'tokenizer': made})
-  whole = library.Tokenizer.from_str(json.dumps(made)).encode(text).ids
-  assert older.encode(text).tolist() == whole
+  alone = library.Tokenizer.from_str(json.dumps(made))
+  assert older.encode(text).tolist() == alone.encode(text).ids
+  # It cut large texts elsewhere.
+  found = from_file(tmp_path / 'text.txt', text).text
+  wanted = [(piece, alone.encode(piece).ids) for piece in large.pieces(found)]
+  assert [
+    (piece, tokens.tolist()) for piece, tokens in older.encode_pieces(found)
+  ] == wanted
   assert older.state_dict() == {'tokenizer': made}
   happened('equal tokens')
 
 
 LEARN = """
-import pathlib, sys
+import atexit, pathlib, sys
 from nanomoe import command, terminal
 from nanomoe.data import merges
 from nanomoe.data.bpe import BPE
+
+atexit.register(print, 'late')
 
 def main(_):
   terminal.log_to_terminal()
@@ -258,7 +266,9 @@ def test_a_signal_while_it_learns(tmp_path, happened, number, phase):
     rest = process.stdout.read()
     assert process.wait(60) == 75, rest
     seconds = time.monotonic() - sent
-  assert rest.splitlines()[-1] == 'interrupted'
+  assert 'interrupted' in rest
+  # It leaves at once: a library that returns while Python shuts down aborts.
+  assert phase == 'read' or 'late' not in rest
   assert seconds < 10  # About one, on an idle machine.
   happened('exit code 75')
 
@@ -378,6 +388,22 @@ def test_pieces_and_the_whole(
     )
     found = tokens['train']
   assert found.tolist() == whole
+  happened('equal tokens')
+
+
+@reported('4')
+@fault(
+  'an added token for whole words, in a text where each cut would make it one',
+  'no cut changes a token',
+)
+def test_a_cut_that_would_change_tokens(state, write, small_pieces, happened):
+  made = state(added_tokens=[{'content': 'zq', 'single_word': True}])
+  text = ''.join('7' * (i % 6 + 1) + 'zq!' for i in range(500))
+  tokenizer = write(made)
+  tokenizer.fit({'train': text})
+  whole = library.Tokenizer.from_str(json.dumps(made)).encode(text).ids
+  assert 300 not in whole
+  assert tokenizer.encode(text).tolist() == whole
   happened('equal tokens')
 
 
@@ -606,7 +632,7 @@ def test_a_setting_that_changes_texts(
   again.load_state_dict(json.loads(json.dumps(tokenizer.state_dict())))
   assert not caplog.records
   assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
-  happened(line)
+  happened(line[:120])
 
 
 @reported('7')
@@ -696,9 +722,9 @@ def test_a_byte_without_a_token(state, write, happened):
   tokenizer = write(made)
   tokenizer.fit({'train': TEXT})
   line = one_line(tokenizer.encode, 'to \x7f be')
-  for part in ('character 3', r"'\x7f be'", "' be'"):
+  for part in ('character 3', r"'\\x7f be'", "' be'"):
     assert part in line
-  happened(line)
+  happened(line[:120])
 
 
 # Added tokens.
@@ -782,7 +808,7 @@ def test_an_added_token_that_is_ambiguous(state, write, caplog, happened):
   tokens = tokenizer.encode(text)
   assert tokenizer.decode(tokens) == text
   assert tokenizer.encode('«end»').tolist()[0] >= 300
-  happened(line)
+  happened(line[:120])
 
 
 @reported('18')
