@@ -20,33 +20,26 @@ from trainers.files import to_json
 _USAGE = """
 python -m nanomoe.evaluate --workdir=DIR --split=val --step=best
 
-Prints, as JSON, the exact cross-entropy of a run's checkpoint: one pass over a
-split of its text, or over the whole of any other text (--data=FILE), each
-target once. Speed is without compiling.
+Prints the exact cross-entropy of a checkpoint as JSON: one pass over a split of
+the text of the run, or over another text (--data=FILE), each target once.
+The speed excludes compilation.
 """
 _FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
-)
+_WORKDIR = cli.define_workdir(_FLAGS)
 _SPLIT = flags.DEFINE_enum(
   'split',
   None,
   ['train', 'val'],
-  "Of the run's own text. Default: val.",
+  'Split of the text of the run. Default: val.',
   flag_values=_FLAGS,
 )
 _DATA = flags.DEFINE_string(
   'data',
   None,
-  'Another UTF-8 text, read from its first to its last character.',
+  'Path of another UTF-8 text, which is evaluated as a whole.',
   flag_values=_FLAGS,
 )
-_STEP = flags.DEFINE_string(
-  'step',
-  'best',
-  'Of the checkpoint: a number, best, or latest.',
-  flag_values=_FLAGS,
-)
+_STEP = cli.define_step(_FLAGS)
 _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 
 
@@ -57,18 +50,18 @@ def evaluate(
   data: str | None = None,
   allow_imports: Collection[str] = (),
 ) -> dict[str, Any]:
-  """JSON values: the task's metrics over one pass, and what was evaluated.
+  """Returns the metrics of one pass, and what was evaluated, as JSON values.
 
   Args:
-    workdir: of the run.
-    split: of the run's own text, if `data` is None.
-    step: a number, best or latest.
-    data: the path of another text: all of it is evaluated on.
-    allow_imports: code that the run may name: see nanomoe.run.trusted_imports.
+    workdir: Directory of the run.
+    split: Split of the text of the run, if `data` is None.
+    step: Step of the checkpoint: a number, 'best' or 'latest'.
+    data: Path of another text, which is evaluated as a whole.
+    allow_imports: Import paths that the config of the run may name.
 
   Raises:
-    UserError: there is no such run, no such checkpoint, or no such text; or
-      the text has characters that the run's tokenizer does not know.
+    UserError: There is no such run, checkpoint or text, or the text has
+      characters that the tokenizer of the run does not know.
   """
   workdir = pathlib.Path(home.expand(str(workdir), '--workdir'))
   config = workdir_lib.config_of(workdir)
@@ -146,9 +139,13 @@ def _parse(argv: list[str]) -> None:
 
 
 def main(_: None) -> int:
+  """Prints the evaluation that the flags ask for; returns the exit code."""
   terminal.log_to_terminal(sys.stderr)
   if _DATA.value is not None and _SPLIT.value:
-    raise UserError("--split is of the run's own text: not with --data")
+    raise UserError(
+      '--split: it selects a split of the text of the run; leave it out with '
+      '--data'
+    )
   result = evaluate(
     pathlib.Path(_WORKDIR.value),
     _SPLIT.value or 'val',

@@ -1,4 +1,4 @@
-"""The composition root: where model, trainer and config meet."""
+"""Composition root: builds the trainer and the model of a config."""
 
 from collections.abc import Collection
 import functools
@@ -53,7 +53,8 @@ CALLBACKS = {
   **{name: getattr(callbacks, name) for name in callbacks.__all__},
   'RoutingAlarm': RoutingAlarm,
 }
-# Tokens whose experts are counted and drawn: a picture has a column for each.
+# Largest number of tokens whose experts are counted; a picture has one column
+# per token.
 MAX_WATCHED = 128
 
 
@@ -62,19 +63,19 @@ def build(
   directory: pathlib.Path,
   allow_changed: Collection[str] = (),
 ) -> Trainer:
-  """The trainer that `config` describes; `.fit()` runs it.
+  """Returns the trainer that `config` describes; `.fit()` runs it.
 
-  Writes config.json, with what is decided here, and vocabulary.json: those of
-  a run that goes on once its checkpoint is found to fit.
+  Writes config.json, with 'auto' resolved, and vocabulary.json. A resumed run
+  writes them after its checkpoint was found to fit.
 
   Args:
-    config: whole.
-    directory: of the run.
-    allow_changed: of resume.ALLOWABLE, what need not be as the checkpoint has
-      it.
+    config: Config with every key.
+    directory: Directory of the run.
+    allow_changed: Names in `resume.ALLOWABLE` that may differ from the
+      checkpoint.
 
   Raises:
-    UserError: what is wrong with the config, the data or the directory.
+    UserError: A line for each mistake in the config, the data or the directory.
   """
   if lines := validation.problems(config.to_dict()):
     raise UserError(lines)
@@ -171,9 +172,14 @@ def build(
 
 
 class Restored(NamedTuple):
-  """A trained model, of the weights that its run evaluates.
+  """Trained model with the weights that its run evaluates.
 
-  What it was trained on is told by `identity`.
+  Attributes:
+    task: Language model.
+    tokenizer: Tokenizer of the run.
+    params, model_state: Weights, and state without gradients.
+    step: Step of the checkpoint.
+    identity: Facts about the run: data, seed and batch size.
   """
 
   task: LanguageModel
@@ -185,10 +191,15 @@ class Restored(NamedTuple):
 
 
 def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
-  """What `step` (a number, best or latest) of the run in `directory` holds.
+  """Returns the model in a checkpoint.
+
+  Args:
+    config: Config of the run.
+    directory: Directory of the run.
+    step: Step of the checkpoint: a number, 'best' or 'latest'.
 
   Raises:
-    UserError: there is no such checkpoint, or the vocabulary is damaged.
+    UserError: There is no such checkpoint, or the vocabulary is damaged.
   """
   jax_settings.pin()
   arrays, meta = reader.read(directory / 'checkpoints', step)
@@ -209,7 +220,7 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
 
 
 def resolve_auto(config: Config) -> Config:
-  """A copy without 'auto': what a resumed run must find decided."""
+  """Returns a copy with 'auto' resolved, which a resumed run keeps."""
   config = config.copy_and_resolve_references()
   config.precision = matmul.resolve_precision(config.precision)
   moe = config.moe
@@ -219,10 +230,10 @@ def resolve_auto(config: Config) -> Config:
 
 
 def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
-  """The best params and model_state of the run in `source`."""
+  """Returns the best params and model_state of the run in `source`."""
   arrays, meta = reader.read(source / 'checkpoints', 'best')
   config = workdir.read_config(source) or {}
-  weights = config.get('eval_weights', 'params')  # An older run has no choice.
+  weights = config.get('eval_weights', 'params')  # Older runs lack the key.
   log.info('starting from step %d of %s', meta['step'], source)
   try:
     return (
@@ -230,7 +241,7 @@ def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
       arrays_lib.subtree(arrays, 'state.model_state', model_state),
     )
   except UserError as error:
-    lines = [f'init_from={source}: its weights do not fit this model']
+    lines = [f'init_from={source}: the weights do not fit this model']
     raise UserError(lines + error.problems) from error
 
 
@@ -242,7 +253,7 @@ def build_callbacks(
   prompt: str,
   facts: dict[str, Any],
 ) -> list[callbacks.Callback]:
-  """In the order in which they are called."""
+  """Returns the callbacks in the order of their calls."""
   tokens_per_step = config.batch_size * config.block_size
   plugins = spec.build_group(
     'callbacks',
@@ -282,7 +293,7 @@ def build_callbacks(
         'val_bits_per_char': 'bits_per_char',
         'val_bits_per_byte': 'bits_per_byte',
       },
-      # train_loss has the balance loss and other penalties, val_loss has not.
+      # train_loss includes the balance loss and other penalties.
       train_metrics={'train_cross_entropy': 'cross_entropy'},
     ),
   ]
@@ -291,6 +302,7 @@ def build_callbacks(
 def build_writers(
   config: Config, directory: pathlib.Path
 ) -> list[MetricWriter]:
+  """Returns the metric writers that the config adds."""
   return spec.build_group(
     'writers', config.writers.to_dict(), {}, (MetricWriter,), workdir=directory
   )

@@ -21,18 +21,15 @@ log = logging.getLogger('nanomoe.generate')
 _USAGE = """
 python -m nanomoe.generate --workdir=DIR --prompt='ROMEO:'
 
-Prints the prompt and what the model makes of it, alone on standard output, as
-it is made.
+Prints the prompt and its continuation on standard output, token by token.
 """
 _FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Of the run; needed.', required=True, flag_values=_FLAGS
-)
+_WORKDIR = cli.define_workdir(_FLAGS)
 _PROMPT = flags.DEFINE_multi_string(
   'prompt',
   ['\n'],
-  'A text to continue, exactly as the shell hands it over: a new line is '
-  "--prompt=$'one\\ntwo' in bash and zsh. May be given several times.",
+  "Text to continue. A new line is --prompt=$'one\\ntwo' in bash and zsh. It "
+  'may be given several times.',
   flag_values=_FLAGS,
 )
 # Numbers have the syntax of config keys: 1e3 is an integer too.
@@ -66,12 +63,7 @@ for _name, (_default, _field) in NUMBERS.items():
     f'{_field.meaning}; {_field.allowed}.',
     flag_values=_FLAGS,
   )
-_STEP = flags.DEFINE_string(
-  'step',
-  'best',
-  'Of the checkpoint: a number, best, or latest.',
-  flag_values=_FLAGS,
-)
+_STEP = cli.define_step(_FLAGS)
 _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 
 
@@ -87,15 +79,26 @@ def generate(
   step: str | int = 'best',
   allow_imports: Collection[str] = (),
 ) -> Iterator[list[str]]:
-  """Yields, `num_tokens` times, the next piece of each prompt's continuation.
+  """Yields the next piece of each continuation, `num_tokens` times.
 
-  A piece is '' while a character is incomplete: a token may be a part of one.
+  A piece is '' while a character is incomplete: a token may be part of one.
+
+  Args:
+    workdir: Directory of the run.
+    prompts: Texts to continue.
+    num_tokens: Number of tokens to generate.
+    temperature: Divisor of the logits; 0 takes the most likely token.
+    top_k: Number of most likely tokens to draw from; 0 means all.
+    top_p: Probability mass of the most likely tokens to draw from; 1 means all.
+    seed: Random seed of the draws.
+    step: Step of the checkpoint: a number, 'best' or 'latest'.
+    allow_imports: Import paths that the config of the run may name.
 
   Raises:
-    UserError: a number is out of its range (see `NUMBERS`), there is no such
-      run or checkpoint, it names code that is not in `allow_imports` (see
-      nanomoe.run.trusted_imports), a prompt is empty, a character of it is
-      unknown, or the model is not causal. All of it before the first piece.
+    UserError: A number is out of its range (see `NUMBERS`), there is no such
+      run or checkpoint, the run names code that is not in `allow_imports`, a
+      prompt is empty or has an unknown character, or the model is not causal.
+      It is raised before the first piece.
   """
   numbers = _checked(
     num_tokens=num_tokens,
@@ -112,7 +115,9 @@ def generate(
     allow_imports,
   )
   if not all(prompts):
-    raise UserError('--prompt is empty: it must have a character at least')
+    raise UserError(
+      "--prompt='': it is empty; it must have at least one character"
+    )
   for prompt in prompts:
     try:
       prompt.encode()
@@ -197,7 +202,7 @@ class Text:
     self._told, self._new = list(prompt), []
 
   def add(self, token: int, *, last: bool = False) -> str:
-    """What `token` completes; all that is left if it is the `last`."""
+    """Returns the text that `token` completes, or all the rest if it is last."""
     self._new.append(token)
     before = self._decode(self._told)
     text = self._decode(self._told + self._new)
@@ -212,6 +217,7 @@ def _parse(argv: list[str]) -> None:
 
 
 def main(_: None) -> int:
+  """Prints the texts that the flags ask for; returns the exit code."""
   terminal.log_to_terminal(sys.stderr)
   prompts = [_without_mark(prompt) for prompt in _PROMPT.value]
   pieces = generate(

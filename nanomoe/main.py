@@ -1,6 +1,7 @@
-"""Command that trains a model."""
+"""Command that trains a model or resumes a run.
 
-# Flags are parsed before JAX is imported: a mistake is answered at once.
+Flags are parsed before JAX is imported, so that a mistake is reported at once.
+"""
 
 import logging
 import os
@@ -23,27 +24,28 @@ log = logging.getLogger('nanomoe.main')
 _USAGE = """
 python -m nanomoe.main --config=configs/base.py --config.batch_size=64
 
-Trains a model, or goes on training one: python -m nanomoe.main --workdir=DIR
+Trains a model. python -m nanomoe.main --workdir=DIR resumes a run.
 """
 
 _FLAGS = flags.FlagValues()
 _CONFIG = flags.DEFINE_string(
   'config',
   None,
-  'A Python file with get_config(), such as configs/base.py.',
+  'Python file with get_config(), such as configs/base.py. FILE.py:ARG calls '
+  "get_config('ARG').",
   flag_values=_FLAGS,
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
-  'Where the run is kept; a run that is there goes on, with its own config '
-  'if --config is not given. Default: runs/<config>-<date>-<time>.',
+  'Directory of the run. A run in that directory is resumed, with its own '
+  'config unless --config is given. Default: runs/<config>-<date>-<time>.',
   flag_values=_FLAGS,
 )
 _QUIET = flags.DEFINE_bool(
   'quiet',
   False,
-  'Only warnings, errors, and where the result is.',
+  'Prints only warnings, errors and the place of the result.',
   short_name='q',
   flag_values=_FLAGS,
 )
@@ -51,8 +53,8 @@ _QUIET = flags.DEFINE_bool(
 _INIT_FROM = flags.DEFINE_string(
   'init_from',
   None,
-  'A run whose best weights, and nothing else, this one starts from: the same '
-  'as --config.init_from.',
+  'Directory of a run whose best weights this run starts from; equal to '
+  '--config.init_from.',
   flag_values=_FLAGS,
 )
 _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
@@ -60,8 +62,8 @@ _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
 _ALLOW_CHANGED = flags.DEFINE_list(
   'allow_changed',
   [],
-  f'Of {",".join(resume.ALLOWABLE)}: what a run goes on with although it '
-  'is not what it was trained with.',
+  f'Names among {",".join(resume.ALLOWABLE)} that may differ from the run that '
+  'is resumed.',
   flag_values=_FLAGS,
 )
 
@@ -76,13 +78,14 @@ EXIT_CODES = {
 
 
 def _parse(argv: list[str]) -> list[config_lib.Override]:
-  """The overrides. Absl does not know the config's keys: it gets the rest."""
+  """Returns the overrides. Absl parses the other words."""
   argv, overrides = config_lib.split_arguments(argv)
   cli.parse_flags(argv, _FLAGS, _USAGE, lambda: _keys_help(argv))
   for name in _ALLOW_CHANGED.value:
     if name not in resume.ALLOWABLE:
       raise UserError(
-        f'--allow_changed={name}: it must be of {", ".join(resume.ALLOWABLE)}'
+        f'--allow_changed={name}: it must be one of '
+        f'{", ".join(resume.ALLOWABLE)}'
       )
   if _INIT_FROM.value:
     overrides.append(('init_from', _INIT_FROM.value))
@@ -90,13 +93,14 @@ def _parse(argv: list[str]) -> list[config_lib.Override]:
 
 
 def _keys_help(argv: list[str]) -> str:
-  """With the values of the --config in argv, if it is there."""
+  """Returns the table of keys, with the values of --config if it is given."""
   paths = [w.partition('=')[2] for w in argv if w.startswith('--config=')]
-  where, config = '--config=FILE --help shows its values', None
+  where, config = '--config=FILE --help shows the values of FILE', None
   if paths:
     where = f'[the value in {paths[-1]}]'
     config = config_lib.load_file(paths[-1]).to_dict()
-  return f'--config.KEY=VALUE, for these keys; {where}:\n\n{help.keys(config)}'
+  title = f'--config.KEY=VALUE sets one of these keys; {where}:'
+  return f'{title}\n\n{help.keys(config)}'
 
 
 def _workdir() -> pathlib.Path | None:
@@ -109,10 +113,10 @@ def _workdir() -> pathlib.Path | None:
 def requested_config(
   overrides: list[config_lib.Override],
 ) -> tuple[config_lib.Config, config_lib.Config | None]:
-  """The checked config that the flags ask for, and that of the run, if any.
+  """Returns the checked config of the flags, and the config of the run if any.
 
   Raises:
-    UserError: all that is wrong. Nothing has been made.
+    UserError: A line for each mistake. Nothing was written.
   """
   workdir = _workdir()
   old = workdir_lib.read_config(workdir) if workdir else None
@@ -122,9 +126,9 @@ def requested_config(
     config = old
   else:
     raise UserError(
-      f'{workdir / "config.json"} is missing: give --config=FILE'
+      f'{workdir / "config.json"} is missing; give --config=FILE'
       if workdir
-      else '--config=FILE is needed, such as --config=configs/base.py'
+      else '--config is missing; give --config=FILE, such as configs/base.py'
     )
   config = _checked(config, overrides, workdir, is_new=old is None)
   if not _CONFIG.value:
@@ -140,7 +144,7 @@ def main(overrides: list[config_lib.Override]) -> int:
   workdir = _workdir()
   console = terminal.log_to_terminal(quiet=_QUIET.value)
   if not old:
-    backend.start()  # It finds mistakes: nothing has been made yet.
+    backend.start()  # Reports mistakes before a directory is made.
   is_made = workdir is None or not workdir.exists()
   workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
   watch = str(workdir.parent)
@@ -159,7 +163,7 @@ def main(overrides: list[config_lib.Override]) -> int:
       workdir_lib.discard(workdir)
     raise
   log.info('workdir: %s', workdir)
-  log.info('watch it: %s', shlex.join(['tensorboard', '--logdir', watch]))
+  log.info('watch it with: %s', shlex.join(['tensorboard', '--logdir', watch]))
   if console and not _QUIET.value:
     from trainers.callbacks.live_progress import LiveProgress  # noqa: PLC0415
 
@@ -170,28 +174,28 @@ def main(overrides: list[config_lib.Override]) -> int:
 
 
 def exit_code(status: str) -> int:
-  """Of a status; a callback of somebody else's may have given its own."""
+  """Returns the exit code of a status, which a callback may have chosen."""
   return EXIT_CODES.get(status, STOPPED)
 
 
 def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
-  """The config with its overrides; all that is wrong is told together."""
+  """Returns the config with its overrides; reports all mistakes together."""
   lines = []
   given = {**dict(schema.flatten(config.to_dict())), **dict(overrides)}
-  # config_lib.apply reports a home directory that is unknown.
+  # An unknown home directory is reported by config_lib.apply.
   if path := os.path.expanduser(str(given.get('data.path') or '')):
     lines += [] if path[0] == '~' else corpus.path_problems(path)
   if workdir:
     lines += workdir_lib.problems(workdir)
   source = os.path.expanduser(str(given.get('init_from') or ''))
-  # A run that is there has its weights already.
+  # A run that is resumed has weights of its own.
   if (
     is_new
     and source
     and source[0] != '~'
     and workdir_lib.read_config(pathlib.Path(source)) is None
   ):
-    lines.append(f'init_from={source!r}: no run is there (no config.json)')
+    lines.append(f'init_from={source!r}: there is no run (no config.json)')
   try:
     config = config_lib.apply(config, overrides)
   except UserError as error:
@@ -202,23 +206,23 @@ def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
 
 
 def _report(trainer, workdir: pathlib.Path, named: set[str]) -> None:
-  """One line: what became of the run, and what to type next."""
+  """Logs the end of the run, and the command that resumes it."""
   status, step = trainer.status, f'{trainer.step}/{trainer.num_train_steps}'
   best = trainer.best
   if status == 'done':
     reason = f' ({trainer.stop_reason})' if trainer.stop_reason else ''
-    tell = f'; best val {best.value:.4f} at step {best.step}' if best else ''
+    score = f'; best val {best.value:.4f} at step {best.step}' if best else ''
     log.info(
-      'done: step %s%s%s; all of it is in %s',
+      'done: step %s%s%s; the results are in %s',
       step,
       reason,
-      tell,
+      score,
       workdir,
       extra=RESULT,
     )
   elif status == 'interrupted':
     words = ['python', '-m', 'nanomoe.main', f'--workdir={workdir}']
-    if named:  # It may go on where nothing of it is known.
+    if named:  # Another machine may not know these imports.
       words.append(f'--allow_imports={",".join(sorted(named))}')
     log.info(
       'interrupted by %s; step %s is saved',
@@ -226,7 +230,7 @@ def _report(trainer, workdir: pathlib.Path, named: set[str]) -> None:
       step,
       extra=RESULT,
     )
-    log.info('go on with: %s', shlex.join(words), extra=RESULT)
+    log.info('resume with: %s', shlex.join(words), extra=RESULT)
   else:
     log.error('%s at step %s: %s', status, step, trainer.stop_reason)
 

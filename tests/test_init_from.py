@@ -101,7 +101,7 @@ def test_a_source_without_a_run_is_told(command, run, tmp_path):
   process = run(command(f'--init_from={tmp_path}', f'--workdir={tmp_path}/run'))
   assert process.returncode == 2
   assert process.stderr == (
-    f"error: init_from='{tmp_path}': no run is there (no config.json)\n"
+    f"error: init_from='{tmp_path}': there is no run (no config.json)\n"
   )
   assert not (tmp_path / 'run').exists()
 
@@ -115,7 +115,7 @@ def test_a_resumed_run_does_not_need_its_source(finished, tiny, tmp_path):
   shutil.rmtree(source)
   config.num_train_steps = 3
   missing = [('init_from', str(source))]
-  with pytest.raises(UserError, match='no run is there'):
+  with pytest.raises(UserError, match='there is no run'):
     main._checked(config, missing, None, is_new=True)
   main._checked(config, missing, tmp_path / 'run', is_new=False)
   assert experiment.build(config, tmp_path / 'run').fit() == 'done'

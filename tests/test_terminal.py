@@ -76,7 +76,7 @@ def test_a_bar_and_ctrl_c(tty, command, tmp_path):
   assert tty.shown.rindex('\x1b[?25h') > tty.shown.rfind('\x1b[?25l')
   *_, saved, resume = tty.shown.rstrip().splitlines()
   assert 'interrupted by SIGINT' in saved and 'is saved' in saved
-  assert resume == f'go on with: python -m nanomoe.main --workdir={workdir}'
+  assert resume == f'resume with: python -m nanomoe.main --workdir={workdir}'
   assert '━' not in tty.shown[tty.shown.rindex('interrupted by') :]
   log = (workdir / 'log.txt').read_text()
   assert '\x1b' not in log and 'interrupted by SIGINT' in log

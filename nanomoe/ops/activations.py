@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
-  """x * Phi(x) with Hendrycks and Gimpel's tanh for the normal's Phi (2016).
+  """X * Phi(x) with Hendrycks and Gimpel's tanh for the normal's Phi (2016).
 
   As jax.nn.gelu, whose gradient keeps several arrays of x's size: on a CPU
   writing and reading them costs more than another tanh.
@@ -45,7 +45,7 @@ def squared_relu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
 def swiglu(
   x: Float[Array, '*shape'], gate: Float[Array, '*shape']
 ) -> Float[Array, '*shape']:
-  """x * silu(gate). Shazeer 2020."""
+  """X * silu(gate). Shazeer 2020."""
   return x * jax.nn.silu(gate)
 
 

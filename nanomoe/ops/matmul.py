@@ -40,7 +40,7 @@ def einsum(
   precision: str,
   bias: jax.Array | None = None,
 ) -> jax.Array:
-  """einsum of two operands; its result, and its gradients, are float32.
+  """Einsum of two operands; its result, and its gradients, are float32.
 
   Args:
     subscripts: such as 'nd,df->nf'. Each index is in two of the three terms.
@@ -87,7 +87,7 @@ def _backward(subscripts, precision, residuals, g):
 
 
 def rounded(x: jax.Array, precision: str) -> jax.Array:
-  """x as products of this precision read it."""
+  """X as products of this precision read it."""
   return x.astype(jnp.bfloat16) if precision == 'bfloat16' else x
 
 

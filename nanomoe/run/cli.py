@@ -1,4 +1,4 @@
-"""What every command does: flags, one line for a mistake, exit codes."""
+"""Flags, error lines and exit codes of all commands."""
 
 from collections.abc import Callable
 import errno
@@ -19,7 +19,7 @@ from trainers.signals import RaisingInterrupt
 log = logging.getLogger(__name__)
 
 USER_ERROR = 2
-# Full, too large, read-only, broken: no bug of ours.
+# Errors of a disk: full, too large a file, read-only, broken.
 _DISK = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -27,8 +27,7 @@ _DISK = (
   errno.EROFS,
   errno.EIO,
 )
-# As of a run that diverged.
-NOT_FINITE = 3
+NOT_FINITE = 3  # Equal to the exit code of a run that diverged.
 INTERRUPTED = 75
 
 
@@ -38,12 +37,18 @@ def parse_flags(
   usage: str | None,
   more_help: Callable[[], str] = str,
 ) -> None:
-  """Sets a command's own flags from argv, which must hold nothing else.
+  """Sets the flags of a command from argv, which must hold nothing else.
 
   --help prints `usage`, the flags and `more_help()`, and exits.
 
+  Args:
+    argv: Words of the command line.
+    values: Flags of the command.
+    usage: First lines of the help.
+    more_help: Returns further lines of the help.
+
   Raises:
-    UserError: an unknown flag, a bad value, or a stray word.
+    UserError: There is an unknown flag, a bad value or an unexpected word.
   """
   if {'--help', '-help', '-h'} & set(argv):
     parts = (usage or '').strip(), _flags_help(values), more_help()
@@ -54,7 +59,26 @@ def parse_flags(
   except flags.Error as error:
     raise UserError(str(error)) from error
   if rest[1:]:
-    raise UserError(f'what is {rest[1]!r}? Options are --name=value')
+    raise UserError(
+      f'unexpected argument {rest[1]!r}; options have the form --name=value'
+    )
+
+
+def define_workdir(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --workdir of a command that reads a run."""
+  return flags.DEFINE_string(
+    'workdir', None, 'Directory of the run.', required=True, flag_values=values
+  )
+
+
+def define_step(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --step of a command that reads a checkpoint."""
+  return flags.DEFINE_string(
+    'step',
+    'best',
+    'Step of the checkpoint: a number, best or latest.',
+    flag_values=values,
+  )
 
 
 def show(text: str) -> None:
@@ -82,8 +106,8 @@ def run(
 ) -> None:
   """Exits with main(parse(sys.argv)), or with 2 and a line for each mistake.
 
-  A command has FlagValues of its own: absl's global ones cannot hold those of
-  two commands, and a notebook imports several.
+  Each command has FlagValues of its own: the global ones of absl cannot hold
+  the flags of two commands, and a notebook imports several.
 
   Args:
     main: Runs the command; returns its exit code.
@@ -102,7 +126,7 @@ def run(
       stream.reconfigure(errors='backslashreplace')
   outputs = terminal.Output(sys.stdout), terminal.Output(sys.stderr)
   sys.stdout, sys.stderr = (cast(TextIO, output) for output in outputs)
-  sys.unraisablehook = _tell_unraisable
+  sys.unraisablehook = _report_unraisable
   _guarded(lambda _: cache.keep_compiled_programs())(None)
 
   def parser(argv):
@@ -126,10 +150,10 @@ def run(
 
 
 def _refuse_a_namespace() -> None:
-  """Exits if a directory nanomoe/ hides the package, but not its modules.
+  """Exits if a directory nanomoe/ hides the package.
 
-  An editable installation still finds those. Without the package's __init__,
-  CLU would look for TensorFlow.
+  An editable installation finds the modules even so. Without the __init__ of
+  the package, CLU would look for TensorFlow.
   """
   if getattr(nanomoe, '__file__', None) is None:
     place = next(iter(nanomoe.__path__))
@@ -142,21 +166,23 @@ def _refuse_a_namespace() -> None:
 
 
 def _flags_help(values: flags.FlagValues) -> str:
-  """A command's own flags, in the order of their definition."""
+  """Returns the flags of a command, in the order of their definition."""
   rows = []
   for module, of_module in values.flags_by_module_dict().items():
     for flag in of_module if module != 'absl.flags' else ():
       name = f'-{flag.short_name}, ' if flag.short_name else ''
-      text = str(flag.help).partition(';\n')[0]  # Absl adds to what repeats.
+      text = str(flag.help).partition(';\n')[0]  # Absl appends a type.
       if flag.default is not None and flag.default is not False:
         listed = isinstance(flag.default, list)
         default = ' '.join(map(repr, flag.default)) if listed else flag.default
         text = f'{text} [{default}]'
       rows.append((f'{name}--{flag.name}', text))
-  return help.columns([*rows, ('-h, --help', 'This.')])
+  return help.columns([*rows, ('-h, --help', 'Prints this help.')])
 
 
 def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  """Returns `fn` with errors of the user as lines and exit codes."""
+
   def guarded(argument):
     try:
       return fn(argument)
@@ -168,7 +194,7 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     except KeyboardInterrupt as error:
       print(f'interrupted by {str(error) or "Ctrl-C"}', file=sys.stderr)
       sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # `| head`, for example, has seen enough.
+    except BrokenPipeError:  # The reader has left, as `head` does.
       sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
       log.debug('a bug', exc_info=True)
@@ -176,18 +202,18 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         print(f'error: out of memory: {error}', file=sys.stderr)
         sys.exit(USER_ERROR)
       if isinstance(error, OSError) and error.errno in _DISK:
-        where = error.filename or 'what was to be written'
+        where = error.filename or 'the output'
         print(f'error: {where}: {error.strerror}', file=sys.stderr)
         sys.exit(USER_ERROR)
       if isinstance(error, FloatingPointError):
-        _tell_not_finite(error)
+        _exit_not_finite(error)
       raise
 
   return guarded
 
 
-def _tell_not_finite(error: FloatingPointError) -> None:
-  """Exits with a line that names the place, if JAX was asked to look for it."""
+def _exit_not_finite(error: FloatingPointError) -> None:
+  """Exits with a line that names the place, if JAX was asked to find it."""
   from trainers.runtime import debugging  # noqa: PLC0415 (JAX takes seconds)
 
   found = debugging.located(error)
@@ -196,7 +222,7 @@ def _tell_not_finite(error: FloatingPointError) -> None:
     sys.exit(NOT_FINITE)
 
 
-def _tell_unraisable(unraisable: Any) -> None:
-  """But for the arrays that a failed save leaves behind: it is told itself."""
+def _report_unraisable(unraisable: Any) -> None:
+  """Reports an unraisable error, except for the remains of a failed save."""
   if str(unraisable.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(unraisable)

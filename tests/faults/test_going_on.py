@@ -162,7 +162,7 @@ def test_a_tokenizer_that_does_not_fit(start, workdir, happened):
 )
 def test_allow_changed_is_checked(start, workdir, happened):
   (line,) = errors(start(workdir, '--allow_changed=everything', new=False))
-  assert line.endswith('it must be of data, seed, batch_size, tokenizer')
+  assert line.endswith('it must be one of data, seed, batch_size, tokenizer')
   happened(line)
 
 

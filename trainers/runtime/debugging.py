@@ -1,4 +1,4 @@
-"""What changes while JAX is asked to find a NaN, or to compile nothing."""
+"""Support for JAX_DEBUG_NANS, JAX_DEBUG_INFS and JAX_DISABLE_JIT."""
 
 from collections.abc import Iterator
 import contextlib

@@ -27,7 +27,7 @@ def free(root: pathlib.Path = pathlib.Path('/')) -> int | None:
 
 
 def _of_host(meminfo: pathlib.Path) -> Iterator[int]:
-  """What Linux can give without swapping."""
+  """Returns the bytes that Linux can allocate without swapping."""
   kilobytes = _table(meminfo).get('MemAvailable:')
   if kilobytes is not None:
     yield 1024 * kilobytes
@@ -42,7 +42,7 @@ _RECLAIMABLE = {_VERSION_1: 'total_inactive_file', _VERSION_2: 'inactive_file'}
 def _of_control_groups(
   membership: pathlib.Path, mounted: pathlib.Path
 ) -> Iterator[int]:
-  """What the limit of each group leaves, from this process's to the root.
+  """Yields the bytes that the limit of each control group leaves.
 
   Args:
     membership: The list of the groups: `hierarchy:controllers:path` lines.
@@ -75,7 +75,7 @@ def _of_group(group: pathlib.Path, names: tuple[str, str]) -> Iterator[int]:
 
 
 def _of_process(status: pathlib.Path) -> Iterator[int]:
-  """What `ulimit -v` and `ulimit -d` leave."""
+  """Yields the bytes that `ulimit -v` and `ulimit -d` leave."""
   used = _table(status)
   for limit, name in (('RLIMIT_AS', 'VmSize:'), ('RLIMIT_DATA', 'VmData:')):
     if not hasattr(resource, limit) or name not in used:
