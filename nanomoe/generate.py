@@ -202,7 +202,7 @@ class Text:
     self._told, self._new = list(prompt), []
 
   def add(self, token: int, *, last: bool = False) -> str:
-    """Returns the text that `token` completes, or all the rest if it is last."""
+    """Returns the text that `token` completes; with `last`, all the rest."""
     self._new.append(token)
     before = self._decode(self._told)
     text = self._decode(self._told + self._new)

@@ -6,138 +6,25 @@ the defaults.
 """
 
 from collections.abc import Iterator, Mapping
-import enum
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ml_collections import ConfigDict
 
-
-class Resume(enum.Enum):
-  """Policy of a resumed run for a config key.
-
-  Attributes:
-    FIXED: The key must stay: another value would be another run.
-    BY_NAME: The key may change if the command line names it. It changes how
-      training ends, so another --config file must not change it by accident.
-    FREE: The key may change. It affects reports, files or the end of a run.
-  """
-
-  FIXED = 'fixed'
-  BY_NAME = 'by name'
-  FREE = 'free'
-
-
-_NOUNS = {
-  bool: 'true or false',
-  int: 'an integer',
-  float: 'a number',
-  str: 'a text',
-}
-
-
-class Field(NamedTuple):
-  """Type, range, meaning and resume policy of a config key.
-
-  Attributes:
-    kind: bool, int, float or str.
-    meaning: Meaning, with its unit; a noun phrase.
-    low, most: Smallest and largest value.
-    above, below: Exclusive bounds. Integers are below 2**31 by default.
-    choices: Allowed texts; () allows any.
-    resume: Policy of a resumed run for the key.
-    allow: Name in --allow_changed that makes a FIXED key changeable.
-    absent: Value of runs of versions that did not have the key; None if every
-      version has it.
-    renamed: Values of older versions, by their old name.
-  """
-
-  kind: type
-  meaning: str
-  low: float | None = None
-  below: float | None = None
-  above: float | None = None
-  most: float | None = None
-  choices: tuple[str, ...] = ()
-  resume: Resume = Resume.FIXED
-  allow: str = ''
-  absent: Any = None
-  renamed: Mapping[str, str] = {}
-
-  @property
-  def allowed(self) -> str:
-    """Sentence part that says which values are allowed."""
-    if self.choices:
-      return f'one of {", ".join(map(repr, self.choices))}'
-    bounds = [
-      f'{sign} {bound:.10g}'
-      for sign, bound in (
-        ('>=', self.low),
-        ('>', self.above),
-        ('<=', self.most),
-        ('<', self.below),
-      )
-      if bound is not None
-    ]
-    return f'{_NOUNS[self.kind]} {" and ".join(bounds)}'.strip()
-
-
-class SpecField(NamedTuple):
-  """Section with a `type`; its other keys are arguments of that type.
-
-  Attributes:
-    meaning: Choice that the section makes; a noun phrase.
-    resume, allow: As of `Field`, for the type and for all arguments.
-    absent: Type in runs of versions that did not have the section.
-    renamed: Types of older versions, by their old name.
-  """
-
-  meaning: str
-  resume: Resume = Resume.FIXED
-  allow: str = ''
-  absent: str = ''
-  renamed: Mapping[str, str] = {}
-
-
-def key(
-  meaning: str,
-  low: int | float | None = None,
-  below: int | float | None = None,
-  **rest: Any,
-) -> Any:
-  """Returns a Field without its kind, which the annotation states."""
-  return Field(object, meaning, low, below, **rest)
-
-
-def spec(meaning: str, **rest: Any) -> Any:
-  """Returns a SpecField."""
-  return SpecField(meaning, **rest)
-
-
-if TYPE_CHECKING:
-  _Section = ConfigDict
-else:
-
-  class _IsConfigDict(type):
-    """Metaclass that makes a ConfigDict an instance of every section."""
-
-    def __instancecheck__(cls, value):
-      return isinstance(value, ConfigDict)
-
-  class _Section(metaclass=_IsConfigDict):
-    pass
-
-
-class Spec(_Section):
-  """Section with a `type`: a name or an import path, and its arguments."""
-
-  type: str
-
+from nanomoe.config.fields import (
+  Field,
+  Resume,
+  Section,
+  Spec,
+  SpecField,
+  key,
+  spec,
+)
 
 _FREE = Resume.FREE
 _BY_NAME = Resume.BY_NAME
 
 
-class Data(_Section):
+class Data(Section):
   """Section of the training text, its tokenizer and its dataset."""
 
   path: str = key(
@@ -152,7 +39,7 @@ class Data(_Section):
   dataset: Spec = spec('Dataset: how tokens become batches', allow='data')
 
 
-class Model(_Section):
+class Model(Section):
   """Section of the transformer."""
 
   d_model: int = key('Width of the residual stream', 1)
@@ -201,7 +88,7 @@ class Model(_Section):
 _DISPATCHES = ('auto', 'dense', 'dropless', 'capacity', 'grouped')
 
 
-class MoE(_Section):
+class MoE(Section):
   """Section of the experts, their router and their dispatch."""
 
   num_experts: int = key('Number of experts in a layer', 1)
@@ -255,7 +142,7 @@ class MoE(_Section):
   )
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
   """Section of the optimizer, its schedule and the average of parameters."""
 
   type: str = spec('Optimizer: how gradients become updates')
@@ -292,7 +179,7 @@ class Optimizer(_Section):
   )
 
 
-class Checkpoint(_Section):
+class Checkpoint(Section):
   """Section of checkpoints."""
 
   keep_latest: int = key(
@@ -300,7 +187,7 @@ class Checkpoint(_Section):
   )
 
 
-class Sample(_Section):
+class Sample(Section):
   """Section of text samples during training."""
 
   every_steps: int = key(
@@ -314,7 +201,7 @@ class Sample(_Section):
   )
 
 
-class Keys(_Section):
+class Keys(Section):
   """Typed view of a whole config."""
 
   seed: int = key(
