@@ -142,8 +142,9 @@ def _arguments(
 def _importable(name: str, module: types.ModuleType, directory: pathlib.Path):
   """Registers `module` as `name`, and lets it import files of `directory`.
 
-  Dataclasses, pickle and typing look up the module of a class in sys.modules,
-  even after the file was read. So a module stays registered unless it failed.
+  Dataclasses, typing and unpickling look up the module of a class in
+  sys.modules, even after the file was read. So a module stays registered unless
+  it failed.
   """
   # If the program has imported a user's package `configs`, that package stays.
   if 'configs' not in sys.modules:
