@@ -26,7 +26,7 @@ def main(_):
 command.run(main, lambda argv: None)
 """
 PRINTS = """
-from nanomoe import command
+from nanomoe.run import cli as command
 
 def main(_):
   print('line\\n' * 50_000)
@@ -35,7 +35,7 @@ def main(_):
 command.run(main, lambda argv: None)
 """
 FAILS = """
-from nanomoe import command
+from nanomoe.run import cli as command
 from trainers.errors import UserError
 
 def parse(argv):

@@ -224,7 +224,7 @@ class Finder:
 
 sys.path[:] = [os.getcwd(), *(p for p in sys.path if p not in ('', root))]
 sys.meta_path.append(Finder)
-from nanomoe import config
+from nanomoe.config import overrides as config
 config.load_file('configs/quick.py')
 import configs, trainers
 print(trainers.__file__, configs.__file__, sys.path[0] == os.getcwd())

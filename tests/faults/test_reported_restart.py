@@ -19,7 +19,7 @@ pytestmark = [
 
 JOB = """
 import os, sys
-from nanomoe import command
+from nanomoe.run import cli as command
 
 def main(_):
   print('tunables', os.environ.get('GLIBC_TUNABLES'))

@@ -26,7 +26,7 @@ SAVED = 'the newest step is saved, the status is interrupted'
 # A command before its training begins: in Python, and in a long call of C.
 WAITS = """
 import hashlib, time
-from nanomoe import command
+from nanomoe.run import cli as command
 
 def main(_):
   print('begun', flush=True)
