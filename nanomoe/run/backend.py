@@ -91,7 +91,7 @@ def _check_xla_flags() -> None:
   XLA ends the process then, so a child process reads them first.
   """
   value = os.environ.get('XLA_FLAGS', '')
-  if not value.strip():
+  if not value:
     return
   from jaxlib import xla_client  # noqa: PLC0415 (JAX needs it anyway)
 

@@ -236,7 +236,7 @@ def test_a_terminal_that_closes(command, tmp_path, happened):
   os.close(terminal)
   os.waitpid(child, 0)
   result = workdir / 'result.json'
-  while not result.exists():
+  while not result.exists() or result_of(workdir)['status'] == 'running':
     assert time.monotonic() < end
     time.sleep(0.05)
   assert result_of(workdir)['status'] == 'interrupted'
