@@ -564,9 +564,16 @@ def test_base_has_the_keys_of_the_schema_and_no_others():
   assert {schema.spec_of(k) for k in values} >= set(schema.SPECS)
   assert schema.problems(base.get_config().to_dict()) == []
   arguments = {k for k in values if k.startswith('callbacks.')}
-  assert {k for k in arguments if not k.endswith('.type')} == set(
-    schema.ARGUMENTS
-  )
+  described = {k for k in schema.ARGUMENTS if k.startswith('callbacks.')}
+  assert {k for k in arguments if not k.endswith('.type')} == described
+
+
+def test_base_states_no_argument_of_a_router():
+  """A config file that changes the type alone would hand it on."""
+  stated = {k for k in flat(base.get_config()) if k.startswith('moe.router.')}
+  assert stated == {'moe.router.type'}
+  values = applied(('moe.router.route_scale', '2.5'))
+  assert values == {**parsed(), 'moe.router.route_scale': 2.5}
 
 
 def write(path, text):

@@ -162,6 +162,35 @@ def test_gates_have_the_gradient_of_their_definition(variant, rng):
   assert found == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_route_scale_multiplies_the_weights_alone(variant, x, tokens, params):
+  """Experts, probabilities and losses are bitwise the same."""
+  plain = route(make(variant), params, x, tokens)
+  scaled = route(make(variant, route_scale=2.5), params, x, tokens)
+  np.testing.assert_array_equal(scaled.weight, 2.5 * plain.weight)
+  np.testing.assert_allclose(
+    scaled.metrics['first_gate'].compute(),
+    2.5 * plain.metrics['first_gate'].compute(),
+    rtol=1e-6,
+  )
+  for name in ('expert', 'probs', 'load', 'losses'):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(scaled, name), getattr(plain, name)
+    )
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_route_scale_of_1_is_no_operation(variant, x, tokens, params):
+  inputs = RouterInputs(tokens, jnp.ones(tokens.shape, bool))
+
+  def program(router):
+    run = functools.partial(router.apply, train=False)
+    return str(jax.make_jaxpr(run)(params, x, inputs))
+
+  assert program(make(variant, route_scale=1.0)) == program(make(variant))
+  assert program(make(variant, route_scale=2.5)) != program(make(variant))
+
+
 def test_the_bias_selects_and_does_not_weigh(x, tokens, params):
   bias = jnp.zeros(NUM_EXPERTS).at[3].set(10.0)
   biased = route(make('Sigmoid'), params, x, tokens, bias=bias)
@@ -321,6 +350,8 @@ def test_rows_of_a_token_are_added_up(x, tokens, params, rng):
     ('Sigmoid', {'bias_rate': -1.0}, 'bias_rate'),
     ('Switch', {'jitter': 1.0}, 'jitter=1.0 must'),
     ('ExpertChoice', {'capacity_factor': 0.0}, 'capacity_factor=0.0 must'),
+    ('TopK', {'route_scale': 0.0}, 'route_scale=0.0 must'),
+    ('Hash', {'route_scale': -1.0}, 'route_scale=-1.0 must'),
   ],
 )
 def test_arguments_that_mean_nothing(variant, arguments, words):

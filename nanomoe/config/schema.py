@@ -196,8 +196,13 @@ OPTIMIZER_ARGUMENTS = {
   'Adafactor': (),
   'Muon': ('muon_beta',),
 }
-# What base.py's own callbacks are given.
+# Arguments of specs: base.py's callbacks have theirs, and every router of this
+# package has its own. base.py states no argument of a router, because a router
+# of another type may not have it.
 ARGUMENTS = {
+  'moe.router.route_scale': (
+    "factor of the chosen experts' weights, > 0; 1.0 if it is not given"
+  ),
   'callbacks.early_stopping.patience': (
     'evaluations without a new best, at which it stops; 0: never'
   ),

@@ -12,6 +12,7 @@ independent of later tokens and of other sequences. tests/test_causality.py
 measures it.
 """
 
+import dataclasses
 import inspect
 import math
 from typing import ClassVar
@@ -42,13 +43,23 @@ class Router(nn.Module):
     num_experts: Number of experts, E.
     top_k: Number of experts of a token, K.
     balance: Definition of the balance loss, a key of `losses.BALANCE`.
+    route_scale: Factor of the weights of the chosen experts, > 0. DeepSeek-AI
+      2024 (V3) uses 2.5.
   """
 
   num_experts: int
   top_k: int
   balance: str
+  # Keyword-only: routers may have arguments without a default.
+  route_scale: float = dataclasses.field(default=1.0, kw_only=True)
 
   causal: ClassVar[bool] = True
+
+  def __post_init__(self):
+    """Raises ValueError if `route_scale` is not positive."""
+    if self.route_scale <= 0:
+      raise ValueError(f'route_scale={self.route_scale} must be > 0')
+    super().__post_init__()
 
   def scores(
     self,
@@ -80,11 +91,11 @@ class Router(nn.Module):
     logits: Float[Array, 'tokens experts'] | None = None,
     token: Int[Array, ' rows'] | None = None,
   ) -> Routing:
-    """Builds the routing with this router's balance loss.
+    """Builds the routing with this router's scale and balance loss.
 
     Args:
       expert: Experts of each row, as in `Routing`.
-      weight: Weights of these experts, as in `Routing`.
+      weight: Weights of these experts, before `route_scale`.
       probs: Probabilities of all experts, as in `Routing`.
       inputs: The inputs of the router.
       logits: Logits for the z-loss, which is 0 without them.
@@ -93,6 +104,8 @@ class Router(nn.Module):
     Returns:
       The routing of the layer.
     """
+    if self.route_scale != 1:
+      weight = self.route_scale * weight
     return make_routing(
       expert, weight, probs, inputs.mask, self.balance, logits, token
     )
@@ -261,7 +274,8 @@ class Hash(Router):
     seed: Random seed of the table.
   """
 
-  vocab_size: int
+  # Pyright does not see that route_scale is keyword-only.
+  vocab_size: int  # pyright: ignore[reportGeneralTypeIssues]
   seed: int = 0
 
   @nn.compact
