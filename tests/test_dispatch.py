@@ -21,14 +21,14 @@ NUM_EXPERTS, D_MODEL, D_FF = 5, 8, 12
 
 
 def _combine(name, capacity_factor=NUM_EXPERTS):
-  """By default no expert is ever full."""
+  """Returns a dispatch; by default its capacity is never exceeded."""
   keys = {'capacity_factor': float(capacity_factor)}
   return registry.build(name, keys)
 
 
 @functools.cache
 def _value_and_gradients(name, capacity_factor=NUM_EXPERTS):
-  """Compiled once: (inputs, direction) -> (y, metrics), gradients."""
+  """Returns a compiled `(inputs, direction) -> (y, metrics), gradients`."""
   combine = _combine(name, capacity_factor)
 
   def run(x, routing, experts, direction):
@@ -83,7 +83,7 @@ def _routing(expert, rng, num_experts=NUM_EXPERTS):
 
 
 def _choices(kind: str, top_k: int, rng) -> np.ndarray:
-  """int[N, K], each row without repetition; E is padding."""
+  """Returns experts [N, K], different in each row; E is padding."""
   n = 203
   ranks = rng.random((n, NUM_EXPERTS)).argsort(axis=1)[:, :top_k]
   if kind == 'one expert':  # Everybody's first choice; the rest in order.
@@ -133,7 +133,7 @@ def test_equals_dense_whatever_the_experts(name, activation, use_bias, rng):
 @pytest.mark.parametrize('num_experts', [1, 64])
 @pytest.mark.parametrize('name', SPARSE)
 def test_equals_dense_for_few_and_for_many_experts(name, num_experts, rng):
-  """Of one, or of more than two tokens choose."""
+  """One expert, or more experts than two tokens choose."""
   for num_tokens in (2, 203):
     expert = rng.integers(0, num_experts, (num_tokens, 1))
     routing = _routing(expert, rng, num_experts)
@@ -145,7 +145,7 @@ def test_equals_dense_for_few_and_for_many_experts(name, num_experts, rng):
 
 
 def test_dense_equals_a_loop_over_tokens(rng):
-  """The oracle itself, against the definition in float64."""
+  """The oracle agrees with the definition in float64."""
   routing = _routing(_choices('padding', 2, rng), rng)
   experts = _experts(rng)
   x = jnp.asarray(rng.normal(size=(203, D_MODEL)), jnp.float32)
@@ -214,9 +214,9 @@ def test_bfloat16_gradients_are_close(kind, chunk_size, rng, monkeypatch):
 @pytest.mark.parametrize('num_experts', [4, 8, 64])
 @pytest.mark.parametrize('name', SPARSE)
 def test_computes_the_chosen_experts_only(name, num_experts, rng):
-  """Of each row 2 products, and 4 for the gradient.
+  """A row costs 2 products, and 4 for the gradient.
 
-  Of a row over an even load also the first 2 again; these rows are few.
+  An overflow row costs its first 2 products again; these rows are few.
   """
   n, top_k, d_model, d_ff = 4096, 2, 16, 32
   expert = rng.random((n, num_experts)).argsort(axis=1)[:, :top_k]
@@ -245,7 +245,7 @@ def test_computes_the_chosen_experts_only(name, num_experts, rng):
 @pytest.mark.parametrize('num_tokens', [1, 2, 7, 64, 1000])
 @pytest.mark.parametrize('kind', ['random', 'one expert'])
 def test_plan_gives_each_assignment_a_row_of_its_expert(kind, num_tokens, rng):
-  """One of its slots, or one of the overflow that is computed."""
+  """The row is a slot of the expert, or an overflow row that is computed."""
   expert = rng.integers(0, NUM_EXPERTS + 1, (num_tokens, 3))
   if kind == 'one expert':
     expert[:] = 2
@@ -278,7 +278,7 @@ def test_plan_gives_each_assignment_a_row_of_its_expert(kind, num_tokens, rng):
   ('heaviest', 'trips'), [(1024, 0), (1025, 1), (1153, 2), (4096, 24)]
 )
 def test_as_many_trips_as_what_is_over_an_even_load_needs(heaviest, trips):
-  """128 rows at a time, of 4096 assignments to 4 experts."""
+  """An iteration has 128 rows; 4 experts share 4096 assignments."""
   others = np.arange(4096 - heaviest) % 3 + 1
   expert = jnp.asarray([0] * heaviest + list(others), jnp.int32)
   plan = dropless.make_plan(expert.reshape(-1, 2), 4)
@@ -287,7 +287,7 @@ def test_as_many_trips_as_what_is_over_an_even_load_needs(heaviest, trips):
 
 @pytest.mark.parametrize('kind', ['one row', 'padding', 'all padding'])
 def test_groups_are_the_assignments_sorted_by_expert(kind, rng):
-  """In order, padding without a row; but no row is in no group."""
+  """Padding has no row, yet every row belongs to a group."""
   expert = _choices(kind, 2, rng)
   slot, sizes = grouped.make_groups(jnp.asarray(expert), NUM_EXPERTS)
   flat = expert.ravel()
@@ -301,9 +301,9 @@ def test_groups_are_the_assignments_sorted_by_expert(kind, rng):
 
 
 def _kept_by_definition(expert, size):
-  """First choices of all tokens, then second ones: as long as there is room.
+  """Keeps first choices of all tokens, then second ones, while there is room.
 
-  Returns (bool[N, K], the order in which an expert took its assignments).
+  Returns the mask [N, K], and each expert's assignments in order.
   """
   kept, taken = np.zeros(expert.shape, bool), {}
   for k in range(expert.shape[1]):
@@ -320,7 +320,7 @@ def _kept_by_definition(expert, size):
 def test_capacity_equals_dense_without_what_is_dropped(
   kind, capacity_factor, rng
 ):
-  """Values, gradients, the order within an expert, and the fraction."""
+  """Values, gradients, order within an expert and dropped fraction agree."""
   expert = _choices(kind, 3, rng)
   size = int(np.ceil(capacity_factor * expert.size / NUM_EXPERTS))
   kept, taken = _kept_by_definition(expert, size)
@@ -348,7 +348,7 @@ def test_capacity_equals_dense_without_what_is_dropped(
 
 @pytest.mark.parametrize('name', DISPATCH)
 def test_causal_is_what_does_not_see_later_tokens(name, rng):
-  """Twenty tokens change, and where they go: what of the 183 before them?"""
+  """The last 20 tokens and their experts change; 183 earlier tokens do not."""
   experts, end = _experts(rng), 183
   x, other_x = jnp.asarray(rng.normal(size=(2, 203, D_MODEL)), jnp.float32)
   routing, other = (_routing(_choices('random', 3, rng), rng) for _ in range(2))
@@ -379,7 +379,7 @@ def test_auto_depends_on_the_backend_alone(backend, expected, monkeypatch):
 
 @pytest.mark.slow
 def test_the_capacity_of_a_model_is_the_configs(tiny, rng):
-  """A row for each of 4 experts, of 64 tokens that chose two."""
+  """Each of 4 experts has one row for 64 tokens with two choices."""
   config = tiny(
     {
       'moe.dispatch': 'capacity',

@@ -1,4 +1,4 @@
-"""The routers' losses: their values, and their gradients by hand in float64."""
+"""Compares values and gradients of routers' losses with float64 by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_balance_is_1_if_uniform(name):
   [('switch_sum', 4), ('all_choices', 2), ('per_sequence', 2)],
 )
 def test_balance_if_collapsed(name, worst):
-  """First choices on one of E experts: E; both on two of them: E / K."""
+  """The loss is E for first choices on one expert, E / K for K on K experts."""
   expert = jnp.tile(jnp.array([[2, 1]]), (8, 1))
   probs = jax.nn.one_hot(expert, 4).mean(axis=1)
   if name == 'switch_sum':
@@ -36,7 +36,7 @@ def test_balance_if_collapsed(name, worst):
 
 
 def test_sequences_that_are_even_together_alone():
-  """Each on an expert of its own: even in the batch, collapsed in each."""
+  """Each sequence collapses on its own expert; the batch is balanced."""
   expert = jnp.array([[0]] * 4 + [[1]] * 4)
   probs = jax.nn.one_hot(expert[:, 0], 2)
   mask = jnp.ones((2, 4), bool)
@@ -66,7 +66,7 @@ def test_entropy_of_the_uniform_and_of_the_certain():
 
 @pytest.fixture
 def case(rng):
-  """x, a mask with a sequence of padding, and the router's parameters."""
+  """Returns x, a mask with a sequence of padding, and the router's kernel."""
   mask = rng.random((BATCH, TIME)) < 0.8
   mask[2] = False
   kernel = rng.normal(size=(D_MODEL, E))
@@ -78,7 +78,7 @@ def case(rng):
 )
 @pytest.mark.parametrize('loss', LOSSES)
 def test_value_and_gradient_are_those_by_hand(loss, variant, case):
-  """Of the router's kernel, in float64; what is selected is constant."""
+  """The gradient is that of the kernel; the selection is constant."""
   x, mask, kernel = case
   name = loss if loss in losses.BALANCE else 'all_choices'
   router = make(variant, name)

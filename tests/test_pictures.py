@@ -1,4 +1,4 @@
-"""Pictures of routing: what a cell is, how they grow, how many bytes."""
+"""Pictures of routing: their cells, their growth and their size."""
 
 import json
 import types
@@ -18,7 +18,7 @@ from trainers.writers.tensorboard import _png
 
 
 class Loop(types.SimpleNamespace):
-  """What they use of a trainer: the last image and text of each name."""
+  """Part of a trainer that the callbacks use; keeps the last of each name."""
 
   def __init__(self):
     super().__init__(step=0, writer=self, images={}, texts={})
@@ -46,7 +46,7 @@ def log(history, loop, step, load):
 
 
 def test_time_goes_to_the_right_in_proportion_to_steps():
-  """Idle for the first 30 steps, twice its share for the next 10."""
+  """An expert is idle for 30 steps and has twice its share for 10 more."""
   history, loop = LoadHistory(), Loop()
   history.on_eval_end(loop, 'val', {})
   assert not loop.images  # No log yet.
@@ -65,7 +65,7 @@ def test_time_goes_to_the_right_in_proportion_to_steps():
 
 
 def test_a_long_run_is_remembered_evenly_and_resumed_exactly():
-  """1000 logs of an expert whose load goes from 0 to twice its share."""
+  """An expert's load grows from 0 to twice its share in 1000 logs."""
   history, loop, saved = LoadHistory(), Loop(), {}
   for i in range(1000):
     share = i / 999
@@ -132,7 +132,7 @@ def test_an_expert_s_tokens_are_named_and_red():
 
 
 def test_pairs_are_relative_to_chance():
-  """Layer 1 does as layer 0 did; layer 2 whatever it likes."""
+  """Layer 1 chooses as layer 0 does; layer 2 is independent."""
   loop = Loop()
   counts = np.stack([np.zeros((2, 2)), np.diag([30, 10]), np.ones((2, 2))])
   metrics = {'val/first_choices': counts.tolist()}
@@ -154,7 +154,7 @@ def test_nothing_is_drawn_without_pairs(metrics):
 
 @pytest.mark.parametrize('shape', [(4, 4), (12, 64), (2, 1024), (96, 8)])
 def test_bytes_are_few_whatever_the_model(shape, rng):
-  """128 columns, of loads that have nothing in common."""
+  """The pictures have 128 columns of independent loads."""
   num_layers, num_experts = shape
   history, loop = LoadHistory(), Loop()
   for step in range(1, 131):
@@ -178,7 +178,7 @@ def test_bytes_are_few_whatever_the_model(shape, rng):
 
 
 class Batches:
-  """A dataset of token i, i times in each batch."""
+  """Dataset whose batches have token i i times."""
 
   fingerprint = ''
 

@@ -1,4 +1,4 @@
-"""Routers against their definitions, in NumPy."""
+"""Compares routers with their definitions in NumPy."""
 
 import functools
 
@@ -36,7 +36,7 @@ def params(rng):
 
 
 def route(router, params, x, tokens, mask=None, bias=None, key=None):
-  """The routing; in training if there is a key."""
+  """Returns the routing; `train` is True if there is a key."""
   mask = jnp.ones(tokens.shape, bool) if mask is None else mask
   rngs = {} if key is None else {'routing': key}
 
@@ -49,7 +49,7 @@ def route(router, params, x, tokens, mask=None, bias=None, key=None):
 
 
 def gates(routing, num_tokens=BATCH * TIME):
-  """float[N, E]: the weight that a token gives to an expert; 0: not sent."""
+  """Returns each token's weight of each expert, [N, E]; 0 if not chosen."""
   routing = jax.device_get(routing)
   gate = np.zeros((num_tokens, NUM_EXPERTS + 1))
   rows = np.arange(len(routing.expert))
@@ -66,7 +66,7 @@ def softmax(z):
 
 
 def highest(scores, k):
-  """bool, like scores: the k highest of each row."""
+  """Marks the k highest scores of each row."""
   rank = np.argsort(np.argsort(-scores, axis=-1), axis=-1)
   return rank < k
 
@@ -112,7 +112,7 @@ DEFINITIONS = {
 
 @pytest.mark.parametrize('variant', DEFINITIONS)
 def test_equals_its_definition(variant, x, tokens, params, rng):
-  """Gates, probabilities and loads, outside of training, among padding."""
+  """Gates, probabilities and loads agree, in evaluation with padding."""
   bias = rng.normal(size=NUM_EXPERTS)
   mask = rng.random((BATCH, TIME)) < 0.7
   routing = route(
@@ -132,7 +132,7 @@ def test_equals_its_definition(variant, x, tokens, params, rng):
 
 @pytest.mark.parametrize('variant', DEFINITIONS)
 def test_gates_have_the_gradient_of_their_definition(variant, rng):
-  """Of the kernel, along a direction, against differences in float64."""
+  """The kernel's gradient along a direction is a difference in float64."""
   x = rng.normal(size=(BATCH, TIME, D_MODEL))
   kernel, direction = rng.normal(size=(2, D_MODEL, NUM_EXPERTS))
   bias = rng.normal(size=NUM_EXPERTS)
@@ -201,7 +201,7 @@ def test_the_bias_selects_and_does_not_weigh(x, tokens, params):
 
 
 def test_jitter_multiplies_by_a_uniform_number_when_training(params):
-  """Of one dimension, the logits tell it."""
+  """The logits reveal the jitter of an input of width 1."""
   router = make('Switch')
   num_tokens = 2000
   x = jnp.ones((1, num_tokens, 1))
@@ -272,9 +272,9 @@ def test_capacity_factor_is_the_mean_number_of_experts(
 
 @pytest.fixture(scope='module', params=VARIANTS)
 def layer(request):
-  """(of a dispatch: value and gradients of a layer; those of the oracle).
+  """Returns a function of a dispatch's name, and its result for the oracle.
 
-  In training, with padding.
+  The function returns value and gradients of a layer in training, with padding.
   """
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(0, VOCAB, (BATCH, TIME)), jnp.int32)
@@ -306,7 +306,7 @@ def layer(request):
 
 @pytest.mark.parametrize('name', sorted({*DISPATCH} - {'dense'}))
 def test_every_dispatch_equals_dense(layer, name):
-  """Of each router: value, load, and all gradients."""
+  """Value, load and all gradients agree for each router."""
   run, expected = layer
   jax.tree.map(
     lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4),
@@ -317,7 +317,7 @@ def test_every_dispatch_equals_dense(layer, name):
 
 
 def test_rows_of_a_token_are_added_up(x, tokens, params, rng):
-  """By expert, as by token with E choices, those that are none left out."""
+  """Rows by expert equal rows by token with E choices, some of them empty."""
   routing = route(make('ExpertChoice'), params, x, tokens)
   gate = jnp.asarray(gates(routing), jnp.float32)
   assert ((gate > 0).sum(axis=1) > 1).any()

@@ -1,4 +1,4 @@
-"""The alarm: when it begins and ends, what it does, and a collapse caught."""
+"""The routing alarm: its start, its end, its actions, and a real collapse."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ DEAD = [[1, 1, 1, 1], [2, 1, 0, 1]]  # Expert 2 of layer 1.
 
 
 class Loop(types.SimpleNamespace):
-  """What RoutingAlarm uses of a trainer; a log every 10 steps."""
+  """Part of a trainer that RoutingAlarm uses."""
 
   def __init__(self, aux_weight=0.0):
     none = types.SimpleNamespace(init=lambda params: ())
@@ -42,7 +42,7 @@ class Loop(types.SimpleNamespace):
 
 
 def drive(alarm, loop, windows, early=False):
-  """[(alarms, weight) after the step that follows each log].
+  """Returns [(alarms, weight) after the step that follows each log].
 
   A log comes after the hooks of its step, or, if `early`, before them: where
   something else asked for it.
@@ -69,7 +69,7 @@ def start(alarm, loop):
 
 
 def test_a_dead_expert_is_told_once_and_by_name(caplog):
-  """Dead from step 10 on: 30 steps are over at 40. Then again, after 60."""
+  """The expert is dead for 30 steps at step 40, and again from step 60 on."""
   loop = Loop()
   alarm = start(RoutingAlarm(4, 2, dead_steps=30), loop)
   windows = [EVEN, DEAD, DEAD, DEAD, DEAD, EVEN, DEAD, DEAD, EVEN]
@@ -104,7 +104,7 @@ def test_a_limit_of_max_vio(experts, top_k, given, limit):
 
 @pytest.mark.parametrize('early', [False, True])
 def test_the_weight_is_raised_every_dead_steps_up_to_its_limit(early, caplog):
-  """At the step after the log, whenever that came."""
+  """The weight changes at the step after the log, early or late."""
   loop = Loop()
   options = {'factor': 3.0, 'min_weight': 0.1, 'max_weight': 1.0}
   alarm = start(RoutingAlarm(4, 2, 'raise', 20, None, **options), loop)
@@ -204,7 +204,7 @@ def test_arguments_that_are_refused(argument, value):
 
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_raises_what_it_would_have(tiny, tmp_path):
-  """Each window is above a limit of 0; a log and an action are cut apart."""
+  """Every window alarms; the interrupt falls between a log and its action."""
   changes = {
     'num_train_steps': 8,
     'sample.num_tokens': 0,
@@ -248,7 +248,7 @@ def test_a_run_that_is_interrupted_raises_what_it_would_have(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_collapse_stops_the_run(tmp_path):
-  """Soon, saved, and with its reason; a resumed one has nothing to do."""
+  """The run stops soon, is saved, and records the reason."""
   found = collapse.run('stop', tmp_path / 'run')
   assert found['status'] == 'collapsed'
   assert found['step'] <= 60
@@ -262,7 +262,7 @@ def test_a_collapse_stops_the_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_raised_weight_brings_the_experts_back(tmp_path):
-  """Without, seven of eight experts stay dead; with, none."""
+  """Seven of eight experts stay dead with 'warn', none with 'raise'."""
   nothing, raised = (
     collapse.run(action, tmp_path / action)['logs']
     for action in ('warn', 'raise')

@@ -1,4 +1,4 @@
-"""What of routing is in model_state: the bias, and a weight that may change."""
+"""Routing in model_state: the selection bias and the balance loss's weight."""
 
 import types
 
@@ -31,7 +31,7 @@ def draw_batch(rng):
 
 
 def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
-  """And what is added to the loss is logged, raw and weighted."""
+  """The losses of routing are logged, raw and weighted."""
   config = experiment.resolve_auto(
     tiny(
       {
@@ -88,7 +88,7 @@ def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
 
 
 def test_the_bias_evens_out_the_loads(tiny, rng):
-  """Of a router that sends nearly all to two experts. Wang et al. 2024."""
+  """The router sends nearly all tokens to two experts. Wang et al. 2024."""
   config = tiny({'moe.router.type': 'Sigmoid', 'moe.router.bias_rate': 0.002})
   task = experiment.build_task(experiment.resolve_auto(config), VOCAB)
   x = jnp.asarray(rng.normal(size=(4, 64, 5)) + 1, jnp.float32)
@@ -117,7 +117,7 @@ def test_the_bias_evens_out_the_loads(tiny, rng):
 
 
 def test_each_layers_bias_selects_its_experts(tiny, rng):
-  """In training, in evaluation and in generation; dense layers lie between."""
+  """It does in training, evaluation and generation, between dense layers."""
   config = experiment.resolve_auto(
     tiny(
       {
@@ -150,7 +150,7 @@ def test_each_layers_bias_selects_its_experts(tiny, rng):
 
 
 def _loop(aux_weight):
-  """What AuxWeight uses of a trainer."""
+  """Returns the part of a trainer that AuxWeight uses."""
   state = TrainState.create(jnp.ones(()), {}, types.SimpleNamespace(init=str))
   given = {'aux_weight': jnp.float32(aux_weight), 'bias': jnp.ones(2)}
   loop = types.SimpleNamespace(state=state.replace(model_state=given))
@@ -187,7 +187,7 @@ def test_a_changed_config_wins_over_what_a_rollback_restored():
 
 
 class Raise(Callback):
-  """Raises the weight of the balance loss at step 3."""
+  """Callback that raises the weight of the balance loss at step 3."""
 
   def on_train_step_end(self, loop):
     if loop.step == 3:
@@ -199,7 +199,7 @@ class Raise(Callback):
 
 @pytest.mark.slow
 def test_a_raised_weight_and_the_bias_survive_a_resume(tiny, tmp_path):
-  """Bit for bit; and a weight that is then given by name takes its place."""
+  """The resume is bitwise; a weight then given by name replaces it."""
   changes = {
     'moe.router.type': 'Sigmoid',
     'callbacks.raise.type': 'tests.test_routing_state.Raise',

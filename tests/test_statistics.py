@@ -1,4 +1,4 @@
-"""What is said of routing, against loops over tokens in NumPy."""
+"""Compares metrics of routing with loops over tokens in NumPy."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ PROBS = np.random.default_rng(1).dirichlet(np.ones(E), VOCAB).astype(np.float32)
 
 
 class Routed(nn.Module):
-  """A model whose tokens have their experts, and weights, by a table."""
+  """Model whose tokens get experts and weights from a table."""
 
   expert: Any
   weight: Any
@@ -46,7 +46,7 @@ class Routed(nn.Module):
 
 
 def draw_model(rng, num_layers=LAYERS):
-  """No token has the last expert: it is dead."""
+  """Returns a model whose last expert is dead."""
   expert = [
     [rng.permutation(E - 1)[:2] for _ in range(VOCAB)]
     for _ in range(num_layers)
@@ -65,7 +65,7 @@ def draw_batch(rng, rows):
 
 
 def measured(model, *batches, train=False):
-  """The metrics of all batches, merged."""
+  """Returns the merged metrics of all batches."""
   task = LanguageModel(model, 0.25, 'all_choices', watched=WATCHED)
 
   @QUICKLY
@@ -86,7 +86,7 @@ def entropy(counts):
 
 
 def expected(model, *batches):
-  """All of them, by counting tokens one after the other."""
+  """Returns all metrics by counting tokens one after the other."""
   num_layers = len(model.expert)
   load = np.zeros((num_layers, E))
   pairs = np.zeros((num_layers, E, E))
@@ -135,7 +135,7 @@ def expected(model, *batches):
 
 @pytest.mark.parametrize('num_layers', [1, LAYERS])
 def test_metrics_are_what_loops_count(rng, num_layers):
-  """Of one batch and of two of other sizes; a fifth of it all is padding."""
+  """One batch, and two of different sizes; a fifth of the tokens is padding."""
   model = draw_model(rng, num_layers)
   batches = [draw_batch(rng, rows) for rows in (2, 5)]
   for some in (batches[:1], batches):
@@ -148,9 +148,9 @@ def test_metrics_are_what_loops_count(rng, num_layers):
 
 
 def test_parts_merged_are_one_batch(rng):
-  """But for the balance loss and MaxVio, which are of batches.
+  """The balance loss and MaxVio are means over batches and differ.
 
-  MaxVio is no less than that of all.
+  MaxVio of parts is no less than MaxVio of the whole.
   """
   model, whole = draw_model(rng), draw_batch(rng, 6)
   parts = [{k: x[i : i + 2] for k, x in whole.items()} for i in (0, 2, 4)]
@@ -167,7 +167,7 @@ def test_parts_merged_are_one_batch(rng):
 
 
 def test_a_dead_expert_is_dead_in_all_of_the_window(rng):
-  """Word 1 has experts 0 and 1, word 2 has 2 and 3; none has the last."""
+  """Word 1 has experts 0 and 1, word 2 has 2 and 3; the last is dead."""
   model = draw_model(rng, 1)
   model.expert[0, 1], model.expert[0, 2] = [0, 1], [2, 3]
   one, two = draw_batch(rng, 2), draw_batch(rng, 2)
@@ -192,7 +192,7 @@ def test_nothing_is_said_of_padding_alone(rng):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_router_reports(variant, rng):
-  """The first gate, and counts by word: where experts choose, by their rows."""
+  """The first gate and the counts agree with loops over rows."""
   tokens = jnp.asarray(rng.integers(0, VOCAB, (2, 6)), jnp.int32)
   mask = jnp.asarray(rng.random((2, 6)) < 0.7)
   x = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
