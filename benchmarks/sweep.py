@@ -23,7 +23,7 @@ from benchmarks.peers import ROOT
 from nanomoe import experiment
 from nanomoe.config import overrides as config_lib
 from nanomoe.config.overrides import Config
-from nanomoe.moe import causality
+from nanomoe.model.build import generation_problem
 from nanomoe.run import cli
 
 
@@ -88,7 +88,7 @@ def gather(runs: Mapping[str, Run], directory: pathlib.Path) -> dict[str, Any]:
           key: value.name if isinstance(value, pathlib.PurePath) else value
           for key, value in run.changes.items()
         },
-        'is_causal': not causality.objection(config),
+        'is_causal': not generation_problem(config),
         'gflop': num_flops / 1e9,
         **logged,
       }

@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
   config.model.num_heads = 4
   config.model.dropout_rate = 0.1
   config.model.remat = False  # True: less memory, a third more work.
+  config.model.attention = ConfigDict({'type': 'CausalSelfAttention'})
   config.model.norm = 'LayerNorm'
   config.model.position = 'learned'
   config.model.conv_width = 1  # Inputs that a layer's are mixed of; 1: none.

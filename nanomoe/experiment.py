@@ -25,8 +25,8 @@ from nanomoe.data import pipeline as text_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.pipeline import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.model.build import build_task, layers_with_experts
-from nanomoe.moe import causality
+from nanomoe.model import parameters
+from nanomoe.model.build import generation_problem, layers_with_experts
 from nanomoe.moe.dispatch import registry
 from nanomoe.ops import matmul
 from nanomoe.run import (
@@ -36,7 +36,7 @@ from nanomoe.run import (
   trusted_imports,
   workdir,
 )
-from nanomoe.task import LanguageModel
+from nanomoe.task import LanguageModel, build_task
 from trainers import callbacks, spec
 from trainers.callbacks.callback import Callbacks
 from trainers.checkpoint import arrays as arrays_lib
@@ -93,7 +93,7 @@ def build(
     'vocab_size': tokenizer.vocab_size,
     'dispatch': config.moe.dispatch,
     'eval_dispatch': registry.eval_dispatch(config),
-    **provenance.count_params(params, config),
+    **parameters.count(params, config.moe.top_k),
     **provenance.facts(),
   }
   recorded = {
@@ -162,8 +162,8 @@ def build(
     config.precision,
     ', '.join(facts['devices']),
   )
-  if objection := causality.objection(config):
-    log.warning('%s; no text is sampled', objection)
+  if problem := generation_problem(config):
+    log.warning('%s; no text is sampled', problem)
   return trainer
 
 
@@ -268,7 +268,7 @@ def build_callbacks(
     callbacks.Evaluation(config.eval_interval, monitor='cross_entropy'),
     *plugins,
     callbacks.Checkpoints(config.eval_interval),
-    *([] if causality.objection(config) else [sample]),
+    *([] if generation_problem(config) else [sample]),
     callbacks.Result(
       facts,
       tokens_per_step,

@@ -100,10 +100,10 @@ def generate(
       ) from error
 
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
-  from nanomoe.moe import causality  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe.model import build  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
 
-  if reason := causality.objection(config):
+  if reason := build.generation_problem(config):
     raise UserError(f'no text can be generated: {reason}')
   run = experiment.restore(config, workdir, step)
   trained = run.params, run.model_state

@@ -1,6 +1,5 @@
-"""Optax chains, from config."""
+"""Optimizers, as chains of Optax transformations built from a config."""
 
-import functools
 from typing import Any, cast
 
 import jax
@@ -10,23 +9,14 @@ from optax import contrib
 
 from nanomoe.config import schema
 from nanomoe.config.overrides import Config
+from nanomoe.model import parameters
 from nanomoe.schedules import SCHEDULES
 from trainers import spec
 from trainers.errors import UserError
 
-
-def _is_matrix(path: Any, leaf: Any) -> bool:
-  """Whether it multiplies: no bias, scale, filter or embedding does."""
-  name = jax.tree_util.keystr(path[-1:], simple=True)
-  is_other = name.startswith('b_') or 'embedding' in name or name == 'filter'
-  return leaf.ndim >= 2 and not is_other
-
-
-def _matrices(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(_is_matrix, params)
-
-
-DECAY_MASKS = {'all': None, 'matrices': _matrices}
+# Functions from parameters to a tree of whether they decay, by the value of
+# `optimizer.decay_mask`; None decays all.
+DECAY_MASKS = {'all': None, 'matrices': parameters.matrices}
 
 
 def adamw(
@@ -36,7 +26,15 @@ def adamw(
   beta1: float,
   beta2: float,
 ) -> optax.GradientTransformation:
-  """Loshchilov and Hutter 2019."""
+  """Returns AdamW. Loshchilov and Hutter 2019.
+
+  Args:
+    learning_rate: Learning rate of each update.
+    weight_decay: Decoupled weight decay, multiplied by the learning rate.
+    mask: Value of `DECAY_MASKS`.
+    beta1: Decay rate of the first moment.
+    beta2: Decay rate of the second moment.
+  """
   return optax.adamw(
     learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=mask
   )
@@ -49,10 +47,17 @@ def lion(
   beta1: float,
   beta2: float,
 ) -> optax.GradientTransformation:
-  """The sign of an interpolated momentum. Chen et al. 2023.
+  """Returns Lion: the sign of an interpolated momentum. Chen et al. 2023.
 
-  Its authors take beta2 = 0.99, a third to a tenth of AdamW's learning rate,
-  and as many times its weight decay.
+  The authors take beta2 = 0.99, a third to a tenth of AdamW's learning rate,
+  and three to ten times AdamW's weight decay.
+
+  Args:
+    learning_rate: Learning rate of each update.
+    weight_decay: Decoupled weight decay, multiplied by the learning rate.
+    mask: Value of `DECAY_MASKS`.
+    beta1: Weight of the momentum in an update.
+    beta2: Decay rate of the momentum.
   """
   return optax.lion(
     learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=mask
@@ -66,12 +71,19 @@ def adafactor(
   beta1: float,
   beta2: float,
 ) -> optax.GradientTransformation:
-  """Shazeer and Stern 2018: the second moment as a row's times a column's.
+  """Returns Adafactor: a factored second moment. Shazeer and Stern 2018.
 
-  With the changes of Zhai et al. 2021: momentum (beta1), steps that are not
-  relative to the parameters' size, so that learning rates are AdamW's, and
-  beta2 as the limit of 1 - t**-0.8. Rows and columns are those of the two
-  largest axes, if both have 128 or more; other second moments are whole.
+  It has the changes of Zhai et al. 2021: a momentum, and updates that are not
+  relative to the parameters' size, so that AdamW's learning rates apply. The
+  second moment is factored into rows and columns along the two largest axes if
+  both have 128 elements or more. Other second moments are kept whole.
+
+  Args:
+    learning_rate: Learning rate of each update.
+    weight_decay: Decoupled weight decay, multiplied by the learning rate.
+    mask: Value of `DECAY_MASKS`.
+    beta1: Decay rate of the momentum.
+    beta2: Upper limit of the second moment's decay rate, `1 - t**-0.8`.
   """
 
   def decay(step, exponent):
@@ -94,44 +106,58 @@ def muon(
   beta2: float,
   muon_beta: float = 0.95,
 ) -> optax.GradientTransformation:
-  """Each hidden matrix's momentum, made orthogonal. Jordan et al. 2024.
+  """Returns Muon: the orthogonalized momentum of hidden matrices.
 
-  Of an array [..., D, F] each matrix by itself: an expert's, for example.
-  Embeddings, the head, biases and norms have AdamW's updates, by beta1 and
-  beta2; routers' kernels are hidden matrices.
+  Jordan et al. 2024, with AdamW's updates for all other parameters.
+  The table `nanomoe.model.parameters.KINDS` says which parameters are hidden
+  matrices. Each matrix of an array `[..., D, F]`, such as an expert's, is
+  orthogonalized by itself.
 
-  One learning rate serves all, as matrices' updates have the size of AdamW's:
-  0.2 * sqrt(max(D, F)) times the orthogonal matrix. Liu et al. 2025. That size
-  does not depend on the gradient's, so an expert that gets no tokens goes on in
-  the direction that its momentum had.
+  One learning rate serves all parameters. Updates of a matrix have the size of
+  AdamW's: `0.2 * sqrt(max(D, F))` times the orthogonal matrix. Liu et al. 2025.
+  This size does not depend on the gradient's size. An expert without tokens
+  therefore continues in the direction of its momentum.
+
+  Args:
+    learning_rate: Learning rate of each update.
+    weight_decay: Decoupled weight decay, multiplied by the learning rate.
+    mask: Value of `DECAY_MASKS`.
+    beta1: Decay rate of the first moment of parameters with AdamW's updates.
+    beta2: Decay rate of their second moment.
+    muon_beta: Decay rate of the momentum of hidden matrices, from 0 to 1.
+
+  Raises:
+    ValueError: `muon_beta` is outside [0, 1).
   """
   if not 0 <= muon_beta < 1:
     raise ValueError(f'{muon_beta=} must be >= 0 and < 1')
 
-  def kind(path, leaf):
-    is_head = jax.tree_util.keystr(path[:1], simple=True) == 'head'
-    return 'muon' if _is_matrix(path, leaf) and not is_head else 'adam'
+  def labels(params):
+    is_hidden = parameters.hidden_matrices(params)
+    return jax.tree.map(lambda hidden: 'muon' if hidden else 'adam', is_hidden)
 
-  def last_two(params):
+  def last_two_axes(params):
     return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), params)
 
   def scaled(updates, _):
     return jax.tree.map(lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * x, updates)
 
   orthogonal = optax.chain(
-    contrib.scale_by_muon(beta=muon_beta, weight_dimension_numbers=last_two),
+    contrib.scale_by_muon(
+      beta=muon_beta, weight_dimension_numbers=last_two_axes
+    ),
     optax.stateless(scaled),
   )
   return optax.chain(
     optax.partition(
-      {'muon': orthogonal, 'adam': optax.scale_by_adam(beta1, beta2)},
-      functools.partial(jax.tree_util.tree_map_with_path, kind),
+      {'muon': orthogonal, 'adam': optax.scale_by_adam(beta1, beta2)}, labels
     ),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
 
 
+# Optimizers by name.
 OPTIMIZERS = {
   'AdamW': adamw,
   'Lion': lion,
@@ -143,14 +169,22 @@ OPTIMIZERS = {
 def build(
   config: Config, num_train_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """What `config.optimizer` says: clipping, then the optimizer.
+  """Returns a config's gradient clipping and optimizer, and its schedule.
 
-  An optimizer gets, of learning_rate (a schedule), weight_decay, mask (what it
-  applies to: a function of the parameters, or None), beta1, beta2 and
-  num_train_steps, those that its signature names, and its own arguments.
+  The optimizer is handed the following arguments if its signature names them:
+  `learning_rate` (the schedule), `weight_decay`, `mask` (a value of
+  `DECAY_MASKS`), `beta1`, `beta2` and `num_train_steps`.
+
+  Args:
+    config: Section `optimizer` of a config.
+    num_train_steps: Number of steps of the run.
+
+  Returns:
+    The transformation of gradients, and the learning rate of each update.
 
   Raises:
-    UserError: a type is unknown, or has other arguments.
+    UserError: A type is unknown, does not accept an argument, or makes
+      something else.
   """
   schedule = spec.build(
     'optimizer.schedule',
@@ -161,17 +195,17 @@ def build(
   )
   if not callable(schedule):
     raise UserError(
-      f'optimizer.schedule.type={config.schedule.type!r} must return an '
-      f'optax.Schedule, not {schedule!r}'
+      f'optimizer.schedule.type={config.schedule.type!r} made a '
+      f'{type(schedule).__name__}; it must be an optax.Schedule'
     )
-  own = {
+  arguments = {
     key: value
     for key, value in config.to_dict().items()
     if schema.spec_of(f'optimizer.{key}') == 'optimizer'
   }
   optimizer = spec.build(
     'optimizer',
-    own,
+    arguments,
     OPTIMIZERS,
     learning_rate=schedule,
     weight_decay=config.weight_decay,
@@ -182,10 +216,11 @@ def build(
   )
   if not isinstance(optimizer, optax.GradientTransformation):
     raise UserError(
-      f'optimizer.type={config.type!r} must return an '
-      f'optax.GradientTransformation, not {optimizer!r}'
+      f'optimizer.type={config.type!r} made a {type(optimizer).__name__}; it '
+      'must be an optax.GradientTransformation'
     )
-  # Present or not, it has a place in the state: clipping may change in a run.
+  # An identity keeps clipping's place in the state: a resumed run may change
+  # `clip_norm`, and its arrays are found by their path.
   clip = (
     optax.clip_by_global_norm(config.clip_norm)
     if config.clip_norm

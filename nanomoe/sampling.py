@@ -1,32 +1,56 @@
-"""Sampling from a model, with a cache of keys and values.
+"""Sampling from a model, with a decode cache.
 
-Each token sees a window of at most `block_size`. Positions are absolute, so a
-window that slid by one would be new at every place: instead, when it is full,
-it starts again from its later half.
+A token sees a window of at most `block_size` tokens. A full window restarts
+with its second half. It cannot slide: positions are absolute, so each slide
+would change the position of every token in the cache.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe.model.transformer import DecodeCache
+from nanomoe.model.decode_cache import DecodeCache
 
-Logits = Callable[..., tuple[jax.Array, DecodeCache]]
+
+@runtime_checkable
+class LogitsFn(Protocol):
+  """Function from tokens to logits, such as `LanguageModel.logits`."""
+
+  def __call__(
+    self,
+    trained: Any,
+    tokens: jax.Array,
+    cache: DecodeCache | None = None,
+    length: jax.Array | None = None,
+  ) -> tuple[jax.Array, DecodeCache]:
+    """Returns the logits of each token, and the decode cache for later tokens.
+
+    Args:
+      trained: Pair of params and model_state.
+      tokens: Token ids, `int32[batch, time]`.
+      cache: Decode cache of the tokens before; None at the beginning of a
+        window.
+      length: Number of tokens in each sequence, after which there is padding;
+        None without padding.
+    """
+    ...
 
 
 class Sampling(NamedTuple):
-  """How a token is drawn. Traced: no value costs a compilation.
+  """Distribution that tokens are drawn from.
+
+  Its values are traced, so that no change of them causes a compilation.
 
   Attributes:
-    temperature: divides the logits; 0 takes the likeliest.
-    top_k: draws from the k likeliest only; 0: from all.
-    top_p: draws from the likeliest that make up this probability (Holtzman et
-      al. 2020); 1: from all.
+    temperature: Divisor of the logits; 0 takes the most likely token.
+    top_k: Number of the most likely tokens to draw from; 0 draws from all.
+    top_p: Probability that the most likely tokens to draw from must reach
+      together (Holtzman et al. 2020); 1 draws from all.
   """
 
   temperature: float = 1.0
@@ -37,7 +61,16 @@ class Sampling(NamedTuple):
 def draw(
   logits: Float[Array, 'batch vocab'], key: jax.Array, sampling: Sampling
 ) -> Int[Array, ' batch']:
-  """A token for each row."""
+  """Draws one token for each sequence.
+
+  Args:
+    logits: Logits of the next token.
+    key: Random key of the draw.
+    sampling: Distribution to draw from.
+
+  Returns:
+    The token ids.
+  """
   temperature, top_k, top_p = sampling
   logits = logits / jnp.where(temperature > 0, temperature, 1.0)
   ordered = -jnp.sort(-logits, axis=-1)
@@ -45,7 +78,7 @@ def draw(
   least = jnp.take(ordered, jnp.minimum(rank, logits.shape[-1] - 1), axis=-1)
   kept = jnp.where(ordered >= least[:, None], ordered, -jnp.inf)
   probs = jax.nn.softmax(kept)
-  # A token is needed if those before it do not make up top_p; the first is.
+  # A token is needed if those before it do not reach top_p; the first one is.
   needed = (jnp.cumsum(probs, axis=-1) - probs < top_p).at[:, 0].set(True)
   nucleus = jnp.min(jnp.where(needed, kept, jnp.inf), axis=-1)
   allowed = logits >= jnp.maximum(least, nucleus)[:, None]
@@ -53,52 +86,56 @@ def draw(
   return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
 
 
-# Tokens that one call of the device may add, at most.
+# Largest number of tokens that one call of the device adds.
 MAX_TOKENS = 64
-# Seconds that a call should take: seldom enough to cost nothing beside the
-# tokens, often enough for who watches.
+# Duration of a call in seconds. Calls are then too rare to cost time, and often
+# enough for a reader of the text.
 CALL_SECONDS = 0.1
 
 
 class Generator:
-  """Continues prompts.
+  """Generator of continuations of prompts.
 
-  Two programs are compiled, whatever the lengths: one reads a window, one
-  adds tokens to it, as many as it is told.
+  It compiles two programs, whatever the lengths. One reads a window, and one
+  adds tokens to the window.
 
   Args:
-    logits: (trained, tokens, past) -> (logits, past), as
-      LanguageModel.logits; where a position sees the future, its later rows
-      must not matter.
-    trained: params and model_state of the model.
-    block_size: of the model.
-    cached: False reads the whole window for each token: the definition.
+    logits: Function from tokens to logits, of a causal model.
+    trained: Pair of params and model_state.
+    block_size: Number of tokens in a window.
+    cached: Whether the decode cache is used. False reads the whole window for
+      each token, which is the definition of generation.
   """
 
   def __init__(
-    self, logits: Logits, trained: Any, block_size: int, *, cached: bool = True
+    self,
+    logits: LogitsFn,
+    trained: Any,
+    block_size: int,
+    *,
+    cached: bool = True,
   ):
     def read(trained, window, length, key, index, sampling):
-      every, past = logits(trained, window)
+      every, cache = logits(trained, window, length=length)
       last = jnp.take_along_axis(every, length[:, None, None] - 1, axis=1)
       key = jax.random.fold_in(key, index)
-      return draw(last[:, 0], key, sampling), past.cut(length)
+      return draw(last[:, 0], key, sampling), cache
 
-    def add(trained, token, past, key, index, num_tokens, sampling):
+    def add(trained, token, cache, key, index, num_tokens, sampling):
       def body(i, carry):
-        tokens, token, past = carry
-        last, past = logits(trained, token[:, None], past)
+        tokens, token, cache = carry
+        last, cache = logits(trained, token[:, None], cache)
         token = draw(last[:, 0], jax.random.fold_in(key, index + i), sampling)
-        return tokens.at[i].set(token), token, past
+        return tokens.at[i].set(token), token, cache
 
       tokens = jnp.zeros((MAX_TOKENS, *token.shape), token.dtype)
-      return jax.lax.fori_loop(0, num_tokens, body, (tokens, token, past))
+      return jax.lax.fori_loop(0, num_tokens, body, (tokens, token, cache))
 
     self.trained = jax.device_put(trained)
     self.block_size = block_size
     self.cached = cached
     self._read = jax.jit(read)
-    self._add = jax.jit(add, donate_argnames='past')
+    self._add = jax.jit(add, donate_argnames='cache')
 
   def __call__(
     self,
@@ -107,13 +144,17 @@ class Generator:
     sampling: Sampling,
     seed: int,
   ) -> Iterator[np.ndarray]:
-    """Yields int32[batch] `num_tokens` times, soon after it is drawn.
+    """Yields the next token of each sequence, `num_tokens` times.
+
+    A yielded array is `int32[batch]`, and comes soon after it is drawn.
 
     Args:
-      prompts: a token or more each; only their last `block_size` are seen.
-      num_tokens: to draw.
-      sampling: how.
-      seed: of the draws; token i depends on (seed, i) and what came before.
+      prompts: Token ids, one or more for each sequence. Only the last
+        `block_size` of them are read.
+      num_tokens: Number of tokens to generate for each sequence.
+      sampling: Distribution to draw from.
+      seed: Random seed of the draws. Token i depends on the seed, on i and on
+        the tokens before it.
     """
     size = self.block_size
     window = np.zeros((len(prompts), size), np.int32)
@@ -121,33 +162,33 @@ class Generator:
     for row, prompt in zip(window, prompts, strict=True):
       row[: min(len(prompt), size)] = prompt[-size:]
     key = jax.random.key(seed)
-    past, token, done, at_once = None, None, 0, 1
-    while done < num_tokens:
-      if past is None:
-        token, past = self._read(
-          self.trained, window, length, key, done, sampling
+    cache, token, num_done, chunk_size = None, None, 0, 1
+    while num_done < num_tokens:
+      if cache is None:
+        token, cache = self._read(
+          self.trained, window, length, key, num_done, sampling
         )
         drawn = np.asarray(token)[None]
       else:
         start = time.perf_counter()
-        # The token that makes a window start again is drawn from the old one.
+        # The token that restarts a window is still drawn from the full window.
         room = size - int(length.max()) + 1
-        count = min(at_once, room, num_tokens - done)
-        tokens, token, past = self._add(
-          self.trained, token, past, key, done, count, sampling
+        count = min(chunk_size, room, num_tokens - num_done)
+        tokens, token, cache = self._add(
+          self.trained, token, cache, key, num_done, count, sampling
         )
         drawn = np.asarray(tokens)[:count]
         seconds = time.perf_counter() - start
-        if count == at_once and 2 * seconds < CALL_SECONDS:
-          at_once = min(2 * at_once, MAX_TOKENS)
-      done += len(drawn)
+        if count == chunk_size and 2 * seconds < CALL_SECONDS:
+          chunk_size = min(2 * chunk_size, MAX_TOKENS)
+      num_done += len(drawn)
       yield from drawn
       if self._append(window, length, drawn) or not self.cached:
-        past = None
+        cache = None
 
   def _append(self, window, length, drawn) -> bool:
-    """Puts tokens behind their windows; whether one started again."""
-    again = False
+    """Appends tokens to the windows, and returns whether one restarted."""
+    restarted = False
     for token in drawn:
       full = length == self.block_size
       half = self.block_size // 2
@@ -155,5 +196,5 @@ class Generator:
       length[full] = half
       window[np.arange(len(token)), length] = token
       length += 1
-      again |= bool(full.any())
-    return again
+      restarted |= bool(full.any())
+    return restarted

@@ -1,4 +1,4 @@
-"""Language modelling as a `trainers.task.Task`."""
+"""Language modeling as a `trainers.task.Task`."""
 
 from collections.abc import Sequence
 import functools
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from nanomoe.model.transformer import DecodeCache
+from nanomoe.config.overrides import Config
+from nanomoe.model.build import build_router, build_transformer
+from nanomoe.model.decode_cache import DecodeCache
 from nanomoe.moe import statistics as statistics_lib
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.losses import BALANCE
@@ -28,29 +30,34 @@ from trainers.task import Aux, Batch, Total
 
 
 class LanguageModel:
-  """Next-token cross-entropy, plus the routers' weighted losses.
+  """Language model trained by next-token cross-entropy and routing losses.
 
-  And, in training, a penalty of confident predictions: `confidence_weight`
+  In training, a penalty of confident predictions is added: `confidence_weight`
   times their negative entropy. Pereyra et al. 2017, sec. 3.2.
 
-  Batches: inputs and targets int32[B, T]; weights float32[B, T], 0 for padding.
+  A batch holds `inputs` and `targets`, `int32[batch, time]`, and `weights`,
+  `float32[batch, time]`, which are 0 for padding.
 
-  model_state: `aux_weight`, which a callback may change while training; `bias`,
-  float32[layers, experts], if routers have one: it selects experts.
+  model_state holds `aux_weight`, the weight of the balance loss, which a
+  callback may change during training. If routers have a bias, it also holds
+  `bias`, `float32[layers, experts]`, which is added to the scores that select
+  experts.
 
   Args:
-    model: a module (tokens, mask, past, bias, train) -> (logits, MoEAux,
-      past); None for MoEAux if there are no experts: their metrics are then
-      missing.
-    aux_weight: of the balance loss, at the start.
-    balance: how it is joined over layers: a name in balance.BALANCE.
-    token_bytes: the UTF-8 of each token; None: one ASCII character each.
-    z_weight: of the routers' z-loss, the mean over layers.
-    entropy_weight: of the routers' entropy, the mean over layers.
-    confidence_weight: of the predictions' negative entropy.
-    bias_rate: by which an update moves an expert's bias, towards an even load;
-      0: there is none.
-    watched: the tokens that evaluations count the experts of: `token_experts`.
+    model: Module `(tokens, mask, cache, bias, length, *, train) -> (logits,
+      MoEAux, cache)`, such as `Transformer`. Without layers of experts, MoEAux
+      is None and metrics of routing are missing.
+    aux_weight: Initial weight of the balance loss.
+    balance: Definition of the balance loss, a key of `losses.BALANCE`.
+    token_bytes: UTF-8 encoding of each token of the vocabulary; None if each
+      token is one ASCII character.
+    z_weight: Weight of the routers' z-loss, a mean over layers.
+    entropy_weight: Weight of the routers' entropy, a mean over layers.
+    confidence_weight: Weight of the predictions' negative entropy.
+    bias_rate: Change of an expert's bias by one update, towards balanced loads;
+      0 if routers have no bias.
+    watched: Token ids whose experts are counted by evaluations, as the metric
+      `token_experts`.
   """
 
   def __init__(
@@ -80,8 +87,15 @@ class LanguageModel:
         [_num_chars(b) for b in token_bytes], np.float32
       )
 
-  @functools.partial(jax.jit, static_argnums=0)  # Traced once, however used.
+  # Compiled, so that it is traced once for all of its uses.
+  @functools.partial(jax.jit, static_argnums=0)
   def init(self, key: jax.Array, batch: Batch) -> tuple[Any, Any]:
+    """Returns initial parameters and model_state.
+
+    Args:
+      key: Random key of the parameters.
+      batch: Batch of the shape of those to train on.
+    """
     inputs = batch['inputs'][:1]
     mask = jnp.ones(inputs.shape, bool)
     output, variables = self.model.init_with_output(
@@ -96,22 +110,32 @@ class LanguageModel:
     self,
     trained: tuple[Any, Any],
     tokens: Int[Array, 'batch time'],
-    past: DecodeCache | None = None,
+    cache: DecodeCache | None = None,
+    length: Int[Array, ' batch'] | None = None,
   ) -> tuple[Float[Array, 'batch time vocab'], DecodeCache]:
-    """As evaluation sees them; and what later tokens need of these.
+    """Returns the logits of an evaluation, and the decode cache.
 
     Args:
-      trained: params and model_state.
-      tokens: as of the model.
-      past: as of the model.
+      trained: Pair of params and model_state.
+      tokens: Token ids, from position 0 on, or after those in the cache.
+      cache: Decode cache of the tokens before; None at the beginning of a
+        window.
+      length: Number of tokens in each sequence, after which there is padding;
+        None without padding.
     """
     params, state = trained
     mask = jnp.ones(tokens.shape, bool)
     output: Any = self.model.apply(
-      {'params': params}, tokens, mask, past, state.get('bias'), train=False
+      {'params': params},
+      tokens,
+      mask,
+      cache,
+      state.get('bias'),
+      length,
+      train=False,
     )
-    logits, _, grown = output
-    return logits, grown
+    logits, _, new_cache = output
+    return logits, new_cache
 
   def loss(
     self,
@@ -122,6 +146,15 @@ class LanguageModel:
     *,
     train: bool,
   ) -> tuple[Total, Aux]:
+    """Returns the loss, and its metrics and statistics.
+
+    Args:
+      params: Parameters.
+      model_state: State of the model beside its parameters.
+      batch: Batch of windows.
+      key: Random key of dropout and routing.
+      train: Whether the losses of training are added to the cross-entropy.
+    """
     weights = jnp.asarray(batch['weights'])
     output: Any = self.model.apply(
       {'params': params},
@@ -152,35 +185,38 @@ class LanguageModel:
         total -= self.confidence_weight * entropy
     if aux is None:
       return Total(total, weight), Aux(metrics, {})
-    added, more = self._routing(aux, model_state['aux_weight'], weight, train)
-    metrics |= more
+    routing_loss, routing_metrics = self._routing(
+      aux, model_state['aux_weight'], weight, train
+    )
+    metrics |= routing_metrics
     metrics |= self._choices(aux, jnp.asarray(batch['inputs']), train)
-    total += added * weight
+    total += routing_loss * weight
     return Total(total, weight), Aux(metrics, {'expert_load': aux.load})
 
   def _routing(
     self, aux: MoEAux, aux_weight: jax.Array, weight: jax.Array, train: bool
   ) -> tuple[jax.Array, Metrics]:
-    """What is added to the cross-entropy, and metrics."""
+    """Returns the loss that is added to the cross-entropy, and metrics."""
     losses = {
       'aux_loss': BALANCE[self.balance].join(aux.losses['balance']),
       **{name: jnp.mean(aux.losses[name]) for name in self.weights},
     }
     weights = {'aux_loss': aux_weight, **self.weights}
     weighted = {name: weights[name] * loss for name, loss in losses.items()}
-    shown: Metrics = {  # Evaluation minimizes none of it.
+    # Evaluation adds none of these losses, so it does not report weighted ones.
+    weighted_metrics: Metrics = {
       **{
         f'weighted_{name}': Mean(x * weight, weight)
         for name, x in weighted.items()
       },
       'aux_weight': Last(aux_weight),
     }
-    # What has no weight may be infinite.
+    # A loss of weight 0 is left out: it may be infinite.
     added = ['aux_loss', *(name for name, w in self.weights.items() if w)]
     load = aux.load.astype(jnp.float32)
     return jnp.stack([weighted[name] for name in added]).sum(), {
       **{name: Mean(x * weight, weight) for name, x in losses.items()},
-      **(shown if train else {}),
+      **(weighted_metrics if train else {}),
       'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
       'load_entropy': Entropy(load),
       'max_over_mean_load': MaxOverMean(load),
@@ -192,13 +228,14 @@ class LanguageModel:
   def _choices(
     self, aux: MoEAux, inputs: Int[Array, 'batch time'], train: bool
   ) -> Metrics:
-    """Of experts that were chosen together, or for a token of the vocabulary.
+    """Returns metrics of choices: by pairs of layers, and by token.
 
-    Evaluations have the counts themselves too, for pictures.
+    Evaluations report the counts of pairs too, from which pictures are drawn.
     """
     num_experts = aux.load.shape[-1]
     metrics: Metrics = {}
-    if aux.token is None:  # Where experts choose, no choice is a token's first.
+    # Experts that choose tokens give no token a first choice.
+    if aux.token is None:
       pairs = statistics_lib.first_choice_pairs(aux.expert, num_experts)
       metrics['co_activation'] = MutualInformation(pairs)
       metrics |= {} if train else {'first_choices': Sum(pairs)}
@@ -211,7 +248,15 @@ class LanguageModel:
     return metrics
 
   def advance(self, model_state: Any, statistics: Any) -> Any:
-    """Wang et al. 2024, algorithm 1: every bias moves by the rate."""
+    """Returns model_state after an update: every bias moves by `bias_rate`.
+
+    Wang et al. 2024, algorithm 1: biases of experts below the mean load
+    increase, and those above it decrease.
+
+    Args:
+      model_state: State before the update.
+      statistics: Loads of the update's batch, as returned by `loss`.
+    """
     if 'bias' not in model_state:
       return model_state
     load = statistics['expert_load'].astype(jnp.float32)
@@ -220,8 +265,43 @@ class LanguageModel:
     return {**model_state, 'bias': bias}
 
 
+def build_task(
+  config: Config,
+  vocab_size: int,
+  token_bytes: Sequence[bytes] | None = None,
+  watched: Sequence[int] = (),
+) -> LanguageModel:
+  """Returns the task of a config.
+
+  Args:
+    config: Whole config, without 'auto'.
+    vocab_size: Number of tokens in the vocabulary.
+    token_bytes: UTF-8 encoding of each token, as in `LanguageModel`.
+    watched: Token ids whose experts are counted, as in `LanguageModel`.
+
+  Raises:
+    UserError: The router or the attention cannot be built.
+  """
+  moe = config.moe
+  router = build_router(config, vocab_size)
+  return LanguageModel(
+    build_transformer(config, vocab_size),
+    moe.aux_weight,
+    moe.balance,
+    token_bytes,
+    z_weight=moe.z_weight,
+    entropy_weight=moe.entropy_weight,
+    confidence_weight=config.confidence_weight,
+    bias_rate=getattr(router, 'bias_rate', 0.0),
+    watched=watched,
+  )
+
+
 def _num_chars(utf8: bytes) -> int:
-  """Characters that begin in it: all bytes but 0b10xxxxxx begin one."""
+  """Returns the number of characters that begin in `utf8`.
+
+  Every byte but 0b10xxxxxx begins one.
+  """
   return sum(byte & 0xC0 != 0x80 for byte in utf8)
 
 
@@ -230,16 +310,21 @@ def _sum_of(
   targets: Int[Array, 'batch time'],
   weights: Float[Array, 'batch time'],
 ) -> Float[Array, '']:
-  each = 1.0 if sizes is None else jnp.asarray(sizes)[targets]
-  return jnp.sum(each * weights)
+  """Returns the weighted sum of the targets' sizes; None for sizes of 1."""
+  size = 1.0 if sizes is None else jnp.asarray(sizes)[targets]
+  return jnp.sum(size * weights)
 
 
 def cross_entropy(
   logits: Float[Array, 'batch time vocab'], targets: Int[Array, 'batch time']
 ) -> Float[Array, 'batch time']:
-  """-log softmax(logits)[target], in nats.
+  """Returns `-log softmax(logits)[target]` of each token, in nats.
 
-  The target is picked by a mask: the gradient of indexing is a scatter.
+  A mask selects the target, because the gradient of indexing is a scatter.
+
+  Args:
+    logits: Logits.
+    targets: Token ids.
   """
   vocab = jnp.arange(logits.shape[-1])
   target = jnp.sum(jnp.where(targets[..., None] == vocab, logits, 0), axis=-1)
@@ -249,9 +334,13 @@ def cross_entropy(
 def prediction_entropy(
   logits: Float[Array, 'batch time vocab'],
 ) -> Float[Array, 'batch time']:
-  """Of softmax(logits), in nats: what their cross-entropy is if they are right.
+  """Returns the entropy of `softmax(logits)` of each token, in nats.
 
-  Predictions whose cross-entropy is more are too sure. Guo et al. 2017.
+  It is the expected cross-entropy of calibrated predictions. Predictions are
+  overconfident if their cross-entropy is larger. Guo et al. 2017.
+
+  Args:
+    logits: Logits.
   """
   log_probs = jax.nn.log_softmax(logits)
   return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

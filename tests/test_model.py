@@ -23,7 +23,7 @@ def _counts(config, vocab_size=65):
   task = experiment.build_task(experiment.resolve_auto(config), vocab_size)
   batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
-  return provenance.count_params(params, config)
+  return parameters.count(params, config.moe.top_k)
 
 
 def test_the_documented_model_has_2409025_parameters():

@@ -199,7 +199,7 @@ def parameters(config, **model):
   task = experiment.build_task(experiment.resolve_auto(config), 65)
   batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
-  return provenance.count_params(params, config)
+  return parameters.count(params, config.moe.top_k)
 
 
 @pytest.mark.parametrize('name', routing_study.VARIANTS)

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.sampling import Generator, Logits, Sampling
+from nanomoe.sampling import Generator, LogitsFn, Sampling
 from trainers.callbacks import Callback
 from trainers.files import write_atomically
 
@@ -34,7 +34,7 @@ class TextSample(Callback):
 
   def __init__(
     self,
-    logits: Logits,
+    logits: LogitsFn,
     path: pathlib.Path,
     tokenizer: Tokenizer,
     prompt: list[int],

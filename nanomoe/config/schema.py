@@ -185,6 +185,7 @@ def help_text(config: Mapping[str, Any] | None = None) -> str:
 SPECS = {
   'data.tokenizer': 'text to integers and back',
   'data.dataset': 'tokens to batches',
+  'model.attention': 'how tokens attend to one another',
   'moe.router': 'which experts a token goes to',
   'optimizer': 'gradients to updates',
   'optimizer.schedule': 'learning rate over steps',
@@ -229,6 +230,16 @@ ARGUMENTS = {
 # What NanoMoE hands to a spec is said once, elsewhere: with two values, half of
 # a run would have the one, and half the other.
 INJECTED = {
+  'model.attention': {
+    'num_heads': 'model.num_heads',
+    'num_kv_heads': 'model.num_kv_heads',
+    'norm': 'model.qk_norm',
+    'position': 'model.position',
+    'use_bias': 'model.bias',
+    'dropout_rate': 'model.dropout_rate',
+    'precision': 'precision',
+    'out_init': 'model.zero_outputs',
+  },
   'moe.router': {
     'num_experts': 'moe.num_experts',
     'top_k': 'moe.top_k',
@@ -253,6 +264,8 @@ VALUE_ALIASES = {
   },
   'callbacks.*.type': {'StopOnNonFinite': 'RefusedUpdates'},
 }
+# Types of specs that older versions did not have, but whose behavior they had.
+ABSENT_SPECS = {'model.attention': 'CausalSelfAttention'}
 # Any number of specs, by any name.
 SPEC_GROUPS = {
   'callbacks': 'what else happens while training',
@@ -297,9 +310,14 @@ def with_current_values(
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the config of an older run with current values and all keys.
 
-  Keys that the run's version lacked get the value `absent` of their `Field`.
+  Keys that the run's version lacked get the value `absent` of their `Field`, or
+  their type in `ABSENT_SPECS`.
   """
   values = with_current_values(config)
+  for spec, name in ABSENT_SPECS.items():
+    section, _, last = spec.rpartition('.')
+    if isinstance(values.get(section), dict):
+      values[section].setdefault(last, {'type': name})
   for key, field in FIELDS.items():
     *sections, name = key.split('.')
     section: Any = values

@@ -1,1 +1,1 @@
-"""The transformer: its parts, and how a config puts them together."""
+"""The transformer: its parts, and how a config combines them."""

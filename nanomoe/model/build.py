@@ -1,63 +1,46 @@
-"""A model, put together as its config says."""
+"""The transformer that a config describes.
 
-from collections.abc import Sequence
+This is the one place that reads the sections `model` and `moe`. It hands
+factories down; no module asks a config what it is.
+"""
+
 import functools
 from typing import Any
 
 from flax import linen as nn
 
 from nanomoe.config.overrides import Config
-from nanomoe.model.attention import Attention
+from nanomoe.model.attention import ATTENTIONS, XAVIER
 from nanomoe.model.convolution import ShortConvolution
 from nanomoe.model.heads import HEADS, softcap
+from nanomoe.model.interfaces import attention_problem
 from nanomoe.model.ngrams import Ngrams
 from nanomoe.model.norms import NORMS, no_norm
 from nanomoe.model.positions import POSITIONS
 from nanomoe.model.transformer import Block, Transformer
+from nanomoe.moe import causality
 from nanomoe.moe import experts as experts_lib
 from nanomoe.moe.dispatch import registry
 from nanomoe.moe.layer import FeedForward, MoE, RoutedAndShared
 from nanomoe.moe.routers import ROUTERS, interface_problem
-from nanomoe.task import LanguageModel
 from trainers import spec
 from trainers.errors import UserError
 
 
-def build_task(
-  config: Config,
-  vocab_size: int,
-  token_bytes: Sequence[bytes] | None = None,
-  watched: Sequence[int] = (),
-) -> LanguageModel:
+def build_transformer(config: Config, vocab_size: int) -> Transformer:
+  """Returns the transformer of a config.
+
+  Args:
+    config: Whole config, without 'auto'.
+    vocab_size: Number of tokens in the vocabulary.
+
+  Raises:
+    UserError: The router or the attention cannot be built.
+  """
   model, moe = config.model, config.moe
-  router = functools.partial(
-    spec.build,
-    'moe.router',
-    moe.router.to_dict(),
-    ROUTERS,
-    num_experts=moe.num_experts,
-    top_k=moe.top_k,
-    balance=moe.balance,
-    vocab_size=vocab_size,
-  )
-  if problem := interface_problem(router()):
-    raise UserError(f'moe.router.type={moe.router.type!r}: {problem}')
   norm = NORMS[model.norm]
-  position = POSITIONS[model.position](config.block_size)
-  zeros = {'out_init': nn.initializers.zeros_init()}
-  out_init: dict[str, Any] = zeros if model.zero_outputs else {}
-  attention = functools.partial(
-    Attention,
-    num_heads=model.num_heads,
-    num_kv_heads=model.num_kv_heads or model.num_heads,
-    norm=norm if model.qk_norm else no_norm,
-    position=position,
-    use_bias=model.bias,
-    dropout_rate=model.dropout_rate,
-    precision=config.precision,
-    name='attention',
-    **out_init,
-  )
+  zeros = nn.initializers.zeros_init()
+  out_init: dict[str, Any] = {'out_init': zeros} if model.zero_outputs else {}
 
   def experts(num_experts: int, d_ff: int):
     return functools.partial(
@@ -81,7 +64,7 @@ def build_task(
   eval_name = registry.eval_dispatch(config)
   sparse = functools.partial(
     MoE,
-    router=functools.partial(router, name='router'),
+    router=functools.partial(build_router, config, vocab_size, name='router'),
     experts=experts(moe.num_experts, moe.d_ff),
     dispatch=dispatch,
     # The same function if it can be: it is then traced once for both.
@@ -104,7 +87,7 @@ def build_task(
       Block,
       norm=norm,
       convolution=functools.partial(ShortConvolution, model.conv_width),
-      attention=attention,
+      attention=functools.partial(build_attention, config, name='attention'),
       feed_forward=(
         sparse if i in with_experts else dense(moe.dense_d_ff, 'feed_forward')
       ),
@@ -112,7 +95,10 @@ def build_task(
     )
     for i in range(model.num_layers)
   ]
-  transformer = Transformer(
+  # Outside of any trace, so that a mistake in a spec is one line of text.
+  build_router(config, vocab_size)
+  build_attention(config)
+  return Transformer(
     vocab_size=vocab_size,
     d_model=model.d_model,
     dropout_rate=model.dropout_rate,
@@ -120,7 +106,7 @@ def build_task(
     ngrams=functools.partial(
       Ngrams, vocab_size, model.d_model, model.max_ngram, model.ngram_rows
     ),
-    position=position,
+    position=POSITIONS[model.position](config.block_size),
     blocks=blocks,
     norm=norm,
     head=functools.partial(
@@ -130,21 +116,91 @@ def build_task(
     ),
     cap=functools.partial(softcap, cap=model.logit_softcap),
   )
-  return LanguageModel(
-    transformer,
-    moe.aux_weight,
-    moe.balance,
-    token_bytes,
-    z_weight=moe.z_weight,
-    entropy_weight=moe.entropy_weight,
-    confidence_weight=config.confidence_weight,
-    bias_rate=getattr(router(), 'bias_rate', 0.0),
-    watched=watched,
+
+
+def build_router(config: Config, vocab_size: int, **names: str) -> nn.Module:
+  """Returns the router of a config, a Linen module.
+
+  Args:
+    config: Whole config.
+    vocab_size: Number of tokens in the vocabulary.
+    **names: `name` of the module, if it is built inside another module.
+
+  Raises:
+    UserError: The router cannot be built, or has another interface.
+  """
+  moe = config.moe
+  router: Any = spec.build(
+    'moe.router',
+    moe.router.to_dict(),
+    ROUTERS,
+    num_experts=moe.num_experts,
+    top_k=moe.top_k,
+    balance=moe.balance,
+    vocab_size=vocab_size,
+    **names,
   )
+  if problem := interface_problem(router):
+    raise UserError(f'moe.router.type={moe.router.type!r}: {problem}')
+  return router
+
+
+def build_attention(config: Config, **names: str) -> nn.Module:
+  """Returns the attention of a config's blocks, a Linen module.
+
+  Args:
+    config: Whole config.
+    **names: `name` of the module, if it is built inside another module.
+
+  Raises:
+    UserError: The attention cannot be built, or has another interface.
+  """
+  model = config.model
+  zeros = nn.initializers.zeros_init()
+  attention: Any = spec.build(
+    'model.attention',
+    model.attention.to_dict(),
+    ATTENTIONS,
+    num_heads=model.num_heads,
+    num_kv_heads=model.num_kv_heads or model.num_heads,
+    norm=NORMS[model.norm] if model.qk_norm else no_norm,
+    position=POSITIONS[model.position](config.block_size),
+    use_bias=model.bias,
+    dropout_rate=model.dropout_rate,
+    precision=config.precision,
+    out_init=zeros if model.zero_outputs else XAVIER,
+    **names,
+  )
+  if problem := attention_problem(attention):
+    raise UserError(f'model.attention.type={model.attention.type!r}: {problem}')
+  return attention
 
 
 def layers_with_experts(config: Config) -> list[int]:
-  """After the first dense ones, each whose number, from 1, `every` divides."""
+  """Returns the indices of the blocks whose feed-forward layer has experts.
+
+  They follow `moe.first_dense_layers`, and their number, counted from 1, is a
+  multiple of `moe.every`.
+  """
   first, every = config.moe.first_dense_layers, config.moe.every
   layers = range(first, config.model.num_layers)
   return [i for i in layers if (i + 1) % every == 0]
+
+
+def generation_problem(config: Config) -> str:
+  """Returns why no text can be generated by a config's model, or ''.
+
+  Text is generated token by token, by a causal model: one in which the output
+  of a token depends on no later token and on no other sequence. The labels
+  `causal` of the attention, the router and the dispatch decide. A plug-in
+  without the label counts as causal.
+  """
+  name = config.model.attention.type
+  attention = spec.resolve('model.attention', name, ATTENTIONS)
+  problems = [causality.objection(config)]
+  if not getattr(attention, 'causal', True):
+    problems.append(
+      f'model.attention.type={name}: not causal; a token attends to later '
+      'tokens, which a text being generated does not have'
+    )
+  return '; '.join(filter(None, problems))

@@ -1,4 +1,4 @@
-"""Short causal convolutions over time, a channel by itself."""
+"""Short causal convolutions over time, one channel at a time."""
 
 import functools
 
@@ -7,46 +7,52 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Rows = Float[Array, 'batch time d_model']
+Activations = Float[Array, 'batch time d_model']
+# Inputs of a convolution by position, or None.
 ConvCache = Float[Array, 'batch positions d_model'] | None
 
 
 class ShortConvolution(nn.Module):
-  """y_t = sum_j kernel_j * x_(t - j), j < width: the identity at the start.
+  """Causal depthwise convolution `y_t = sum_{j < width} kernel_j * x_{t - j}`.
 
-  What a token is next to is then known before any attention. So et al. 2021
-  (Primer), sec. 4, and Allen-Zhu 2025 (Canon layers), which stand, as here,
-  before attention and feed-forward layers. Causal.
+  It starts as the identity. It gives a token its neighbors before any attention
+  does. So et al. 2021 (Primer), sec. 4; Allen-Zhu 2025 (Canon layers), who also
+  puts it before attention and feed-forward layers.
 
   Attributes:
-    width: of the kernel; 1: there is no convolution.
+    width: Number of inputs in a sum; 1 disables the convolution.
   """
 
   width: int
 
   @nn.compact
   def __call__(
-    self, x: Rows, seen: ConvCache, start: Int[Array, ' batch']
-  ) -> tuple[Rows, ConvCache]:
-    """y, and the inputs so far.
+    self, x: Activations, cache: ConvCache, start: Int[Array, ' batch']
+  ) -> tuple[Activations, ConvCache]:
+    """Returns the convolution of x, and all inputs so far.
 
     Args:
-      x: inputs at positions start, start + 1, ...
-      seen: inputs before, by position; None: start is 0.
-      start: the first one's position, by sequence.
+      x: Inputs at the positions from `start` on.
+      cache: Inputs before them, by position; None if `start` is 0.
+      start: Position of the first input in each sequence.
+
+    Returns:
+      The output, and the cache with x written into it. The cache is None if the
+      convolution is disabled.
     """
     if self.width == 1:
       return x, None
     kernel = self.param('filter', _identity, (self.width, x.shape[-1]))
-    if seen is None:
+    if cache is None:
       return convolve(x, kernel), x
-    seen = jax.vmap(_write)(seen, x, start)
-    padded = jnp.pad(seen, ((0, 0), (self.width - 1, 0), (0, 0)))
+    cache = jax.vmap(_write)(cache, x, start)
+    padded = jnp.pad(cache, ((0, 0), (self.width - 1, 0), (0, 0)))
     size = x.shape[1] + self.width - 1
-    # From width - 1 before the first on; position 0 stands at width - 1.
+    # Position p is row p + width - 1 of `padded`. So the slice begins at
+    # position start - (width - 1), the first that an output depends on.
     read = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
-    last = jax.vmap(read)(padded, start)
-    return convolve(last, kernel)[:, self.width - 1 :], seen
+    recent = jax.vmap(read)(padded, start)  # [batch, size, d_model]
+    return convolve(recent, kernel)[:, self.width - 1 :], cache
 
 
 def _identity(key, shape):
@@ -54,12 +60,14 @@ def _identity(key, shape):
   return jnp.zeros(shape).at[0].set(1)
 
 
-def _write(seen, x, start):
-  return jax.lax.dynamic_update_slice(seen, x, (start, 0))
+def _write(cache, x, start):
+  return jax.lax.dynamic_update_slice(cache, x, (start, 0))
 
 
-def convolve(x: Rows, kernel: Float[Array, 'width d_model']) -> Rows:
-  """With zeros for what is before the first."""
+def convolve(
+  x: Activations, kernel: Float[Array, 'width d_model']
+) -> Activations:
+  """Returns the causal depthwise convolution of x, zero-padded on the left."""
   width, time = len(kernel), x.shape[1]
   padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
   y = kernel[0] * x

@@ -1,26 +1,24 @@
-"""From the last hidden layer to logits.
-
-A head gets the token embedding and returns x -> logits.
-"""
-
-from collections.abc import Callable
+"""Heads: functions from the last activations to logits."""
 
 from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nanomoe.model.interfaces import Head
 from nanomoe.model.linear import Linear
 from nanomoe.ops.matmul import einsum
 
-Head = Callable[
-  [Float[Array, 'batch time d_model']], Float[Array, 'batch time vocab']
-]
 
-
-def own(
+def untied(
   embedding: Float[Array, 'vocab d_model'], *, use_bias: bool, precision: str
 ) -> Head:
-  """A matrix of its own."""
+  """Returns a linear layer with a matrix of its own.
+
+  Args:
+    embedding: Token embeddings, of which only the shape is used.
+    use_bias: Whether the layer has a bias.
+    precision: Precision of the matrix product.
+  """
   init = nn.initializers.normal(0.02)
   return Linear(embedding.shape[0], init, use_bias, precision, name='head')
 
@@ -28,7 +26,13 @@ def own(
 def tied(
   embedding: Float[Array, 'vocab d_model'], *, use_bias: bool, precision: str
 ) -> Head:
-  """The tokens' embeddings, and no bias. Press and Wolf 2017."""
+  """Returns the product with the token embeddings. Press and Wolf 2017.
+
+  Args:
+    embedding: Token embeddings.
+    use_bias: Ignored: a tied head has no bias.
+    precision: Precision of the matrix product.
+  """
   del use_bias
 
   def head(x):
@@ -39,12 +43,17 @@ def tied(
   return head
 
 
-# By whether embeddings are tied.
-HEADS = {False: own, True: tied}
+# Heads by the value of `model.tie_embeddings`.
+HEADS = {False: untied, True: tied}
 
 
 def softcap(
   logits: Float[Array, '*rows vocab'], cap: float
 ) -> Float[Array, '*rows vocab']:
-  """cap * tanh(logits / cap): below `cap`; 0: as they are. Gemma 2, 2024."""
+  """Returns `cap * tanh(logits / cap)`. Gemma 2, 2024.
+
+  Args:
+    logits: Logits.
+    cap: Bound of their absolute values; 0 returns the logits unchanged.
+  """
   return cap * jnp.tanh(logits / cap) if cap else logits

@@ -1,4 +1,4 @@
-"""The linear layer of everything but experts and routers."""
+"""Linear layer of everything but experts and routers."""
 
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -7,7 +7,14 @@ from nanomoe.ops.matmul import einsum
 
 
 class Linear(nn.Module):
-  """x @ kernel + bias, or x @ kernel."""
+  """Linear layer `x @ kernel + bias`.
+
+  Attributes:
+    features: Width of the output.
+    kernel_init: Initializer of the kernel.
+    use_bias: Whether the layer has a bias.
+    precision: Precision of the matrix product.
+  """
 
   features: int
   kernel_init: nn.initializers.Initializer
@@ -16,6 +23,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, '*rows d_in']) -> Float[Array, '*rows d']:
+    """Returns the layer's output."""
     shape = x.shape[-1], self.features
     kernel = self.param('kernel', self.kernel_init, shape)
     zeros = nn.initializers.zeros_init()

@@ -1,28 +1,28 @@
-"""Embeddings of the last few tokens together."""
+"""Embeddings of n-grams: the last few tokens together."""
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
-# Knuth's multiplier: 2^32 over the golden ratio.
+# Multiplier of Knuth's multiplicative hash: 2^32 over the golden ratio.
 MULTIPLIER = 2_654_435_761
 
 
 class Ngrams(nn.Module):
-  """The sum, over n = 2 .. max_ngram, of an embedding of the last n tokens.
+  """Sum of the embeddings of the last n tokens, for n = 2 .. max_ngram. Causal.
 
-  Pagnoni et al. 2024 (BLT), sec. 3.2.1, of tokens for bytes, n from 2 on. A
-  table has a row for each n-gram if there are as many rows, else n-grams share
-  rows by a hash. What comes before a window is one more token. Causal: a
-  token's rows depend on it and on those before. A token reads a row of each
-  table, however many there are: parameters that cost memory alone.
+  Pagnoni et al. 2024 (BLT), sec. 3.2.1, with tokens in place of bytes and with
+  n from 2 on. A table has one row for each n-gram if `num_rows` suffices;
+  otherwise n-grams share rows by a hash. Positions before a window count as one
+  more token of the vocabulary. A token reads one row of each table, so the
+  number of rows costs memory and no time.
 
   Attributes:
-    vocab_size: V.
-    d_model: width of a row.
-    max_ngram: the largest n; 1: there are none.
-    num_rows: of a table, at most.
+    vocab_size: Number of tokens in the vocabulary.
+    d_model: Width of an embedding.
+    max_ngram: Longest n-gram with an embedding; 1 disables n-grams.
+    num_rows: Largest number of rows of a table.
   """
 
   vocab_size: int
@@ -34,24 +34,24 @@ class Ngrams(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    seen: Int[Array, 'batch positions'],
+    tokens: Int[Array, 'batch positions'],
     start: Int[Array, ' batch'],
   ) -> Float[Array, 'batch time d_model']:
-    """x and the embeddings.
+    """Returns x plus the embeddings.
 
     Args:
-      x: of the tokens at positions start, start + 1, ...
-      seen: all tokens of the window, up to these at least.
-      start: the first one's position.
+      x: Activations of the tokens at the positions from `start` on.
+      tokens: Token ids of the window by position, at least up to those of x.
+      start: Position of the first token of x in each sequence.
     """
-    position = start[:, None] + jnp.arange(x.shape[1])
+    position = start[:, None] + jnp.arange(x.shape[1])  # [batch, time]
     code = jnp.zeros(position.shape, jnp.uint32)
     init = nn.initializers.normal(0.02)
     for n in range(1, self.max_ngram + 1):
-      before = jnp.take_along_axis(
-        seen, jnp.maximum(position - n + 1, 0), axis=1
+      nth_last = jnp.take_along_axis(
+        tokens, jnp.maximum(position - n + 1, 0), axis=1
       )
-      token = jnp.where(position < n - 1, self.vocab_size, before)
+      token = jnp.where(position < n - 1, self.vocab_size, nth_last)
       code = code * jnp.uint32(self.vocab_size + 1) + token.astype(jnp.uint32)
       if n > 1:
         num_ngrams = (self.vocab_size + 1) ** n
@@ -64,8 +64,17 @@ class Ngrams(nn.Module):
 def row(
   code: UInt[Array, '*shape'], num_codes: int, num_rows: int
 ) -> Int[Array, '*shape']:
-  """Of a table: the code itself if it has a row, else a hash of it."""
+  """Returns the table row of each n-gram.
+
+  Args:
+    code: Number of the n-gram, modulo 2^32.
+    num_codes: Number of n-grams.
+    num_rows: Number of rows of the table.
+
+  Returns:
+    The code itself if each n-gram has a row, else a hash of the code.
+  """
   if num_codes > num_rows:
-    # The upper bits: lower ones do not depend on the code's upper ones.
+    # Upper bits of the product: its lower bits ignore the code's upper bits.
     code = (code * jnp.uint32(MULTIPLIER) >> 8) % jnp.uint32(num_rows)
   return jax.lax.convert_element_type(code, jnp.int32)

@@ -12,10 +12,15 @@ EPSILON = 1e-6
 
 
 class LayerNorm(nn.Module):
-  """(x - mean) / sqrt(variance + 1e-6) * scale + bias. Ba et al. 2016."""
+  """Layer normalization. Ba et al. 2016.
+
+  `(x - mean) / sqrt(variance + 1e-6) * scale + bias`, with the mean and the
+  variance of the last axis.
+  """
 
   @nn.compact
   def __call__(self, x: Float[Array, '*rows d']) -> Float[Array, '*rows d']:
+    """Returns the normalized activations."""
     shape = x.shape[-1:]
     scale = self.param('scale', nn.initializers.ones_init(), shape)
     bias = self.param('bias', nn.initializers.zeros_init(), shape)
@@ -27,16 +32,22 @@ class LayerNorm(nn.Module):
 def layer_norm(
   x: Float[Array, 'rows d'], scale: Float[Array, ' d'], bias: Float[Array, ' d']
 ) -> Float[Array, 'rows d']:
-  """As nn.LayerNorm, whose gradient costs twice as much on CPUs.
+  """Returns what nn.LayerNorm returns, at half the cost of the gradient.
 
-  It writes to memory, as wide as x, what is one number for a row.
+  The gradient of nn.LayerNorm writes numbers that are the same for a whole row
+  as arrays of x's size, which costs twice as much on CPUs.
+
+  Args:
+    x: Activations.
+    scale: Factor of each channel.
+    bias: Offset of each channel.
   """
   return _forward(x, scale, bias)[0]
 
 
 def _forward(x, scale, bias):
   mean = jnp.mean(x, axis=-1, keepdims=True)
-  # Rounding may leave less than nothing.
+  # Rounding may make the difference negative.
   variance = jnp.maximum(jnp.mean(x * x, axis=-1, keepdims=True) - mean**2, 0)
   inverse = jax.lax.rsqrt(variance + EPSILON)
   return (x - mean) * inverse * scale + bias, (x, scale, mean, inverse)
@@ -45,33 +56,37 @@ def _forward(x, scale, bias):
 def _backward(residuals, g):
   x, scale, mean, inverse = residuals
   normed = (x - mean) * inverse
-  both = g * normed
-  # Sums over a row as products with a vector: nothing more is written.
+  g_normed = g * normed
+  # Products with a vector: XLA sums a row without writing the summands.
   dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
-  of_mean = dot(g, scale / x.shape[-1])[:, None]
-  of_inverse = dot(both, scale / x.shape[-1])[:, None]
-  dx = (g * scale - of_mean - normed * of_inverse) * inverse
-  return dx, both.sum(axis=0), g.sum(axis=0)
+  from_mean = dot(g, scale / x.shape[-1])[:, None]
+  from_inverse = dot(g_normed, scale / x.shape[-1])[:, None]
+  dx = (g * scale - from_mean - normed * from_inverse) * inverse
+  return dx, g_normed.sum(axis=0), g.sum(axis=0)
 
 
 layer_norm.defvjp(_forward, _backward)
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + 1e-6) * scale. Zhang and Sennrich 2019, eq. 4."""
+  """Root-mean-square normalization. Zhang and Sennrich 2019, eq. 4.
+
+  `x / sqrt(mean(x^2) + 1e-6) * scale`, with the mean of the last axis.
+  """
 
   @nn.compact
   def __call__(self, x: Float[Array, '*rows d']) -> Float[Array, '*rows d']:
+    """Returns the normalized activations."""
     scale = self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
     square = jnp.mean(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(square + EPSILON) * scale
 
 
-def no_norm(name: str) -> Callable[[jax.Array], jax.Array]:
-  """No norm, where a norm could be."""
+def no_norm(*, name: str) -> Callable[[jax.Array], jax.Array]:
+  """Returns the identity, in the place of a normalization."""
   del name
   return lambda x: x
 
 
-# Each makes, of a name, a module x -> x.
+# Factories of normalizations by the value of `model.norm`.
 NORMS = {'LayerNorm': LayerNorm, 'RMSNorm': RMSNorm}

@@ -1,4 +1,4 @@
-"""How a model knows where in a window a token is."""
+"""Position encodings: how a model knows where in a window a token is."""
 
 from collections.abc import Callable
 import dataclasses
@@ -7,11 +7,13 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-THETA = 10_000.0  # The slowest pair turns by about 1 / THETA at a step.
+# Base of the rotation angles. The slowest pair turns by about 1 / THETA radians
+# from a position to the next.
+THETA = 10_000.0
 
 
 class Position:
-  """What becomes of embeddings, and of queries and keys: here, nothing."""
+  """Position encoding that changes nothing, and the base class of others."""
 
   def embed(
     self,
@@ -19,12 +21,12 @@ class Position:
     x: Float[Array, 'batch time d_model'],
     start: Int[Array, ' batch'] | None,
   ) -> Float[Array, 'batch time d_model']:
-    """What enters the first block.
+    """Returns the activations that enter the first block.
 
     Args:
-      param: nn.Module.param of the transformer.
-      x: the tokens' embeddings.
-      start: the position of the first token; None: 0.
+      param: `nn.Module.param` of the transformer.
+      x: Token embeddings.
+      start: Position of the first token in each sequence; None for 0.
     """
     del param, start
     return x
@@ -34,18 +36,28 @@ class Position:
     x: Float[Array, 'batch heads time d_head'],
     position: Int[Array, '#batch time'],
   ) -> Float[Array, 'batch heads time d_head']:
-    """Queries, or keys, as attention compares them; a cache holds the keys."""
+    """Returns queries, or keys, as an attention compares them.
+
+    Args:
+      x: Queries or keys.
+      position: Position of each of them.
+    """
     del position
     return x
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Position):
-  """An embedding for each position of a window. Gehring et al. 2017."""
+  """Learned embedding of each position of a window. Gehring et al. 2017.
+
+  Attributes:
+    block_size: Number of positions.
+  """
 
   block_size: int
 
   def embed(self, param, x, start):
+    """Returns the token embeddings plus the position embeddings."""
     shape = self.block_size, x.shape[-1]
     table = param('position_embedding', nn.initializers.normal(0.02), shape)
     if start is None:
@@ -54,20 +66,23 @@ class Learned(Position):
 
 
 class Rope(Position):
-  """Turns pairs of elements by angles that grow with the position.
+  """Rotary position encoding. Su et al. 2021, eq. 34.
 
-  Products of queries and keys then depend on their distance alone. Su et al.
-  2021, eq. 34; element i is paired with i + d_head / 2, as in Llama, Mixtral
-  and Qwen.
+  Pairs of elements are rotated by angles that are proportional to the position.
+  Products of queries and keys then depend on their distance alone. Element i is
+  paired with element i + d_head / 2, as in Llama, Mixtral and Qwen.
   """
 
   def rotate(self, x, position):
+    """Returns x, rotated by the angles of its positions."""
     half = x.shape[-1] // 2
+    # [batch or 1, 1, time, half]
     angle = position[:, None, :, None] * THETA ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-# Each makes, of block_size, a Position.
-POSITIONS = {'learned': Learned, 'rope': lambda _: Rope()}
+# Position encodings by the value of `model.position`, as functions of the block
+# size.
+POSITIONS = {'learned': Learned, 'rope': lambda block_size: Rope()}

@@ -1,15 +1,23 @@
-"""The transformer around the experts."""
+"""The transformer around the feed-forward layers, dense or of experts."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Protocol, runtime_checkable
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nanomoe.model.attention import AttentionCache
-from nanomoe.model.convolution import ConvCache
+from nanomoe.model.decode_cache import BlockCache, DecodeCache
+from nanomoe.model.interfaces import (
+  AttentionFactory,
+  AttentionInputs,
+  ConvolutionFactory,
+  FeedForwardFactory,
+  HeadFactory,
+  NgramsFactory,
+  NormFactory,
+)
 from nanomoe.model.positions import Position
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.routing import RouterInputs
@@ -17,115 +25,108 @@ from nanomoe.ops.dropout import Dropout
 from nanomoe.ops.remat import remat
 
 
-class BlockCache(NamedTuple):
-  """What a block keeps of earlier tokens; `DecodeCache` has all: [L, ...].
-
-  Attributes:
-    attention: of its attention.
-    inputs: of the convolutions before attention and before the feed-forward
-      layer, by position; None where there is none.
-  """
-
-  attention: AttentionCache
-  inputs: tuple[ConvCache, ConvCache]
-
-
-class DecodeCache(NamedTuple):
-  """What later tokens need of earlier ones.
-
-  Attributes:
-    tokens: by position; what stands at `length` and after is never seen.
-    layers: of all blocks, [L, ...].
-  """
-
-  tokens: Int[Array, 'batch positions']
-  layers: BlockCache
-
-  @property
-  def length(self) -> Int[Array, ' batch']:
-    """Positions that hold a token, by sequence."""
-    return self.layers.attention.length[0]
-
-  def cut(self, length: Int[Array, ' batch']) -> 'DecodeCache':
-    """No more of it than that."""
-    attention = self.layers.attention
-    every_layer = jnp.broadcast_to(length, attention.length.shape)
-    attention = attention._replace(length=every_layer)
-    return self._replace(layers=self.layers._replace(attention=attention))
-
-
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x)).
+  """Pre-norm transformer block.
 
-  Each with a convolution behind its norm.
+  `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, each with a short
+  convolution after its norm and dropout on its branch.
 
   Attributes:
-    norm: makes, of a name, a module x -> x.
-    convolution: makes, of a name, a module (x, inputs before, position of the
-      first) -> (x, inputs).
-    attention: makes a module (x, cache, train) -> (y, cache).
-    feed_forward: makes a module (x, given, train) -> (y, what it reports,
-      or None).
-    dropout_rate: on both branches.
+    norm: Factory of the normalizations.
+    convolution: Factory of the convolutions.
+    attention: Factory of the attention.
+    feed_forward: Factory of the feed-forward layer.
+    dropout_rate: Dropout rate of both branches.
   """
 
-  norm: Callable[..., nn.Module]
-  convolution: Callable[..., nn.Module]
-  attention: Callable[[], nn.Module]
-  feed_forward: Callable[[], nn.Module]
+  norm: NormFactory
+  convolution: ConvolutionFactory
+  attention: AttentionFactory
+  feed_forward: FeedForwardFactory
   dropout_rate: float
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, 'batch time d_model'],
-    given: RouterInputs,
-    past: BlockCache | None = None,
+    inputs: RouterInputs,
+    cache: BlockCache | None = None,
+    start: Int[Array, ' batch'] | None = None,
+    length: Int[Array, ' batch'] | None = None,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time d_model'], MoEAux | None, BlockCache]:
-    cache, (first, second) = past or (None, (None, None))
-    start = jnp.zeros(len(x), jnp.int32) if cache is None else cache.length
-    normed = self.norm(name='attention_norm')(x)
+    """Returns the output, the report on its routing, and the decode cache.
+
+    Args:
+      x: Activations.
+      inputs: Token ids, padding mask and selection bias for the router.
+      cache: Decode cache of the tokens before x; None at the beginning of a
+        window.
+      start: Position of the first token of x in each sequence; None for 0.
+      length: Number of tokens of x in each sequence before its padding; None if
+        there is no padding.
+      train: Whether the block is training.
+
+    Returns:
+      The output, the report of a feed-forward layer of experts or None, and the
+      cache for the tokens after x.
+    """
+    attention_cache, conv_caches = cache or (None, (None, None))
+    first = jnp.zeros(len(x), jnp.int32) if start is None else start
+
+    y = self.norm(name='attention_norm')(x)
     convolve = self.convolution(name='attention_convolution')
-    normed, first = convolve(normed, first, start)
-    y, cache = self.attention()(normed, cache, train=train)
+    y, attention_conv = convolve(y, conv_caches[0], first)
+    attention_inputs = AttentionInputs(attention_cache, start, length)
+    y, attention_cache = self.attention()(y, attention_inputs, train=train)
     x = x + Dropout(self.dropout_rate)(y, train=train)
-    normed = self.norm(name='feed_forward_norm')(x)
+
+    y = self.norm(name='feed_forward_norm')(x)
     convolve = self.convolution(name='feed_forward_convolution')
-    normed, second = convolve(normed, second, start)
-    y, aux = self.feed_forward()(normed, given, train=train)
+    y, feed_forward_conv = convolve(y, conv_caches[1], first)
+    y, aux = self.feed_forward()(y, inputs, train=train)
     x = x + Dropout(self.dropout_rate)(y, train=train)
-    return x, aux, BlockCache(cache, (first, second))
+    cache = BlockCache(attention_cache, (attention_conv, feed_forward_conv))
+    return x, aux, cache
+
+
+@runtime_checkable
+class BlockFactory(Protocol):
+  """Factory of one of a transformer's blocks."""
+
+  def __call__(self, *, name: str) -> Block:
+    """Returns the block whose parameters have this name."""
+    ...
 
 
 class Transformer(nn.Module):
-  """Tokens -> logits of the next token.
+  """Decoder-only transformer, from tokens to the logits of the next tokens.
 
   Attributes:
-    vocab_size: V.
-    d_model: width of the residual stream.
-    dropout_rate: on the sum of embeddings.
-    remat: keeps only what enters a block, and computes the rest again for the
-      gradient: a third more work, a fraction of the activations' memory.
-    ngrams: makes a module (x, all tokens, position of the first) -> x.
-    position: of a token, added to its embedding or not.
-    blocks: each makes, of a name, a layer: a module (x, given, past, train)
-      -> (x, what it reports, or None, past).
-    norm: makes, of a name, a module x -> x.
-    head: makes, of the tokens' embeddings [V, d_model], x -> logits.
-    cap: logits -> logits.
+    vocab_size: Number of tokens in the vocabulary.
+    d_model: Width of the residual stream.
+    dropout_rate: Dropout rate of the sum of embeddings.
+    remat: Whether the gradient computes each block again from the block's
+      input. This costs a third more work, and activations take a fraction of
+      the memory.
+    ngrams: Factory of the n-gram embeddings.
+    position: Position encoding.
+    blocks: Factories of the blocks, first block first.
+    norm: Factory of the last normalization.
+    head: Factory of the head.
+    cap: Function that bounds the logits.
   """
 
   vocab_size: int
   d_model: int
   dropout_rate: float
   remat: bool
-  ngrams: Callable[..., nn.Module]
+  ngrams: NgramsFactory
   position: Position
-  blocks: Sequence[Callable[..., nn.Module]]
-  norm: Callable[..., nn.Module]
-  head: Callable[[jax.Array], Callable]
+  blocks: Sequence[BlockFactory]
+  norm: NormFactory
+  head: HeadFactory
   cap: Callable[[jax.Array], jax.Array]
 
   @nn.compact
@@ -133,60 +134,75 @@ class Transformer(nn.Module):
     self,
     tokens: Int[Array, 'batch time'],
     mask: Bool[Array, 'batch time'],
-    past: DecodeCache | None = None,
+    cache: DecodeCache | None = None,
     bias: Float[Array, 'layers experts'] | None = None,
+    length: Int[Array, ' batch'] | None = None,
     *,
     train: bool,
   ) -> tuple[Float[Array, 'batch time vocab'], MoEAux | None, DecodeCache]:
-    """Returns logits, the layers' reports, stacked: [L, ...], and the past.
-
-    Reports are of the layers that make one, None if none does.
+    """Returns the logits, the layers' reports and the decode cache.
 
     Args:
-      tokens: from position 0 on; with a past, from its length on.
+      tokens: Token ids, from position 0 on, or after those in the cache.
       mask: False for padding, which counts in no load and no loss.
-      past: the positions before, as returned.
-      bias: of the layers' routers, for those that have one.
-      train: with dropout.
+      cache: Decode cache of the tokens before; None at the beginning of a
+        window.
+      bias: Selection biases of the routers, one row for each layer of experts.
+      length: Number of tokens in each sequence, after which the decode cache
+        begins again; None for all.
+      train: Whether the model is training.
+
+    Returns:
+      The logits; the reports of all layers of experts, stacked as `[layers,
+      ...]`, or None without such layers; and the cache for the tokens after.
     """
+    batch, time = tokens.shape
     embedding = self.param(
       'token_embedding',
       nn.initializers.normal(0.02),
       (self.vocab_size, self.d_model),
     )
-    start = None if past is None else past.length
-    seen = tokens if past is None else _write(past, tokens)
-    first = jnp.zeros(len(tokens), jnp.int32) if start is None else start
-    x = self.ngrams(name='ngrams')(embedding[tokens], seen, first)
+    start = None if cache is None else cache.length
+    first = jnp.zeros(batch, jnp.int32) if start is None else start
+    window = tokens if cache is None else _write(cache, tokens)
+    x = self.ngrams(name='ngrams')(embedding[tokens], window, first)
     x = self.position.embed(self.param, x, start)
-    x = Dropout(self.dropout_rate)(x, train=train)
+    x = Dropout(self.dropout_rate)(x, train=train)  # [batch, time, d_model]
 
-    def run(block, x, given, own):
-      return block(x, given, own, train=train)
+    def run(block, x, *args):
+      return block(x, *args, train=train)
 
     if self.remat and train:
       run = remat(run)
-    reports, layers = [], []
+    reports, caches = [], []
     for i, block in enumerate(self.blocks):
-      own = past and jax.tree.map(lambda c, i=i: c[i], past.layers)
-      # Of the layers that report: others ignore it.
-      its = None if bias is None else bias[min(len(reports), len(bias) - 1)]
-      given = RouterInputs(tokens, mask, its)
-      x, aux, grown = run(block(name=f'block_{i}'), x, given, own)
+      # Row of the next layer of experts; a dense layer ignores it.
+      row = None if bias is None else bias[min(len(reports), len(bias) - 1)]
+      x, aux, block_cache = run(
+        block(name=f'block_{i}'),
+        x,
+        RouterInputs(tokens, mask, row),
+        None if cache is None else cache.blocks[i],
+        start,
+        length,
+      )
       reports += [] if aux is None else [aux]
-      layers.append(grown)
+      caches.append(block_cache)
     x = self.norm(name='final_norm')(x)
     logits = self.cap(self.head(embedding)(x))
-    reported = _stack(reports) if reports else None
-    return logits, reported, DecodeCache(seen, _stack(layers))
+    added = time if length is None else length
+    cache = DecodeCache(window, first + added, tuple(caches))
+    return logits, _stack(reports) if reports else None, cache
 
 
 def _write(
-  past: DecodeCache, tokens: Int[Array, 'batch time']
+  cache: DecodeCache, tokens: Int[Array, 'batch time']
 ) -> Int[Array, 'batch positions']:
+  """Returns the tokens of the cache, followed by new ones."""
   write = jax.vmap(jax.lax.dynamic_update_slice)
-  return write(past.tokens, tokens, past.length[:, None])
+  return write(cache.tokens, tokens, cache.length[:, None])
 
 
 def _stack(trees):
+  """Returns a tree of the leaves of equal trees, stacked along a new axis."""
   return jax.tree.map(lambda *x: jnp.stack(x), *trees)

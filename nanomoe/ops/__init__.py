@@ -1,1 +1,1 @@
-"""Array functions that models share."""
+"""Array functions that all models share."""

@@ -1,4 +1,4 @@
-"""What a run is of: versions, devices, command, revision; how large it is."""
+"""Provenance of a run: versions, devices, command and revision."""
 
 from importlib import metadata
 import pathlib
@@ -8,8 +8,6 @@ import sys
 from typing import Any
 
 import jax
-
-from nanomoe.config.overrides import Config
 
 _PACKAGES = (
   'jax',
@@ -21,26 +19,6 @@ _PACKAGES = (
   'numpy',
   'nanomoe',
 )
-
-
-def count_params(params: Any, config: Config) -> dict[str, int]:
-  """All parameters, and those that one token meets.
-
-  Of a layer's experts top_k, and of each table of n-grams a row.
-  """
-  sizes = {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf.size
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  total = sum(sizes.values())
-  experts = sum(
-    n for name, n in sizes.items() if '.moe.w_' in name or '.moe.b_' in name
-  )
-  idle = experts * (config.moe.num_experts - config.moe.top_k)
-  idle //= config.moe.num_experts
-  tables = [n for name, n in sizes.items() if name.startswith('ngrams.')]
-  idle += sum(tables) - len(tables) * config.model.d_model
-  return {'num_params': total, 'num_active_params': total - idle}
 
 
 def facts() -> dict[str, Any]:

@@ -18,7 +18,12 @@ from nanomoe.config import schema
 from trainers.errors import UserError
 
 # What a command that reads a trained model builds of its config.
-OF_A_MODEL = ('data.tokenizer.type', 'data.dataset.type', 'moe.router.type')
+OF_A_MODEL = (
+  'data.tokenizer.type',
+  'data.dataset.type',
+  'model.attention.type',
+  'moe.router.type',
+)
 
 
 def define_flag(values: flags.FlagValues) -> flags.FlagHolder:

@@ -1,0 +1,157 @@
+"""Kinds of parameters: the one table that says what a parameter is.
+
+A parameter is known by its path, such as `block_0/attention/qkv/kernel`. Weight
+decay, Muon and the number of active parameters all read this table.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any, Literal
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """Row of the table of parameters.
+
+  Attributes:
+    pattern: Regular expression that matches whole paths.
+    is_matrix: Whether it is a matrix of a linear layer. Weight decay with
+      `optimizer.decay_mask=matrices` applies to matrices alone.
+    is_hidden: Whether it is a matrix between hidden layers, which Muon
+      orthogonalizes.
+    active: Part that one token uses: all of it, `top_k` experts along its first
+      axis, or one row.
+  """
+
+  pattern: str
+  is_matrix: bool = False
+  is_hidden: bool = False
+  active: Literal['all', 'top_k', 'row'] = 'all'
+
+
+_BLOCK = r'block_\d+'
+_MOE = rf'{_BLOCK}/(feed_forward/)?moe'
+_DENSE = rf'{_BLOCK}/feed_forward(/shared)?'
+_NORMS = '|'.join(
+  [
+    'final_norm',
+    rf'{_BLOCK}/(attention|feed_forward)_norm',
+    rf'{_BLOCK}/attention/(q|k)_norm',
+  ]
+)
+
+KINDS = (
+  Kind(r'(token|position)_embedding'),
+  Kind(r'ngrams/ngram_\d+_embedding', active='row'),
+  Kind(rf'({_NORMS})/(scale|bias)'),
+  Kind(rf'{_BLOCK}/(attention|feed_forward)_convolution/filter'),
+  Kind(rf'{_BLOCK}/attention/(qkv|out)/kernel', True, True),
+  Kind(rf'{_BLOCK}/attention/(qkv|out)/bias'),
+  Kind(rf'{_MOE}/router/(kernel|noise)', True, True),
+  Kind(rf'{_MOE}/w_(in|gate|out)', True, True, active='top_k'),
+  Kind(rf'{_MOE}/b_(in|out)', active='top_k'),
+  Kind(rf'{_DENSE}/w_(in|gate|out)', True, True),
+  Kind(rf'{_DENSE}/b_(in|out)'),
+  Kind(r'head/kernel', True),
+  Kind(r'head/bias'),
+)
+
+# Parameters of plug-ins: of a router, of an attention, or of a module that a
+# function made without a name, which Linen names after its class.
+_PLUG_INS = '|'.join(
+  [
+    rf'{_BLOCK}/(attention|[A-Z]\w*_\d+)/.+',
+    rf'{_MOE}/(router|[A-Z]\w*_\d+)/.+',
+  ]
+)
+PLUG_IN_MATRIX = Kind(_PLUG_INS, True, True)
+PLUG_IN_OTHER = Kind(_PLUG_INS)
+# Names by which a plug-in marks arrays that multiply nothing.
+_NO_MATRIX = re.compile(r'b_.*|filter|.*embedding.*')
+
+
+def kind_of(path: str, num_axes: int) -> Kind:
+  """Returns the kind of a parameter.
+
+  A parameter of a plug-in that matches no row of `KINDS` is a hidden matrix if
+  it has two axes or more, unless its name contains `embedding`, begins with
+  `b_`, or is `filter`.
+
+  Args:
+    path: Names from the root to the parameter, joined by '/'.
+    num_axes: Number of axes of the parameter.
+
+  Raises:
+    ValueError: No row of `KINDS` matches, or several do.
+  """
+  rows = [kind for kind in KINDS if re.fullmatch(kind.pattern, path)]
+  if not rows and re.fullmatch(_PLUG_INS, path):
+    is_matrix = num_axes >= 2 and not _NO_MATRIX.fullmatch(path.split('/')[-1])
+    return PLUG_IN_MATRIX if is_matrix else PLUG_IN_OTHER
+  if len(rows) != 1:
+    raise ValueError(
+      f'parameter {path!r}: {len(rows)} rows of nanomoe.model.parameters.KINDS '
+      'match; each parameter needs one'
+    )
+  return rows[0]
+
+
+def kinds(params: Any) -> Any:
+  """Returns a tree like `params` of each parameter's `Kind`.
+
+  Args:
+    params: Parameters, or their shapes.
+
+  Raises:
+    ValueError: A parameter has no kind.
+  """
+
+  def kind(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return kind_of(name, leaf.ndim)
+
+  return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def matrices(params: Any) -> Any:
+  """Returns a tree like `params`: True for the matrices of linear layers."""
+  return jax.tree.map(lambda kind: kind.is_matrix, kinds(params))
+
+
+def hidden_matrices(params: Any) -> Any:
+  """Returns a tree like `params`: True for matrices between hidden layers."""
+  return jax.tree.map(lambda kind: kind.is_hidden, kinds(params))
+
+
+def count(params: Any, top_k: int) -> dict[str, int]:
+  """Returns the number of parameters, and of those active for one token.
+
+  Args:
+    params: Parameters, or their shapes.
+    top_k: Number of experts for a token.
+
+  Returns:
+    `num_params` and `num_active_params`.
+
+  Raises:
+    ValueError: A parameter has no kind.
+  """
+  num_params = num_active = 0
+  for kind, leaf in zip(
+    jax.tree.leaves(kinds(params)), jax.tree.leaves(params), strict=True
+  ):
+    num_params += math.prod(leaf.shape)
+    num_active += _num_active(kind, leaf.shape, top_k)
+  return {'num_params': num_params, 'num_active_params': num_active}
+
+
+def _num_active(kind: Kind, shape: tuple[int, ...], top_k: int) -> int:
+  """Returns the number of elements that one token uses."""
+  if kind.active == 'top_k':
+    return top_k * math.prod(shape[1:])
+  if kind.active == 'row':
+    return shape[-1]
+  return math.prod(shape)
