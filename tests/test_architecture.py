@@ -192,6 +192,7 @@ ELSEWHERE = {
   'moe.dispatch',
   'moe.eval_dispatch',
   'moe.capacity_factor',
+  'model.attention.type',
   'moe.router.type',
   'callbacks.early_stopping.type',
   'callbacks.early_stopping.patience',

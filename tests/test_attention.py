@@ -1,4 +1,4 @@
-"""Attention against a loop over heads and places, and grouped against not."""
+"""Causal self-attention: its formula, grouped queries, cache and dropout."""
 
 import functools
 
@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.model.attention import Attention, _attend_in_parts
-from nanomoe.model.norms import NORMS
+from nanomoe.model.attention import XAVIER, CausalSelfAttention, attend
+from nanomoe.model.interfaces import AttentionInputs
+from nanomoe.model.norms import NORMS, no_norm
 from nanomoe.model.positions import POSITIONS
 
 D_MODEL, HEADS, TIME = 16, 4, 6
 
 
-def _attention(num_kv_heads, norm=identity, position='learned'):
-  return Attention(
+def _attention(num_kv_heads, norm=no_norm, position='learned'):
+  return CausalSelfAttention(
     num_heads=HEADS,
     num_kv_heads=num_kv_heads,
     norm=norm,
@@ -23,18 +24,20 @@ def _attention(num_kv_heads, norm=identity, position='learned'):
     use_bias=True,
     dropout_rate=0.0,
     precision='float32',
+    out_init=XAVIER,
   )
 
 
 def _params(module, x, rng):
   init = functools.partial(module.init, train=False)
-  params = jax.eval_shape(init, jax.random.key(0), x)['params']
+  key, inputs = jax.random.key(0), AttentionInputs()
+  params = jax.eval_shape(init, key, x, inputs)['params']
   return jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), params)
 
 
-def _apply(module, params, x):
+def _apply(module, params, x, inputs=None):
   return jax.jit(functools.partial(module.apply, train=False))(
-    {'params': params}, x
+    {'params': params}, x, inputs or AttentionInputs()
   )
 
 
@@ -51,7 +54,7 @@ def test_grouped_queries_are_heads_with_equal_keys_and_values(
   params = _params(grouped, x, rng)
 
   def repeated(p):
-    """Of q, k and v, the heads of k and v as often as they are used."""
+    """Returns the projection with a head of k and v for each head of q."""
     heads = p.reshape(*p.shape[:-1], -1, D_MODEL // HEADS)
     q, k, v = jnp.split(heads, [HEADS, HEADS + num_kv_heads], axis=-2)
     k, v = (jnp.repeat(h, HEADS // num_kv_heads, axis=-2) for h in (k, v))
@@ -65,7 +68,7 @@ def test_grouped_queries_are_heads_with_equal_keys_and_values(
 
 
 def test_norm_and_rotation_by_a_loop(x, rng):
-  """Queries and keys are normalized, then turned; values are neither."""
+  """Queries and keys are normalized, then rotated; values are neither."""
   module = _attention(2, NORMS['RMSNorm'], 'rope')
   params = _params(module, x, rng)
   y, _ = _apply(module, params, x)
@@ -73,7 +76,7 @@ def test_norm_and_rotation_by_a_loop(x, rng):
   qkv = qkv.reshape(2, TIME, HEADS + 4, 4)
   rows = np.zeros((2, TIME, HEADS, 4))
 
-  def turned(vector, name, t):
+  def rotated(vector, name, t):
     vector = vector / np.sqrt((vector**2).mean() + 1e-6)
     vector = vector * params[name]['scale']
     pairs = vector[:2] + 1j * vector[2:]
@@ -81,9 +84,9 @@ def test_norm_and_rotation_by_a_loop(x, rng):
     return np.concatenate([pairs.real, pairs.imag])
 
   for b, t, h in np.ndindex(2, TIME, HEADS):
-    q = turned(qkv[b, t, h], 'q_norm', t)
+    q = rotated(qkv[b, t, h], 'q_norm', t)
     shared = HEADS + h // 2
-    keys = [turned(qkv[b, s, shared], 'k_norm', s) for s in range(t + 1)]
+    keys = [rotated(qkv[b, s, shared], 'k_norm', s) for s in range(t + 1)]
     weights = np.exp(np.array(keys) @ q / 2)
     values = qkv[b, : t + 1, shared + 2]
     rows[b, t, h] = weights @ values / weights.sum()
@@ -93,47 +96,55 @@ def test_norm_and_rotation_by_a_loop(x, rng):
   )
 
 
-@pytest.mark.parametrize('time', [1, 3, 6, 9])
-def test_parts_are_the_whole_in_value_and_gradient(time, rng):
-  q, k, v, up = jnp.asarray(rng.normal(size=(4, 2, 3, time, 5)), jnp.float32)
-
-  def whole(q, k, v):
-    scores = jnp.einsum('bhtd,bhsd->bhts', q, k) * 5**-0.5
-    seen = jnp.tril(jnp.ones((time, time), bool))
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
-    return jnp.einsum('bhts,bhsd->bhtd', weights, v)
-
-  def parts(q, k, v):
-    return _attend_in_parts(
-      q, k, v, None, dropout_rate=0.0, precision='float32'
-    )
-
-  def both(attend):
-    y, back = jax.vjp(attend, q, k, v)
-    return y, *back(up)
-
-  for found, wanted in zip(both(parts), both(whole), strict=True):
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_weights_are_dropped_with_masks_of_each_part():
-  q, v = jnp.zeros((1, 1, 64, 64)), jnp.eye(64)[None, None]  # y: the weights.
-  y = _attend_in_parts(
-    q, q, v, jax.random.key(0), dropout_rate=0.5, precision='float32'
+def test_the_textbook_formula(rng):
+  """Rows from position 3 on, in float64; one sequence starts later."""
+  q = rng.normal(size=(2, 3, 2, 5))
+  k, v = rng.normal(size=(2, 2, 3, TIME, 5))
+  starts = [1, 3]
+  y = attend(
+    *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+    jnp.array(starts)[:, None],
+    precision='float32',
   )
-  kept = np.asarray(y[0, 0]) > 0
-  assert 0.4 < kept[np.tril_indices(64)].mean() < 0.6
-  assert (kept[16, :17] != kept[32, :17]).any()  # First rows of two parts.
+  for b, h, i in np.ndindex(2, 3, 2):
+    visible = slice(starts[b] + i + 1)
+    weights = np.exp(k[b, h, visible] @ q[b, h, i] / 5**0.5)
+    expected = weights @ v[b, h, visible] / weights.sum()
+    np.testing.assert_allclose(y[b, h, i], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('step', [1, 2])
+def test_a_window_in_steps_is_the_window_at_once(step, x, rng):
+  """From a prompt of another length in each sequence on."""
+  module = _attention(2, NORMS['RMSNorm'], 'rope')
+  params = _params(module, x, rng)
+  expected, _ = _apply(module, params, x)
+  start = jnp.array([1, 2])
+  _, cache = _apply(module, params, x, AttentionInputs(length=start))
+  for _ in range(2):
+    rows = start[:, None] + jnp.arange(step)
+    x_next = jnp.take_along_axis(x, rows[..., None], axis=1)
+    inputs = AttentionInputs(cache, start)
+    y, cache = _apply(module, params, x_next, inputs)
+    np.testing.assert_allclose(
+      y,
+      jnp.take_along_axis(expected, rows[..., None], axis=1),
+      rtol=1e-4,
+      atol=1e-4,
+    )
+    start += step
 
 
 def test_weights_are_dropped_in_training_alone(x, rng):
   module = _attention(HEADS).clone(dropout_rate=0.5)
   params = {'params': _params(module, x, rng)}
   rngs = {'dropout': jax.random.key(0)}
+  inputs = AttentionInputs()
   (trained, _), (evaluated, _) = (
-    module.apply(params, x, train=train, rngs=rngs) for train in (True, False)
+    module.apply(params, x, inputs, train=train, rngs=rngs)
+    for train in (True, False)
   )
   np.testing.assert_array_equal(
-    evaluated, _attention(HEADS).apply(params, x, train=False)[0]
+    evaluated, _attention(HEADS).apply(params, x, inputs, train=False)[0]
   )
   assert np.abs(trained - evaluated).max() > 1e-2

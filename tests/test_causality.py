@@ -1,4 +1,4 @@
-"""Pairs of router and dispatch that see the future: measured, then compared."""
+"""Attentions, routers and dispatches that see the future, as measured."""
 
 import functools
 import itertools
@@ -6,12 +6,15 @@ import json
 import logging
 import re
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nanomoe import evaluate, experiment, generate
+from nanomoe.model.attention import ATTENTIONS
+from nanomoe.model.build import generation_problem
 from nanomoe.moe import RouterInputs, causality
 from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.routers import ROUTERS
@@ -42,8 +45,12 @@ def _changes(variant, name):
 
 def _model(variant, name, tiny, rng):
   """Returns `(tokens, train) -> logits` of a whole model."""
-  config = experiment.resolve_auto(tiny(_changes(variant, name)))
-  task = experiment.build_task(config, VOCAB)
+  return _model_of(tiny(_changes(variant, name)), rng)
+
+
+def _model_of(config, rng):
+  """Returns the same for the model of a config."""
+  task = experiment.build_task(experiment.resolve_auto(config), VOCAB)
   batch = {'inputs': jnp.zeros((BATCH, TIME), jnp.int32)}
   params, state = _random(task.init, rng, jax.random.key(0), batch)
 
@@ -136,6 +143,38 @@ def test_each_label_is_what_is_found(variant, name, of, tiny, rng):
   found = find(of(variant, name, tiny, rng), rng)
   objection = causality.objection(tiny(_changes(variant, name)))
   assert bool(found) == bool(objection)
+
+
+class Bidirectional(nn.Module):
+  """Mean over all tokens of a sequence, later ones too."""
+
+  causal = False
+
+  @nn.compact
+  def __call__(self, x, inputs, *, train):
+    y = nn.Dense(x.shape[-1])(x).mean(axis=1, keepdims=True)
+    return jnp.broadcast_to(y, x.shape), ()
+
+
+@pytest.mark.parametrize(
+  'attention', [*ATTENTIONS, f'{__name__}.{Bidirectional.__name__}']
+)
+def test_the_label_of_each_attention_is_what_is_found(attention, tiny, rng):
+  changes = _changes('TopK', 'dense') | {'model.attention.type': attention}
+  config = tiny(changes)
+  problem = generation_problem(config)
+  assert bool(find(_model_of(config, rng), rng)) == bool(problem)
+  assert (f'model.attention.type={attention}' in problem) == bool(problem)
+
+
+def test_all_parts_that_are_not_causal_are_named(tiny):
+  attention = f'{__name__}.{Bidirectional.__name__}'
+  changes = {'model.attention.type': attention}
+  problem = generation_problem(
+    tiny(_changes('ExpertChoice', 'dense') | changes)
+  )
+  for part in ('moe.router.type=ExpertChoice', f'type={attention}'):
+    assert part in problem
 
 
 @pytest.mark.parametrize('router', ROUTERS.values())

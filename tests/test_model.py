@@ -1,4 +1,4 @@
-"""The transformer: its size, causality, and padding."""
+"""The transformer: its size, its parts, causality and padding."""
 
 import os
 import subprocess
@@ -11,6 +11,8 @@ import pytest
 
 from configs import base
 from nanomoe import experiment
+from nanomoe.model import parameters
+from nanomoe.model.interfaces import AttentionInputs
 from nanomoe.moe import RouterInputs, experts
 from nanomoe.moe.losses import BALANCE
 from nanomoe.ops.dropout import Dropout
@@ -36,7 +38,7 @@ def test_the_documented_model_has_2409025_parameters():
 
 
 def test_the_revision_is_not_that_of_a_project_around_us(tmp_path, monkeypatch):
-  """Of an environment inside somebody's repository, for example."""
+  """An environment may lie inside another repository, for example."""
   for name in [name for name in os.environ if name.startswith('GIT_')]:
     monkeypatch.delenv(name)  # Or it might be the developer's own.
   monkeypatch.setenv('GIT_CONFIG_GLOBAL', os.devnull)
@@ -114,7 +116,7 @@ def _shapes(config):
 
 
 def test_a_run_without_experts(tiny, tmp_path):
-  """It has no metrics of routing; all else is as ever."""
+  """Metrics of routing are missing; all others are there."""
   changes = {'moe.first_dense_layers': 1, 'model.num_layers': 1}
   changes |= {'num_train_steps': 4, 'sample.num_tokens': 0}
   trainer = experiment.build(tiny(changes), tmp_path)
@@ -127,7 +129,7 @@ def test_a_run_without_experts(tiny, tmp_path):
 
 @pytest.fixture(params=[{}, MODERN], ids=['base', 'modern'])
 def model(tiny, request):
-  """(logits of tokens and mask, whose rows of d_model are far from linear)."""
+  """Function `(tokens, mask) -> logits` of a model far from linear."""
   config = tiny({**request.param, 'precision': 'float32'})
   task = experiment.build_task(experiment.resolve_auto(config), vocab_size=11)
   batch = {'inputs': jnp.zeros((1, 16), jnp.int32)}
@@ -161,7 +163,7 @@ def test_the_past_matters_up_to_the_first_token(model, rng):
   assert np.abs(difference).max() > 1e-4
 
 
-def test_what_is_padded_does_not_move_other_logits(model, rng):
+def test_padding_does_not_move_other_logits(model, rng):
   tokens = jnp.asarray(rng.integers(0, 11, (3, 16)))
   mask = jnp.ones((3, 16), bool)
   before = model(tokens, mask)
@@ -195,7 +197,7 @@ def test_blocks_whose_outputs_start_at_zero_are_the_identity(
 
 
 def test_a_block_is_its_parts(tiny, rng):
-  """Each of the four modules before, around and behind the experts counts."""
+  """The output of a block is the composition of its modules' outputs."""
   changes = {**MODERN, 'moe.first_dense_layers': 0, 'moe.num_shared': 1}
   config = experiment.resolve_auto(tiny({**changes, 'precision': 'float32'}))
   task = experiment.build_task(config, 11)
@@ -206,32 +208,35 @@ def test_a_block_is_its_parts(tiny, rng):
     shapes['block_0'],
   )
   x = jnp.asarray(rng.normal(size=(2, 16, 16)), jnp.float32)
-  given = RouterInputs(tokens, jnp.ones((2, 16), bool))
+  inputs = RouterInputs(tokens, jnp.ones((2, 16), bool))
   make = task.model.blocks[0].keywords
 
-  def part(module, own, *args):
-    return module.apply({'params': own}, *args, train=False)[0]
+  def part(module, params, *args):
+    return module.apply({'params': params}, *args, train=False)[0]
 
   def before(kind, x):
     norm, convolution = make['norm'](), make['convolution']()
     x = norm.apply({'params': params[f'{kind}_norm']}, x)
-    own = {'params': params[f'{kind}_convolution']}
-    return convolution.apply(own, x, None, jnp.zeros(2, jnp.int32))[0]
+    variables = {'params': params[f'{kind}_convolution']}
+    return convolution.apply(variables, x, None, jnp.zeros(2, jnp.int32))[0]
 
   attended = part(
-    make['attention'](), params['attention'], before('attention', x)
+    make['attention'](),
+    params['attention'],
+    before('attention', x),
+    AttentionInputs(),
   )
   x_then = x + attended
   normed, layer = before('feed_forward', x_then), make['feed_forward']()
-  own = params['feed_forward']
-  wanted = (
+  of_layer = params['feed_forward']
+  expected = (
     x_then
-    + part(layer.routed(), own['moe'], normed, given)
-    + part(layer.shared(), own['shared'], normed, given)
+    + part(layer.routed(), of_layer['moe'], normed, inputs)
+    + part(layer.shared(), of_layer['shared'], normed, inputs)
   )
   block = task.model.blocks[0](name='block_0')
   np.testing.assert_allclose(
-    part(block, params, x, given, None), wanted, rtol=1e-4, atol=1e-3
+    part(block, params, x, inputs), expected, rtol=1e-4, atol=1e-3
   )
 
 

@@ -1,7 +1,8 @@
-"""Schedules at points computed by hand; each optimizer by its equations."""
+"""Schedules at points computed by hand; optimizers by their equations."""
 
 import inspect
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ STEPS = 1000
 
 
 def built(changes):
-  """(optimizer, schedule) of base.py with `changes`, for `STEPS` updates."""
+  """Returns base.py's optimizer and schedule with changes, for STEPS steps."""
   overrides = [(f'optimizer.{k}', str(v)) for k, v in changes.items()]
   config = config_lib.apply(base.get_config(), overrides)
   return optimizers.build(config.optimizer, STEPS)
@@ -82,7 +83,7 @@ def test_a_schedule_never_exceeds_the_learning_rate(kind):
   assert rates.min() >= 0
 
 
-def test_mistakes_in_a_schedule_are_told_together():
+def test_mistakes_in_a_schedule_are_reported_together():
   with pytest.raises(UserError) as error:
     schedule('wsd', warmup=10, final_fracton=0.1)
   one, other = sorted(error.value.problems)
@@ -95,7 +96,7 @@ def test_mistakes_in_a_schedule_are_told_together():
 
 
 @pytest.mark.parametrize('value', ['ten', '1e999', 'None', '[1]'])
-def test_an_argument_of_the_wrong_type_is_told(value):
+def test_an_argument_of_the_wrong_type_is_reported(value):
   with pytest.raises(UserError, match=r'optimizer\.schedule\.warmup_steps'):
     schedule('wsd', warmup_steps=value)
 
@@ -104,7 +105,10 @@ def test_an_argument_of_the_wrong_type_is_told(value):
 
 
 def adamw(params, grads, rates, *, beta1, beta2, decay, clip=0.0):
-  """Loshchilov and Hutter 2019, algorithm 2; `decay` is per parameter."""
+  """Returns parameters after AdamW's updates; `decay` is per parameter.
+
+  Loshchilov and Hutter 2019, algorithm 2.
+  """
   params = {k: np.array(v, np.float64) for k, v in params.items()}
   m = {k: np.zeros_like(v) for k, v in params.items()}
   v = {k: np.zeros_like(v) for k, v in params.items()}
@@ -122,6 +126,14 @@ def adamw(params, grads, rates, *, beta1, beta2, decay, clip=0.0):
 
 
 def trained(optimizer, params, grads):
+  """Returns `params` after an update for each of `grads`, by path.
+
+  The table of parameters knows a parameter by its path.
+  """
+  params, *grads = (
+    traverse_util.unflatten_dict(tree, sep='/') for tree in (params, *grads)
+  )
+
   @jax.jit
   def step(params, state, grads):
     updates, state = optimizer.update(grads, state, params)
@@ -130,14 +142,18 @@ def trained(optimizer, params, grads):
   state = optimizer.init(params)
   for g in grads:
     params, state = step(params, state, g)
-  return params
+  return traverse_util.flatten_dict(params, sep='/')
 
 
 @pytest.fixture
 def problem():
   """Parameters, and four gradients whose norms differ a thousandfold."""
   rng = np.random.default_rng(0)
-  shapes = {'kernel': (3, 4), 'bias': (4,), 'b_in': (2, 4)}
+  shapes = {
+    'head/kernel': (3, 4),
+    'head/bias': (4,),
+    'block_0/moe/b_in': (2, 4),
+  }
 
   def draw(size):
     return {
@@ -165,7 +181,7 @@ def test_four_steps_of_adamw(problem, changes):
   optimizer, _ = built(changes)
   decay = dict.fromkeys(params, changes.get('weight_decay', 0.1))
   if 'decay_mask' in changes:
-    decay.update(bias=0, b_in=0)
+    decay.update({'head/bias': 0, 'block_0/moe/b_in': 0})
   expected = adamw(
     params,
     grads,
@@ -181,7 +197,7 @@ def test_four_steps_of_adamw(problem, changes):
 
 
 def test_a_schedule_sets_the_rate_of_each_update(problem):
-  """Update t is made at rate(t), t = 0, 1, ...; decay is scaled by it too."""
+  """Update t = 0, 1, ... has the rate of t, which scales the decay too."""
   params, grads = problem
   optimizer, rate = built(
     {
@@ -202,7 +218,7 @@ def test_a_schedule_sets_the_rate_of_each_update(problem):
 @pytest.mark.parametrize('kind', optimizers.OPTIMIZERS)
 @pytest.mark.parametrize('mask', optimizers.DECAY_MASKS)
 def test_what_decays_in_the_model(tiny, mask, kind):
-  """With no gradient an update is the decay alone."""
+  """Without a gradient, an update is the decay alone."""
   config = experiment.resolve_auto(tiny())
   task = experiment.build_task(config, vocab_size=20)
   inputs = np.zeros((1, config.block_size), np.int32)
@@ -234,11 +250,11 @@ def test_what_decays_in_the_model(tiny, mask, kind):
   assert decayed == (matrices if mask == 'matrices' else matrices | others)
 
 
-# The others.
+# The other optimizers.
 
 
 def directions_of_lion(grads, *, beta1, beta2):
-  """Chen et al. 2023: the sign of the momentum, interpolated."""
+  """Yields the sign of the interpolated momentum. Chen et al. 2023."""
   m = 0
   for g in grads:
     yield np.sign(beta1 * m + (1 - beta1) * g)
@@ -246,7 +262,10 @@ def directions_of_lion(grads, *, beta1, beta2):
 
 
 def directions_of_adafactor(grads, *, beta1, beta2):
-  """Shazeer and Stern 2018, algorithms 4 and 5; Zhai et al. 2021."""
+  """Yields updates of Shazeer and Stern 2018, with Zhai et al. 2021's changes.
+
+  Algorithms 4 and 5.
+  """
   m = row = column = full = 0
   for t, g in enumerate(grads, start=1):
     beta = min(beta2, 1 - t**-0.8)
@@ -261,7 +280,10 @@ def directions_of_adafactor(grads, *, beta1, beta2):
 
 
 def directions_of_muon(grads, *, beta=0.95):
-  """Of one matrix. Jordan et al. 2024: five quintic steps; Liu et al. 2025."""
+  """Yields Muon's updates of one matrix, by five quintic steps.
+
+  Jordan et al. 2024; Liu et al. 2025 for their size.
+  """
   m = 0
   for t, g in enumerate(grads, start=1):
     m = beta * m + (1 - beta) * g
@@ -274,7 +296,7 @@ def directions_of_muon(grads, *, beta=0.95):
 
 
 def by_definition(directions, params, grads, *, rate, decay):
-  """`params` after -rate * (direction + decay * params), for each direction."""
+  """Returns `params` after an update along each direction, with decay."""
   p = np.array(params, np.float64)
   for d in directions([np.array(g, np.float64) for g in grads]):
     p = p - rate * (d + decay * p)
@@ -282,7 +304,7 @@ def by_definition(directions, params, grads, *, rate, decay):
 
 
 def draw(*shape, num=4):
-  """Parameters and some gradients of a shape."""
+  """Returns random parameters of a shape, and gradients."""
   rng = np.random.default_rng(sum(shape))
   arrays = rng.standard_normal((num + 1, *shape)).astype(np.float32)
   return arrays[0], list(arrays[1:])
@@ -313,27 +335,30 @@ def test_four_steps_of(kind, directions, shape):
 
 @pytest.mark.parametrize('shape', [(4, 6), (6, 4)])
 def test_muon_takes_each_expert_by_itself(shape):
-  """As its matrix alone: by the definition, and by optax's own Muon."""
+  """An expert is updated like a single matrix, as defined and as in Optax."""
   changes = {'type': 'Muon', 'learning_rate': 0.01, 'weight_decay': 0.3}
   optimizer, _ = built(changes)
   params, grads = draw(3, *shape)
   grads[1][2] *= 1e-3  # An expert with few tokens.
-  got = trained(optimizer, {'w_in': params}, [{'w_in': g} for g in grads])
+  w_in = 'block_0/moe/w_in'
+  got = trained(optimizer, {w_in: params}, [{w_in: g} for g in grads])[w_in]
   alone = optax.contrib.muon(0.01, weight_decay=0.3, consistent_rms=0.2)
   for e in range(3):
-    own = [g[e] for g in grads]
+    expert_grads = [g[e] for g in grads]
     expected = by_definition(
-      directions_of_muon, params[e], own, rate=0.01, decay=0.3
+      directions_of_muon, params[e], expert_grads, rate=0.01, decay=0.3
     )
-    np.testing.assert_allclose(got['w_in'][e], expected, rtol=1e-4, atol=1e-5)
-    by_optax = trained(alone, params[e], own)
-    np.testing.assert_allclose(got['w_in'][e], by_optax, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[e], expected, rtol=1e-4, atol=1e-5)
+    by_optax = trained(
+      alone, {'w': params[e]}, [{'w': g} for g in expert_grads]
+    )
+    np.testing.assert_allclose(got[e], by_optax['w'], rtol=1e-4, atol=1e-5)
   optimizer, _ = built({**changes, 'muon_beta': 0.5})
-  other = trained(optimizer, {'w_in': params}, [{'w_in': g} for g in grads])
-  assert not np.allclose(other['w_in'], got['w_in'], atol=1e-4)
+  other = trained(optimizer, {w_in: params}, [{w_in: g} for g in grads])[w_in]
+  assert not np.allclose(other, got, atol=1e-4)
 
 
-def test_muon_is_adamw_for_what_is_no_hidden_matrix(tiny):
+def test_muon_is_adamw_for_all_but_hidden_matrices(tiny):
   config = experiment.resolve_auto(tiny({'model.num_layers': 1}))
   task = experiment.build_task(config, vocab_size=20)
   inputs = {'inputs': np.zeros((1, 16), np.int32)}
@@ -342,53 +367,56 @@ def test_muon_is_adamw_for_what_is_no_hidden_matrix(tiny):
   drawn = [draw(*leaf.shape, num=2) for leaf in leaves]
   params = structure.unflatten([p for p, _ in drawn])
   grads = [structure.unflatten([g[i] for _, g in drawn]) for i in (0, 1)]
-  ours = trained(built({'type': 'Muon'})[0], params, grads)
+  muon = trained(built({'type': 'Muon'})[0], params, grads)
   adam = trained(built({})[0], params, grads)
-  same = set()
-  for (path, x), y in zip(
-    jax.tree_util.tree_leaves_with_path(ours),
-    jax.tree.leaves(adam),
-    strict=True,
-  ):
-    if np.allclose(x, y, rtol=1e-6, atol=1e-7):
-      name = jax.tree_util.keystr(path, simple=True, separator='.')
-      same.add(name.removeprefix('block_0.'))
+  same = {
+    path.removeprefix('block_0/')
+    for path in muon
+    if np.allclose(muon[path], adam[path], rtol=1e-6, atol=1e-7)
+  }
   assert same == {
-    *('token_embedding', 'position_embedding', 'head.kernel', 'head.bias'),
-    *('final_norm.scale', 'final_norm.bias'),
-    *('attention_norm.scale', 'attention_norm.bias'),
-    *('feed_forward_norm.scale', 'feed_forward_norm.bias'),
-    *('attention.qkv.bias', 'attention.out.bias', 'moe.b_in', 'moe.b_out'),
+    *('token_embedding', 'position_embedding', 'head/kernel', 'head/bias'),
+    *('final_norm/scale', 'final_norm/bias'),
+    *('attention_norm/scale', 'attention_norm/bias'),
+    *('feed_forward_norm/scale', 'feed_forward_norm/bias'),
+    *('attention/qkv/bias', 'attention/out/bias', 'moe/b_in', 'moe/b_out'),
   }
 
 
 @pytest.mark.parametrize('kind', optimizers.OPTIMIZERS)
 def test_finds_a_matrix(kind, rng):
-  """Least squares, its solution known, by one learning rate for all."""
+  """Least squares with a known solution, at one learning rate for all."""
   x = rng.standard_normal((64, 8)).astype(np.float32)
   wanted = rng.standard_normal((8, 4)).astype(np.float32)
   changes = {'learning_rate': 0.05, 'schedule.type': 'linear'}
   optimizer, _ = built({**changes, 'type': kind, 'weight_decay': 0})
 
+  def loss(params):
+    kernel = params['block_0']['attention']['out']['kernel']
+    return jnp.sum((x @ (kernel - wanted)) ** 2)
+
   @jax.jit
   def fit(kernel):
     def step(_, carry):
       params, state = carry
-      grads = jax.grad(lambda p: jnp.sum((x @ (p - wanted)) ** 2))(params)
+      grads = jax.grad(loss)(params)
       updates, state = optimizer.update(grads, state, params)
       return optax.apply_updates(params, updates), state
 
-    carry = kernel, optimizer.init(kernel)
+    params = {'block_0': {'attention': {'out': {'kernel': kernel}}}}
+    carry = params, optimizer.init(params)
     return jax.lax.fori_loop(0, STEPS, step, carry)[0]
 
-  np.testing.assert_allclose(fit(np.zeros_like(wanted)), wanted, atol=2e-3)
+  params = fit(np.zeros_like(wanted))
+  [kernel] = jax.tree.leaves(params)
+  np.testing.assert_allclose(kernel, wanted, atol=2e-3)
 
 
-def test_the_schema_knows_their_own_arguments():
-  handed = {'learning_rate', 'weight_decay', 'mask', 'beta1', 'beta2'}
+def test_the_schema_knows_the_arguments_of_each_optimizer():
+  supplied = {'learning_rate', 'weight_decay', 'mask', 'beta1', 'beta2'}
   assert {
     name: tuple(
-      p for p in inspect.signature(make).parameters if p not in handed
+      p for p in inspect.signature(make).parameters if p not in supplied
     )
     for name, make in optimizers.OPTIMIZERS.items()
   } == schema.OPTIMIZER_ARGUMENTS
@@ -404,7 +432,7 @@ def test_the_schema_knows_their_own_arguments():
     ({'type': 'Moun'}, "Did you mean 'Muon'"),
   ],
 )
-def test_mistakes_of_an_optimizer_are_told(changes, words):
+def test_mistakes_of_an_optimizer_are_reported(changes, words):
   with pytest.raises(UserError) as error:
     built(changes)
   (line,) = error.value.problems
@@ -413,11 +441,11 @@ def test_mistakes_of_an_optimizer_are_told(changes, words):
 
 @pytest.mark.parametrize('kind', optimizers.OPTIMIZERS)
 def test_what_a_run_may_change_does_not_rename_the_saved_state(kind):
-  """optimizer.* may be changed on resume: its arrays are found by name."""
+  """A resumed run may change optimizer.*, and finds its arrays by name."""
 
   def names(**changes):
     optimizer, _ = built({'type': kind, **changes})
-    state = optimizer.init({'kernel': np.ones((2, 2), np.float32)})
+    state = optimizer.init({'head': {'kernel': np.ones((2, 2), np.float32)}})
     return [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
 
   plain = names()

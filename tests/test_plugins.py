@@ -1,4 +1,4 @@
-"""The examples of docs/plugins.md, as they stand there, in one real run."""
+"""The examples of docs/plugins.md, as printed there, in one real run."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe import experiment, optimizers
+from nanomoe import experiment, optimizers, sampling
 from nanomoe.config import overrides as config_lib
 from nanomoe.config import schema
 from nanomoe.data import pipeline as text_lib
@@ -28,6 +28,7 @@ OPTIONS = [
   for word in shlex.split(line)
 ]
 SECTIONS = {
+  'model.attention',
   'moe.router',
   'data.dataset',
   'data.tokenizer',
@@ -51,7 +52,7 @@ class Old(nn.Module):
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-  """A directory with the files of the examples."""
+  """Directory with the files of the examples."""
   directory = tmp_path_factory.mktemp('plugins')
   blocks = re.findall(r'```python\n# (\w+\.py)\n(.*?)```', DOCS, re.DOTALL)
   assert len(blocks) == len(SECTIONS)
@@ -92,13 +93,14 @@ def test_all_of_them_in_a_run_that_is_resumed(files, command, run, tmp_path):
 
   config = json.loads((workdir / 'config.json').read_text())
   assert config['moe']['router']['temperature'] == 2
+  assert config['model']['attention']['window'] == 4
   assert config['optimizer']['momentum'] == 0.8
   vocabulary = json.loads((workdir / 'vocabulary.json').read_text())
   words = [token for token in vocabulary['tokens'] if len(token) > 1]
   assert len(words) == 50
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   logged = [json.loads(line) for line in lines]
-  # Every log is an alarm; the second process goes on counting.
+  # Every log is an alarm, and the second process continues the count.
   alarms = [x['gradient_alarms'] for x in logged if 'gradient_alarms' in x]
   assert alarms == [1, 2, 3, 4, 5, 6]
   assert 'gradient norm' in process.stderr
@@ -124,7 +126,7 @@ def test_all_of_them_in_a_run_that_is_resumed(files, command, run, tmp_path):
 
 
 def test_the_router_is_topk_of_softer_logits(importable, tiny):
-  """At temperature 1 the very same function of the same parameters."""
+  """At temperature 1 it is the same function of the same parameters."""
 
   def loss(changes):
     config = experiment.resolve_auto(tiny({'precision': 'float32', **changes}))
@@ -146,6 +148,101 @@ def test_the_router_is_topk_of_softer_logits(importable, tiny):
   own = {'moe.router.type': 'my_router.Tempered'}
   assert loss(own) == pytest.approx(loss({}), rel=1e-6)
   assert loss({**own, 'moe.router.temperature': 3.0}) != pytest.approx(loss({}))
+
+
+WINDOW, VOCAB = 3, 11
+SLIDING = {
+  'model.attention.type': 'my_attention.SlidingWindow',
+  'model.attention.window': WINDOW,
+  'precision': 'float32',
+}
+
+
+def _task(config):
+  """Returns a config's task, and its trained weights, far from linear."""
+  config = experiment.resolve_auto(config)
+  task = experiment.build_task(config, VOCAB)
+  batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
+  params, state = QUICKLY(task.init)(jax.random.key(0), batch)
+  return task, (jax.tree.map(lambda x: 3 * x, params), state)
+
+
+@pytest.mark.parametrize('position', ['learned', 'rope'])
+def test_a_wide_window_is_the_attention_of_this_package(
+  importable, tiny, rng, position
+):
+  """A window with room for all tokens makes it the same function."""
+  changes = {'precision': 'float32', 'model.position': position}
+  task, trained = _task(tiny(changes))
+  params = {**trained[0]}
+  for block in ('block_0', 'block_1'):
+    attention = params[block]['attention']
+    names = 'query', 'key', 'value'
+    parts = jax.tree.map(lambda x: jnp.split(x, 3, axis=-1), attention['qkv'])
+    params[block] = {
+      **params[block],
+      'attention': {
+        **{
+          name: {key: part[i] for key, part in parts.items()}
+          for i, name in enumerate(names)
+        },
+        'out': attention['out'],
+      },
+    }
+  tokens = jnp.asarray(rng.integers(0, VOCAB, (2, 16)), jnp.int32)
+  expected, _ = QUICKLY(task.logits)(trained, tokens)
+  for window in (16, 99):
+    sliding = {**SLIDING, **changes, 'model.attention.window': window}
+    other, _ = _task(tiny(sliding))
+    logits, _ = QUICKLY(other.logits)((params, trained[1]), tokens)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_attends_to_the_last_tokens_alone(importable, tiny, rng):
+  task, trained = _task(tiny({**SLIDING, 'model.num_layers': 1}))
+  logits = QUICKLY(task.logits)
+  tokens = jnp.asarray(rng.integers(0, VOCAB, (1, 16)), jnp.int32)
+  before, _ = logits(trained, tokens)
+  changed, _ = logits(trained, tokens.at[0, 5].add(1))
+  moved = np.abs(changed - before).max(axis=-1)[0] > 1e-3
+  assert np.flatnonzero(moved).tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize('window', [1, WINDOW, 16, 99])
+def test_its_cache_is_a_ring_buffer_that_changes_no_text(
+  importable, tiny, window
+):
+  """Windows restart several times; prompts have several lengths."""
+  changes = {**SLIDING, 'model.attention.window': window}
+  task, trained = _task(tiny({**changes, 'model.position': 'rope'}))
+  window_tokens = jnp.zeros((2, 16), jnp.int32)
+  _, cache = jax.eval_shape(task.logits, trained, window_tokens)
+  for array in jax.tree.leaves(cache.blocks):
+    assert array.shape == (2, 2, window, 8)
+  prompts = [[3], [1, 2, 3, 4, 5], list(range(11)), [7] * 20]
+  texts = [
+    np.stack(
+      list(
+        sampling.Generator(task.logits, trained, 16, cached=cached)(
+          prompts, 30, sampling.Sampling(0.0), 0
+        )
+      )
+    )
+    for cached in (True, False)
+  ]
+  np.testing.assert_array_equal(*texts)
+  assert len(np.unique(texts[0])) > 2
+
+
+def test_a_run_with_an_attention_resumes_bitwise(importable, tiny, tmp_path):
+  states = []
+  for name, ends in (('whole', [8]), ('parts', [4, 8])):
+    for end in ends:
+      config = tiny({**SLIDING, 'num_train_steps': end})
+      trainer = experiment.build(config, tmp_path / name)
+      assert trainer.fit() == 'done'
+    states.append(jax.tree.map(np.asarray, trainer.state))
+  jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_the_dataset_reads_on(importable, tiny):
@@ -226,6 +323,23 @@ def test_clipping_and_the_schedule_stand_before_the_optimizer(importable, tiny):
     (
       {'data.tokenizer.type': 'my_tokenizer.Wrods'},
       ['data.tokenizer', 'my_tokenizer', "Did you mean 'my_tokenizer.Words'?"],
+    ),
+    (
+      {'model.attention.type': 'my_attention.SlidingWindw'},
+      ["Did you mean 'my_attention.SlidingWindow'?"],
+    ),
+    (
+      {**SLIDING, 'model.attention.widow': 3},
+      ['model.attention.widow', "Did you mean 'window'?"],
+    ),
+    (
+      {'model.attention.type': 'my_callback.GradientAlarm'}
+      | {'model.attention.limit': 1.0},
+      ['model.attention.type', 'Linen module'],
+    ),
+    (
+      {'model.attention.type': 'my_old_router.Old'},
+      ["model.attention.type='my_old_router.Old'", '(self, x, inputs, *'],
     ),
     (
       {'moe.router.type': 'my_old_router.Old'},

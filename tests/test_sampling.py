@@ -18,7 +18,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def _model(choices):
-  """(logits, what was trained) of a model whose window is 6 tokens."""
+  """Returns logits and weights of a model whose window is 6 tokens."""
   changes = {**TINY, **choices, 'block_size': BLOCK, 'precision': 'float32'}
   config = config_lib.apply(
     base.get_config(), [(k, str(v)) for k, v in changes.items()]
@@ -40,7 +40,10 @@ def _generate(model, prompts, num_tokens, sampling, seed=0, cached=True):
 
 
 def _by_definition(model, prompt, num_tokens, sampling, seed):
-  """One sequence, no padding, no cache: the window grows, then is halved."""
+  """Generates for one sequence, without padding or cache.
+
+  The window grows, and restarts with its second half.
+  """
   logits, trained = QUICKLY(model[0]), model[1]
   window, text = list(prompt[-BLOCK:]), []
   for i in range(num_tokens):
@@ -69,7 +72,7 @@ PROMPTS = [[3], [1, 2, 3, 4, 5], list(range(11)), [7, 7]]
   ],
 )
 def test_every_choice_is_cached_as_it_is_defined(choices):
-  """Each prompt in a different place of its window."""
+  """Each prompt is at another position of its window."""
   model = _model(choices)
   cached = _generate(model, PROMPTS, 16, GREEDY)
   uncached = _generate(model, PROMPTS, 16, GREEDY, cached=False)
@@ -82,18 +85,18 @@ def test_every_choice_is_cached_as_it_is_defined(choices):
   [GREEDY, pytest.param(Sampling(1.0, 5, 0.9), marks=pytest.mark.slow)],
 )
 def test_cached_uncached_and_definition_agree(model, sampling):
-  """Token for token, through three halvings, prompts of any length at once."""
+  """Equal tokens, over three restarts, for prompts of several lengths."""
   cached = _generate(model, PROMPTS, 16, sampling)
   uncached = _generate(model, PROMPTS, 16, sampling, cached=False)
   np.testing.assert_array_equal(cached, uncached)
-  assert len(np.unique(cached)) > 2  # It is no constant that agrees.
+  assert len(np.unique(cached)) > 2  # The texts are no constants.
   alone = _generate(model, PROMPTS[2:3], 16, sampling, seed=5)
   np.testing.assert_array_equal(
     alone[0], _by_definition(model, PROMPTS[2], 16, sampling, 5)
   )
 
 
-def test_greedy_does_not_depend_on_the_company_or_the_seed(model):
+def test_greedy_depends_on_no_other_prompt_and_no_seed(model):
   together = _generate(model, PROMPTS, 10, GREEDY, seed=1)
   for i, prompt in enumerate(PROMPTS):
     alone = _generate(model, [prompt], 10, GREEDY, seed=2)
@@ -113,7 +116,7 @@ def test_two_compilations_whatever_the_lengths(model):
 
 
 def _frequencies(logits, sampling, num=4000):
-  # An offset changes no law: what is likely is so in each row by itself.
+  # An offset of a row changes no distribution.
   offset = (jnp.arange(num) % 7)[:, None]
   rows = jnp.asarray(logits, jnp.float32) + offset
   tokens = jax.jit(draw)(rows, jax.random.key(0), sampling)
@@ -143,7 +146,7 @@ LOGITS = np.log([0.4, 0.3, 0.2, 0.1])
     (Sampling(0.0), [1, 0, 0, 0]),
   ],
 )
-def test_draws_follow_the_law(sampling, expected):
+def test_draws_have_the_distribution(sampling, expected):
   expected = np.asarray(expected)
   deviation = np.sqrt(expected * (1 - expected) / 4000)
   found = _frequencies(LOGITS, sampling)

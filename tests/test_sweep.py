@@ -24,7 +24,7 @@ from benchmarks.sweep import Run
 from nanomoe import experiment
 from nanomoe.config import overrides as config_lib
 from nanomoe.config import schema
-from nanomoe.run import provenance
+from nanomoe.model import parameters as parameters_lib
 from tests.shrunk import TINY
 
 # Stands for nanomoe.main: each start of it has the next exit code.
@@ -199,7 +199,7 @@ def parameters(config, **model):
   task = experiment.build_task(experiment.resolve_auto(config), 65)
   batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
-  return parameters.count(params, config.moe.top_k)
+  return parameters_lib.count(params, config.moe.top_k)
 
 
 @pytest.mark.parametrize('name', routing_study.VARIANTS)

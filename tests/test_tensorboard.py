@@ -24,8 +24,7 @@ from nanomoe.callbacks import TextSample
 from nanomoe.callbacks.expert_loads import draw
 from nanomoe.config import overrides as config_lib
 from nanomoe.data.tokenizers import Characters
-from nanomoe.model.attention import Cache
-from nanomoe.model.transformer import Layer, Past
+from nanomoe.model.decode_cache import DecodeCache
 from tests.shrunk import ROOT, TINY
 from trainers.clock import Clock
 
@@ -194,14 +193,12 @@ def test_samples_are_at_their_steps_and_compiled_once(
 ):
   traces = []
 
-  def logits(trained, tokens, past=None):
+  def logits(trained, tokens, cache=None, length=None):
     traces.append(tokens.shape)
     rows, time = tokens.shape
-    nothing = jnp.zeros((1, rows, 1, 8, 1))
-    length = jnp.zeros((1, rows), jnp.int32)
-    layers = Layer(Cache(nothing, nothing, length), ())
-    seen = jnp.zeros((rows, 8), jnp.int32)
-    return trained[0] * jnp.zeros((rows, time, 3)), Past(seen, layers)
+    window, length = jnp.zeros((rows, 8), jnp.int32), jnp.zeros(rows, jnp.int32)
+    cache = DecodeCache(window, length, blocks=())
+    return trained[0] * jnp.zeros((rows, time, 3)), cache
 
   tokenizer = Characters()
   tokenizer.fit({'train': 'a\nb'})

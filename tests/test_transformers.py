@@ -1,4 +1,4 @@
-"""With the weights of Mixtral and Qwen3-MoE, we compute what they compute."""
+"""Equal outputs with the weights of Mixtral and Qwen3-MoE."""
 
 import pathlib
 import subprocess
@@ -11,6 +11,7 @@ import pytest
 from benchmarks import peers
 from configs import base
 from nanomoe import experiment
+from nanomoe.model.interfaces import AttentionInputs
 from nanomoe.moe import RouterInputs
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def name(request):
 
 @pytest.fixture(scope='module')
 def peer(name, tmp_path_factory):
-  """Its weights and what it does, from an environment of its own."""
+  """Weights and outputs of the library's model, from another environment."""
   out = tmp_path_factory.mktemp('peer') / f'{name}.npz'
   python = peers.python_with('transformers', REQUIREMENTS)
   environment = peers.environment(ours=False)
@@ -73,7 +74,7 @@ def model(name):
 
 
 def _params(peer):
-  """The peer's weights under our names."""
+  """Returns the library's weights under the names of this package."""
 
   def of(name):
     return jnp.asarray(peer[f'{name}.weight'])
@@ -125,26 +126,27 @@ def _params(peer):
 
 
 def test_attention_of_each_layer(model, peer):
-  """Grouped queries, rotated; normalized before that in Qwen3."""
+  """Grouped queries are rotated, and in Qwen3 normalized before."""
   params = _params(peer)
   for i, block in enumerate(model.blocks):
     key = f'model.layers.{i}.self_attn'
     attention = block.keywords['attention']()
-    own = {'params': params[f'block_{i}']['attention']}
-    y, _ = attention.apply(own, jnp.asarray(peer[f'{key}.x']), train=False)
+    variables = {'params': params[f'block_{i}']['attention']}
+    x = jnp.asarray(peer[f'{key}.x'])
+    y, _ = attention.apply(variables, x, AttentionInputs(), train=False)
     np.testing.assert_allclose(y, peer[f'{key}.y'], atol=1e-4)
 
 
 def test_feed_forward_of_each_layer(model, peer):
   params = _params(peer)
   tokens = jnp.asarray(peer['tokens'], jnp.int32)
-  given = RouterInputs(tokens, jnp.ones(tokens.shape, bool))
+  inputs = RouterInputs(tokens, jnp.ones(tokens.shape, bool))
   for i, block in enumerate(model.blocks):
     key = f'model.layers.{i}.mlp'
     feed_forward = block.keywords['feed_forward']()
-    own = {'params': params[f'block_{i}'][feed_forward.name]}
+    variables = {'params': params[f'block_{i}'][feed_forward.name]}
     x = jnp.asarray(peer[f'{key}.x'])
-    y, _ = feed_forward.apply(own, x, given, train=False)
+    y, _ = feed_forward.apply(variables, x, inputs, train=False)
     np.testing.assert_allclose(y, peer[f'{key}.y'], atol=1e-4)
 
 

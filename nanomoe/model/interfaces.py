@@ -49,6 +49,7 @@ class AttentionInputs(NamedTuple):
     return jnp.atleast_2d(start + jnp.arange(time))
 
 
+@runtime_checkable
 class Attention(Protocol):
   """Module that mixes the tokens of a sequence.
 
@@ -94,6 +95,7 @@ def attention_problem(attention: object) -> str:
   return ''
 
 
+@runtime_checkable
 class FeedForwardLayer(Protocol):
   """Module that transforms each token by itself: a dense one, or experts."""
 
