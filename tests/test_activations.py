@@ -1,4 +1,4 @@
-"""Activations against JAX's own."""
+"""Activations against JAX's functions and against their formulas."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The short convolution against a loop over time, and against itself cached."""
+"""The short convolution, against a loop over time, and with its cache."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ def test_a_loop_over_time_and_its_gradient(rng, width):
   of_y = rng.normal(size=x.shape).astype(np.float32)
   _, gradient = jax.vjp(convolve, jnp.asarray(x), jnp.asarray(kernel))
   of_x, of_kernel = gradient(jnp.asarray(of_y))
-  # It is linear in each: <g, f(e)> for each unit vector e.
+  # The convolution is linear in each argument: the gradient is <g, f(e)> for
+  # each unit vector e.
   for array, found, f in (
     (x, of_x, lambda e: _loop(e, kernel)),
     (kernel, of_kernel, lambda e: _loop(x, e)),
@@ -39,16 +40,16 @@ def test_a_loop_over_time_and_its_gradient(rng, width):
 
 
 @pytest.mark.parametrize('width', [1, 3])
-def test_it_goes_on_from_any_place(rng, width):
-  """Two sequences whose places differ; what is behind them is rubbish."""
+def test_it_continues_from_any_position(rng, width):
+  """Two sequences continue from different positions, followed by padding."""
   x = jnp.asarray(rng.normal(size=(2, 8, 4)), jnp.float32)
   module = ShortConvolution(width)
   params = {'params': {'filter': jnp.asarray(rng.normal(size=(width, 4)))}}
   whole, _ = module.apply(params, x, None, jnp.zeros(2, jnp.int32))
   start = jnp.array([1, 5])
-  seen = jnp.where(jnp.arange(8)[:, None] < start[:, None, None], x, 99.0)
+  cache = jnp.where(jnp.arange(8)[:, None] < start[:, None, None], x, 99.0)
   next_two = jnp.stack([x[0, 1:3], x[1, 5:7]])
-  y, _ = module.apply(params, next_two, seen, start)
+  y, _ = module.apply(params, next_two, cache, start)
   expected = jnp.stack([whole[0, 1:3], whole[1, 5:7]])
   np.testing.assert_allclose(y, expected, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Dropout: its rate, its expectation, and that evaluation has none."""
+"""Dropout: its rate, its expectation, independent masks, and evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,12 @@ SHAPE = 32, 4, 64, 64
 
 
 def _halves(key):
-  """Fair coins: int[SHAPE]."""
+  """Returns a mask of rate 0.5, `int[SHAPE]`."""
   return np.asarray(keep_mask(key, 0.5, SHAPE)[0]).astype(int)
 
 
 def _assert_fair(patterns, num_patterns):
-  """Chi-squared: each is as frequent as the others."""
+  """Asserts by a chi-squared test that patterns are equally frequent."""
   counts = np.bincount(patterns.ravel(), minlength=num_patterns)
   expected = patterns.size / num_patterns
   degrees = num_patterns - 1
@@ -40,7 +40,7 @@ def _assert_fair(patterns, num_patterns):
 
 
 @pytest.mark.parametrize('seed', [0, 1, 2**31])
-def test_elements_are_independent_of_those_beside_them(seed):
+def test_neighboring_elements_are_independent(seed):
   bits = _halves(jax.random.key(seed))
   for axis in range(bits.ndim):
     for distance in (1, 2):
@@ -66,7 +66,7 @@ def test_masks_of_like_keys_are_no_permutations_of_one_another():
     _assert_fair(one + 2 * again, 4)
 
 
-def test_none_in_evaluation_and_at_rate_0():
+def test_no_dropout_in_evaluation_or_at_rate_0():
   x = jnp.arange(8.0)
   assert (Dropout(0.5).apply({}, x, train=False) == x).all()
   assert (Dropout(0.0).apply({}, x, train=True) == x).all()

@@ -1,4 +1,4 @@
-"""Tied embeddings and the soft cap."""
+"""Heads: tied embeddings, and the soft cap of logits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Embeddings of n-grams against a loop over tokens."""
+"""Embeddings of n-grams, against a loop over tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def test_a_loop_over_tokens(rng, max_ngram, start):
     jax.random.key(0), jnp.asarray(x), jnp.asarray(tokens), starts
   )
   tables = variables.get('params', {})
-  # One row for each n-gram, with what is before a window as one more token.
+  # A row for each n-gram; positions before a window are one more token.
   assert {k: v.shape for k, v in tables.items()} == {
     f'ngram_{n}_embedding': (6**n, WIDTH) for n in range(2, max_ngram + 1)
   }
@@ -36,8 +36,8 @@ def test_a_loop_over_tokens(rng, max_ngram, start):
 
 
 @pytest.mark.parametrize('num_codes', [67**3, 30_000**2, 2**32])
-def test_ngrams_without_a_row_of_their_own_share_all_rows_evenly(num_codes):
-  """As independent draws would: the largest load is that of a Poisson."""
+def test_hashed_ngrams_share_all_rows_evenly(num_codes):
+  """The largest load of a row is like that of independent draws."""
   num_rows, per_row = 1000, 50
   code = np.linspace(0, num_codes - 1, num_rows * per_row).astype(np.uint32)
   load = np.bincount(row(jnp.asarray(code), num_codes, num_rows))
@@ -47,6 +47,6 @@ def test_ngrams_without_a_row_of_their_own_share_all_rows_evenly(num_codes):
   assert load.min() > per_row - 6 * per_row**0.5
 
 
-def test_what_differs_in_the_oldest_token_alone_is_told_apart():
+def test_ngrams_that_differ_in_the_oldest_token_have_different_rows():
   code = jnp.arange(67, dtype=jnp.uint32) * 67**2
   assert len(np.unique(row(code, 67**3, 8192))) > 60

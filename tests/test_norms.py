@@ -1,4 +1,4 @@
-"""Norms against their formulas."""
+"""Normalizations, against their formulas and against Linen's."""
 
 from flax import linen as nn
 import jax
@@ -23,8 +23,8 @@ FORMULAS = {'LayerNorm': _layer_norm, 'RMSNorm': _rms_norm}
 
 
 @pytest.mark.parametrize('name', NORMS)
-def test_value_and_gradient_are_the_formula_s(name, rng):
-  """In float64; the gradient along a direction, by differences."""
+def test_value_and_gradient_of_the_formula(name, rng):
+  """The formula is computed in float64, its gradient by differences."""
   formula, norm = FORMULAS[name], NORMS[name](name='norm')
   x, direction = rng.normal(2, 3, (2, 4, 5, 8))
   weights = rng.normal(size=x.shape)

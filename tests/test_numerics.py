@@ -1,4 +1,4 @@
-"""Products against float64, in every form that the model uses."""
+"""Matrix products against float64, with all subscripts that the model uses."""
 
 import platform
 
@@ -19,7 +19,7 @@ SUBSCRIPTS = {
 
 
 def _operands(subscripts, sizes, rng):
-  """Numbers that bfloat16 holds exactly: only sums can be inexact."""
+  """Returns integers that bfloat16 holds exactly; only sums can be inexact."""
   x, w = subscripts.split('->')[0].split(',')
 
   def draw(index):
@@ -55,7 +55,7 @@ def test_value_and_gradients_equal_float64(subscripts, precision, rng):
 
 @pytest.mark.parametrize('size', [1, 2, 31, 64])
 def test_every_size_compiles_in_bfloat16(size, rng):
-  """XLA's CPU products refuse some layouts; not those that are asked for."""
+  """XLA's CPU products refuse some layouts, but not the requested ones."""
   x = jnp.asarray(rng.normal(size=(2, size, size)), jnp.float32)
 
   @jax.jit
@@ -102,8 +102,8 @@ def test_bias_and_its_gradient(precision, rng):
 
 @pytest.mark.parametrize('precision', matmul.PRECISIONS)
 @pytest.mark.parametrize('sizes', [[16], [5, 0, 10, 1], [0, 0, 16]])
-def test_ragged_product_is_each_groups_own(sizes, precision, rng):
-  """Exactly, and its gradients: of rows, weights and biases."""
+def test_ragged_product_is_the_product_of_each_group(sizes, precision, rng):
+  """Values and gradients are exact, for rows, weights and biases."""
 
   def draw(*shape):
     return jnp.asarray(rng.integers(-8, 9, shape), jnp.float32)
@@ -136,11 +136,11 @@ def test_ragged_product_is_each_groups_own(sizes, precision, rng):
   (platform.system(), platform.machine()) != ('Linux', 'x86_64'),
   reason='other names of flags',
 )
-def test_what_this_cpu_can_is_read():
+def test_the_features_of_this_cpu_are_read():
   assert {'fpu', 'sse2'} <= matmul._cpu_flags()
 
 
-def test_elsewhere_than_on_cpus_auto_is_bfloat16(monkeypatch):
+def test_auto_is_bfloat16_on_gpus(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   monkeypatch.setattr(matmul, '_cpu_flags', set)
   assert matmul.resolve_precision('auto') == 'bfloat16'

@@ -1,4 +1,4 @@
-"""Positions: what rotation keeps, and what it tells."""
+"""Position encodings: invariance, formula, and learned embeddings."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ def _rotated(x, position):
 
 
 def test_scores_depend_on_the_distance_alone(rng):
-  """Each q at 0, 7 or 50 with k three before it; and not with k elsewhere."""
+  """The score of q with k three positions before is the same everywhere."""
   q, k = rng.normal(size=(2, 1, 2, 1, 8))
 
   def score(i, j):
@@ -26,7 +26,7 @@ def test_scores_depend_on_the_distance_alone(rng):
 
 
 def test_pairs_turn_by_the_formula(rng):
-  """As complex numbers x_i + j x_(i + 4), times e^(j position theta_i)."""
+  """Complex numbers x_i + j x_(i + 4) are times e^(j position theta_i)."""
   x = rng.normal(size=(2, 3, 5, 8))
   position = np.array([[0, 1, 2, 3, 4], [10, 11, 12, 13, 14]])
   angle = position[:, None, :, None] * THETA ** (-np.arange(4) / 4)

@@ -1,4 +1,4 @@
-"""The loss: what is in it, what is not, and what padding counts for."""
+"""The loss: its terms, its metrics, padding and work."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def _evaluate(task, trained, batch):
   'precision', ['bfloat16', pytest.param('float32', marks=pytest.mark.slow)]
 )
 def test_gradients_are_the_same_compiled_or_not(tiny, rng, precision):
-  """And in the order that the next program takes them to be in."""
+  """Gradients are also stored in the order that the next program assumes."""
   changes = {'model.num_layers': 1, 'moe.first_dense_layers': 1}
   changes |= {'model.bias': 'false', 'model.tie_embeddings': 'true'}
   config = experiment.resolve_auto(tiny({**changes, 'precision': precision}))
@@ -64,9 +64,9 @@ def test_gradients_are_the_same_compiled_or_not(tiny, rng, precision):
   for one, other in zip(
     jax.tree.leaves(compiled), jax.tree.leaves(expected), strict=True
   ):
-    # Compared on the device: NumPy would see what order an array is really in.
+    # NumPy would hide a wrong order, so the device compares.
     error = jnp.max(jnp.abs(one - other)) / jnp.max(jnp.abs(other))
-    assert error < 0.002  # What one rounding to bfloat16 changes at most.
+    assert error < 0.002  # Largest error of one rounding to bfloat16.
 
 
 def test_cross_entropy_is_the_definition(rng):
@@ -80,7 +80,7 @@ def test_cross_entropy_is_the_definition(rng):
 
 
 def test_parts_of_the_loss(task_and_trained, rng):
-  """total = cross-entropy + aux_weight * aux_loss; bits are nats / ln 2."""
+  """The total is cross-entropy + aux_weight * aux_loss."""
   task, trained = task_and_trained
   batch = _batch(rng)
   total, metrics = _evaluate(task, trained, batch)
@@ -101,7 +101,7 @@ def test_parts_of_the_loss(task_and_trained, rng):
 
 @pytest.mark.parametrize('experts', [True, False])
 def test_confidence_is_penalized_in_training_alone(tiny, rng, experts):
-  """train total = cross-entropy + weighted losses - weight * entropy."""
+  """Training subtracts weight * entropy from the loss."""
   changes = {'precision': 'float32', 'model.dropout_rate': 0.0}
   changes |= {} if experts else {'moe.first_dense_layers': 2}
   batch = _batch(rng)
@@ -136,8 +136,8 @@ def test_confidence_is_penalized_in_training_alone(tiny, rng, experts):
   assert metrics['prediction_entropy'] == pytest.approx(entropy, rel=1e-4)
 
 
-def test_bits_are_counted_by_what_the_tokens_stand_for(task_and_trained, rng):
-  """'é' is two tokens, one character; padding stands for nothing."""
+def test_bits_are_per_character_and_byte_of_the_text(task_and_trained, rng):
+  """'é' is two tokens and one character; padding has neither."""
   task, trained = task_and_trained
   spelled = [b'ab', b'\xc3', b'\xa9', 'né'.encode(), *[b'x'] * (VOCAB - 4)]
   task = type(task)(task.model, task.aux_weight, task.balance, spelled)
@@ -157,7 +157,7 @@ def test_bits_are_counted_by_what_the_tokens_stand_for(task_and_trained, rng):
 
 
 def test_padding_counts_in_nothing(task_and_trained, rng):
-  """Metrics of 4 rows, one of them padding, are those of the other 3."""
+  """Metrics of 4 rows, of which one is padding, are those of the 3 others."""
   task, trained = task_and_trained
   batch = _batch(rng)
   padded = {**batch, 'weights': batch['weights'].at[3].set(0.0)}
@@ -171,10 +171,10 @@ def test_padding_counts_in_nothing(task_and_trained, rng):
 
 @pytest.mark.parametrize('precision', PRECISIONS)
 def test_products_of_a_documented_step_are_near_the_sparse_ideal(precision):
-  """35.7 GFLOP, where loads are even; every expert for every token is 61.5.
+  """A step is 35.7 GFLOP at balanced loads, and 61.5 with all experts.
 
-  Less by what attention does not compute of scores that a mask hides; in
-  bfloat16 the gradient computes the hidden layers again.
+  Attention by blocks spares some masked scores. In bfloat16 the gradient
+  computes the hidden layers again.
   """
   config = base.get_config()
   config.precision = precision

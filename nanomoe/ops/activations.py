@@ -1,4 +1,4 @@
-"""What makes a hidden layer of products' results."""
+"""Activation functions of hidden layers."""
 
 from collections.abc import Callable
 import math
@@ -11,10 +11,15 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
-  """X * Phi(x) with Hendrycks and Gimpel's tanh for the normal's Phi (2016).
+  """Returns `x * Phi(x)`, with Phi approximated by a tanh.
 
-  As jax.nn.gelu, whose gradient keeps several arrays of x's size: on a CPU
-  writing and reading them costs more than another tanh.
+  Hendrycks and Gimpel 2016. The values are those of jax.nn.gelu. The gradient
+  keeps x alone and computes the tanh again. The gradient of jax.nn.gelu keeps
+  several arrays of x's size, and on CPUs writing and reading these arrays costs
+  more than another tanh.
+
+  Args:
+    x: Activations.
   """
   return jax.nn.gelu(x, approximate=True)
 
@@ -24,8 +29,7 @@ def _gelu_forward(x):
 
 
 def _gelu_backward(x, g):
-  # x / 2 * (1 + tanh z) with z = scale * (x + cubic * x**3), by the product
-  # rule.
+  # Product rule for x / 2 * (1 + tanh z), where z = scale * (x + cubic * x**3).
   scale, cubic = math.sqrt(2 / math.pi), 0.044715
   square = x * x
   tanh = jnp.tanh(scale * x * (1 + cubic * square))
@@ -37,7 +41,11 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def squared_relu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
-  """max(x, 0)^2. So et al. 2021 (Primer)."""
+  """Returns `max(x, 0)^2`. So et al. 2021 (Primer).
+
+  Args:
+    x: Activations.
+  """
   positive = jax.nn.relu(x)
   return positive * positive
 
@@ -45,17 +53,28 @@ def squared_relu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
 def swiglu(
   x: Float[Array, '*shape'], gate: Float[Array, '*shape']
 ) -> Float[Array, '*shape']:
-  """X * silu(gate). Shazeer 2020."""
+  """Returns `x * silu(gate)`. Shazeer 2020.
+
+  Args:
+    x: Activations.
+    gate: Result of a second product with the layer's input.
+  """
   return x * jax.nn.silu(gate)
 
 
 class Activation(NamedTuple):
-  """Of a hidden layer; where `gated`, of two products' results."""
+  """Activation of a hidden layer.
+
+  Attributes:
+    fn: Activation function, of one argument, or of two if gated.
+    gated: Whether the function has a gate, the result of a second product.
+  """
 
   fn: Callable[..., Float[Array, '*shape']]
   gated: bool = False
 
 
+# Activations by the value of `moe.activation`.
 ACTIVATIONS = {
   'gelu': Activation(gelu),
   'relu2': Activation(squared_relu),

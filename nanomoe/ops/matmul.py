@@ -1,4 +1,4 @@
-"""The one seam for every matrix product, and the precision it runs in."""
+"""Matrix products: all of them run here, in the precision of the config."""
 
 import functools
 import pathlib
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 PRECISIONS = ('float32', 'bfloat16')
 
-# GPUs round float32 operands to TF32 unless told not to.
+# Without it, GPUs round float32 operands to TF32.
 _EXACT = jax.lax.Precision.HIGHEST
 
 # CPUs whose matrix units multiply bfloat16 and add float32.
@@ -17,7 +17,11 @@ _BFLOAT16_FLAGS = {'amx_bf16', 'avx512_bf16'}
 
 
 def resolve_precision(precision: str) -> str:
-  """'auto' -> what this machine multiplies fastest; others as they are."""
+  """Returns the fastest precision of this machine for 'auto', else `precision`.
+
+  Args:
+    precision: Value of the config key `precision`.
+  """
   if precision != 'auto':
     return precision
   if jax.default_backend() != 'cpu':
@@ -26,9 +30,10 @@ def resolve_precision(precision: str) -> str:
 
 
 def _cpu_flags() -> set[str]:
+  """Returns the names of this CPU's features; none if they are unknown."""
   try:
     lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-  except OSError:  # Not Linux: unknown, so the safe answer.
+  except OSError:  # Only Linux has this file.
     return set()
   return set(next((x for x in lines if x.startswith('flags')), '').split())
 
@@ -40,17 +45,21 @@ def einsum(
   precision: str,
   bias: jax.Array | None = None,
 ) -> jax.Array:
-  """Einsum of two operands; its result, and its gradients, are float32.
+  """Returns the einsum of two operands, plus a bias, in float32.
+
+  The gradients are float32 too.
 
   Args:
-    subscripts: such as 'nd,df->nf'. Each index is in two of the three terms.
-    x: any shape.
-    w: any shape.
-    precision: 'bfloat16' rounds operands (also the gradient's) to 8 bits of
-      mantissa, and adds in float32; 'float32' rounds nothing.
-    bias: added, without the result's last index but one. Its gradient sums
-      what the gradient's products multiply, so that XLA need not write the
-      result's gradient in both formats.
+    subscripts: Subscripts such as 'nd,df->nf'. Each index is in two of the
+      three terms.
+    x: First operand, of any shape.
+    w: Second operand, of any shape.
+    precision: 'bfloat16' rounds operands, also those of the gradient's
+      products, to 8 bits of mantissa and adds in float32; 'float32' rounds
+      nothing.
+    bias: Array that is added, without the result's last index but one, or None.
+      Its gradient sums the rounded gradient that the products multiply, so that
+      XLA need not write the result's gradient in both formats.
   """
   return _dot(subscripts, x, w, precision, bias)
 
@@ -69,7 +78,7 @@ def _einsum(subscripts, x, w, precision):
 
 
 def _forward(subscripts, x, w, precision, bias):
-  # Rounded once: the backward pass needs no other copy.
+  # Operands are rounded once: the backward pass needs no other copy.
   x16, w16 = rounded(x, precision), rounded(w, precision)
   y = _dot(subscripts, x16, w16, precision, bias)
   likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
@@ -87,24 +96,37 @@ def _backward(subscripts, precision, residuals, g):
 
 
 def rounded(x: jax.Array, precision: str) -> jax.Array:
-  """X as products of this precision read it."""
+  """Returns x in the format that products of this precision read.
+
+  Args:
+    x: Operand.
+    precision: Precision of the product.
+  """
   return x.astype(jnp.bfloat16) if precision == 'bfloat16' else x
 
 
 def gradients(
   subscripts: str, x: jax.Array, w: jax.Array, g: jax.Array, precision: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Of sum(g * einsum(subscripts, x, w, precision, bias)): of x, w and bias."""
+  """Returns the gradients of an einsum with respect to x, w and the bias.
+
+  Args:
+    subscripts: Subscripts of the einsum.
+    x: Its first operand.
+    w: Its second operand, rounded.
+    g: Gradient with respect to its result.
+    precision: Precision of the products.
+  """
   operands, out = subscripts.split('->')
   x_index, w_index = operands.split(',')
   einsum = functools.partial(_einsum, precision=precision)
   x = rounded(x, precision)
-  # Of a transposed operand, XLA's CPU products are float32 ones.
+  # XLA's CPU products read a transposed operand as float32.
   g = _row_major(rounded(g, precision))
   dx = einsum(f'{out},{w_index}->{x_index}', g, w)
-  # XLA's fast product on CPUs wants the left operand summed over its last
-  # axis. Here both come summed over their rows, so the smaller is transposed,
-  # for real: without a layout XLA folds the transposition back.
+  # XLA's fast product on CPUs needs a left operand summed over its last axis.
+  # Both operands are summed over their rows here, so the smaller one is
+  # transposed. Without an explicit layout, XLA undoes the transposition.
   left, right = sorted(((x_index, x), (out, g)), key=lambda o: o[1].size)
   order = sorted(left[0], key=lambda i: (i not in w_index, w_index.find(i)))
   rows = _row_major(left[1].transpose([left[0].index(i) for i in order]))
@@ -114,13 +136,14 @@ def gradients(
     f'{"".join(order)},{right[0]}->{"".join(dw_index)}', rows, right[1]
   )
   dw = _row_major(dw).transpose([dw_index.index(i) for i in w_index])
-  # The last layout is for the caller: without it a program may return an array
-  # in the order of the transposed one, which JAX takes for row-major.
+  # Without a last layout, a program may return the array in the order of the
+  # transposed one, and JAX assumes that it is row-major.
   dw = _row_major(dw)
   return dx, dw, jnp.sum(g, axis=-2, dtype=jnp.float32)
 
 
 def _row_major(x: jax.Array) -> jax.Array:
+  """Returns x, stored in row-major order on CPUs."""
   if jax.default_backend() != 'cpu':
     return x
   order = tuple(range(x.ndim))
@@ -138,14 +161,18 @@ def ragged_dot(
   sizes: jax.Array,
   precision: str,
 ) -> jax.Array:
-  """Each row by its own group's matrix, plus its bias: float32[rows, f].
+  """Returns each row times its group's matrix, plus the group's bias.
 
   Args:
-    x: float32[rows, d]: those of the first group, then of the second, ...
-    w: float32[groups, d, f].
-    bias: float32[groups, f], or None.
-    sizes: rows of each group; their sum is all rows.
-    precision: as of `dot`.
+    x: Rows, `float32[rows, d]`, sorted by group.
+    w: Matrices, `float32[groups, d, f]`.
+    bias: Biases, `float32[groups, f]`, or None.
+    sizes: Number of rows of each group, `int32[groups]`. They add up to the
+      number of rows.
+    precision: Precision of the products, as in `einsum`.
+
+  Returns:
+    The products, `float32[rows, f]`.
   """
   y = _ragged(x, w, sizes, _WEIGHTS, precision)
   if bias is None:
@@ -154,7 +181,8 @@ def ragged_dot(
   return y + bias[group]
 
 
-# What a ragged product sums over: the columns of x, or the rows of a group.
+# Dimension numbers of ragged products. The first sums over the columns of x,
+# the second over the rows of a group.
 _WEIGHTS = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 _ROWS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
@@ -171,7 +199,7 @@ def _ragged(x, y, sizes, dimensions, precision):
 
 
 def _ragged_forward(x, w, bias, sizes, precision):
-  # Rounded once, as in `_forward`.
+  # Operands are rounded once, as in `_forward`.
   x, w = rounded(x, precision), rounded(w, precision)
   return ragged_dot(x, w, bias, sizes, precision), (x, w, bias, sizes)
 
@@ -183,7 +211,7 @@ def _ragged_backward(precision, residuals, g):
   dw = _ragged(x, g, sizes, _ROWS, precision)
   if bias is None:
     return dx, dw, None, None
-  # A product too: a sum of rows by group would be a scatter-add.
+  # A sum of rows by group would be a scatter-add, so this is a product too.
   db = _ragged(jnp.ones((len(x), 1)), g, sizes, _ROWS, precision)
   return dx, dw, db[:, 0], None
 

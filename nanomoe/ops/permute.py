@@ -1,7 +1,7 @@
-"""Assignments, N tokens times K choices, to rows sorted by expert, and back.
+"""Permutation of N tokens times K choices to rows sorted by expert, and back.
 
-By counting and by gathers alone, forwards and backwards: on CPUs a sort is a
-serial loop, and so is a sum of rows that are scattered.
+Counting and gathers suffice, in the gradient too. Sorts and scatter-adds would
+be serial loops on CPUs.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,15 @@ def one_hot_cumsum(
 ) -> tuple[
   Int[Array, 'assignments experts'], Int[Array, 'assignments experts']
 ]:
-  """One-hot rows (zeros for padding, expert E), and their running sums.
+  """Returns one-hot rows and their cumulative sums.
 
-  So an assignment's running sum, less one, is its rank within its expert, in
-  the order given, and the last row has the experts' loads.
+  The cumulative sum at an assignment's expert, minus 1, is the assignment's
+  rank among those of the same expert. The last row of the sums holds the loads.
+
+  Args:
+    expert: Expert of each assignment; `num_experts` marks padding, whose row is
+      zero.
+    num_experts: Number of experts.
   """
   chosen = (expert[:, None] == jnp.arange(num_experts)).astype(jnp.int32)
   return chosen, jnp.cumsum(chosen, axis=0)
@@ -30,11 +35,15 @@ def one_hot_cumsum(
 def invert_slots(
   slot: Int[Array, 'tokens k'], num_slots: int
 ) -> Int[Array, ' {num_slots}']:
-  """Which assignment, token * K + choice, a slot has; N * K if none.
+  """Returns the assignment in each slot, `token * K + choice`.
 
   Args:
-    slot: of each assignment, all different; num_slots for one that has none.
-    num_slots: how many there are.
+    slot: Slot of each assignment, all of them different; `num_slots` marks an
+      assignment without a slot.
+    num_slots: Number of slots.
+
+  Returns:
+    The assignments; N * K marks an empty slot.
   """
   return (
     jnp.full((num_slots,), slot.size, jnp.int32)
@@ -52,38 +61,56 @@ def apply_permuted(
   slot: Int[Array, 'tokens k'],
   assignment_of_slot: Int[Array, ' slots'],
 ) -> Float[Array, 'tokens d_model']:
-  """sum_k weight[t, k] * run(rows)[slot[t, k]], where rows[slot[t, k]] = x[t].
+  """Applies a function to rows by slot, and combines its results by token.
 
-  A slot that nothing has is a row of zeros, and no token has what becomes of
-  it. An assignment without a slot counts as zeros.
+  Returns `sum_k weight[t, k] * run(rows)[slot[t, k]]` for each token t, where
+  `rows[slot[t, k]] = x[t]`. An empty slot is a row of zeros, whose result is
+  not read. An assignment without a slot counts as zeros.
+
+  Args:
+    run: Function of rows by slot, `[slots, d_model]`.
+    x: Activations of the tokens.
+    weight: Weight of each assignment.
+    slot: Slot of each assignment, as in `invert_slots`.
+    assignment_of_slot: Result of `invert_slots`.
   """
   token_of_slot = assignment_of_slot // slot.shape[1]
   y = run(permute(x, token_of_slot, slot))
   weight = permute(
     weight.reshape(-1, 1), assignment_of_slot, slot.reshape(-1, 1)
   )
-  # Not to the hidden layer, which is several times as wide.
+  # The hidden layer is several times as wide, so weights multiply the output.
   return permute(weight * y, slot, token_of_slot[:, None])
 
 
 @jax.custom_vjp
 def permute(x, index, inverse):
-  """y[i] = x[index[i]], summed over a second axis of `index`; 0 past the end.
+  """Returns `y[i] = x[index[i]]`, summed over a second axis of `index`.
 
-  `inverse` says where a row of x went, as `index` says where one of y is from;
-  so the gradient is a gather too, where a scatter-add would be serial.
+  The gradient is a gather too, by the inverse index. A scatter-add would be
+  serial.
+
+  Args:
+    x: Rows.
+    index: Row of x for each row of y; an index past the end stands for zeros.
+    inverse: Rows of y that each row of x went to, in the format of `index`.
   """
   del inverse
   if index.ndim == 1:
     return gather_or_zero(x, index)
-  # Not a sum over an axis: so XLA gathers and adds in one pass.
+  # XLA fuses these additions with the gathers, but not a sum over an axis.
   return functools.reduce(operator.add, (gather_or_zero(x, i) for i in index.T))
 
 
 def gather_or_zero(
   x: Float[Array, 'rows ...'], index: Int[Array, '...']
 ) -> Float[Array, '...']:
-  """x[index]; 0 past the end."""
+  """Returns `x[index]`, with zeros for an index past the end.
+
+  Args:
+    x: Rows.
+    index: Indices of rows.
+  """
   return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
 
 

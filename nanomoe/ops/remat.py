@@ -1,4 +1,4 @@
-"""Rematerialisation that also holds where XLA drops barriers."""
+"""Rematerialization that also works where XLA drops barriers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,15 @@ from jax.extend import core
 
 
 def remat(fn: Callable) -> Callable:
-  """fn(module, *arrays), of which only the arguments are kept for the gradient.
+  """Returns `fn`, of which only the arguments are kept for the gradient.
 
-  As flax.linen.remat; the parameters and the dropout are the same. That one
-  leaves the order to an optimization barrier. XLA drops it on CPUs, computes
-  everything again before the backward pass begins, and saves no memory. Here
-  what is computed again depends on the incoming gradient, so it must wait.
+  Parameters and dropout are those of flax.linen.remat. There, an optimization
+  barrier delays the recomputation. XLA drops the barrier on CPUs, recomputes
+  everything before the backward pass begins, and saves no memory. Here, the
+  recomputation depends on the incoming gradient, so that it must wait.
+
+  Args:
+    fn: Function `(module, *arrays)` of a Linen module.
   """
   return transforms.lift_transform(_lifted, fn)
 
@@ -34,8 +37,9 @@ def _lifted(fn):
 
 
 def _recomputed(fn: Callable, args: tuple) -> Callable:
-  """fn(parameters, keys, x, ...) with a gradient that runs fn again."""
-  # Traced once: Linen counts what is drawn from a key, and goes on counting.
+  """Returns `fn(parameters, keys, x, ...)`, whose gradient runs fn again."""
+  # fn is traced once: Linen counts the draws from a key, and a second trace
+  # would continue the count.
   traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
   out = jax.tree.structure(shapes)
 
@@ -56,6 +60,9 @@ def _recomputed(fn: Callable, args: tuple) -> Callable:
 
 
 def _after(x: jax.Array, gradient: Any) -> jax.Array:
-  """x, once the gradient is known: XLA may not take 0 * float for 0."""
+  """Returns x, made to depend on the gradient.
+
+  XLA cannot remove `0 * g`, which is not 0 if g is infinite.
+  """
   leaves = [g for g in jax.tree.leaves(gradient) if g.dtype == x.dtype]
   return x + sum(0 * g.ravel()[0] for g in leaves if g.size)
