@@ -99,6 +99,24 @@ def test_the_readme_is_short():
   assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
 
 
+def test_the_tree_of_modules_is_that_of_the_folders():
+  """BUILD.md names each module, and no other in its lists of folders."""
+  tree = (ROOT / 'BUILD.md').read_text().partition('## Where each thing lives')
+  for package in ('nanomoe', 'trainers'):
+    (block,) = re.findall(
+      rf'^    {package}/.*\n((?: {{6}}.*\n)+)', tree[2], re.M
+    )
+    folders = [ROOT / package, *(ROOT / package).rglob('*/')]
+    for folder in folders:
+      modules = {p.stem for p in folder.glob('*.py')} - {'__init__'}
+      if folder == ROOT / package:
+        assert modules <= set(re.findall(r'\w+', block))
+      elif modules:
+        listed = rf'^ +{folder.name}/ +((?:.*,\n)*.*)$'
+        (names,) = re.findall(listed, block, re.M)
+        assert set(re.findall(r'\w+', names)) == modules
+
+
 def test_no_cell_of_the_table_of_faults_is_long():
   cells = [
     cell.strip()
