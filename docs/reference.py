@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import importlib
 import inspect
 import pathlib
+import signal
 import sys
 from typing import Any, NamedTuple
 
@@ -20,10 +21,12 @@ MODULES = {
   'base': 'configs.base',
   'charts': 'nanomoe.run.charts',
   'cli': 'nanomoe.run.cli',
+  'console': 'nanomoe.console',
   'main': 'nanomoe.main',
   'result': 'trainers.callbacks.result',
   'schema': 'nanomoe.config.schema',
 }
+# Commands with flags of their own; `nanomoe.console` calls them by name.
 COMMANDS = ('nanomoe.main', 'nanomoe.evaluate', 'nanomoe.generate')
 PACKAGES = ('nanomoe', 'trainers')
 # {config key: (module, table of the names that the key accepts)}.
@@ -32,6 +35,7 @@ NAMES = {
   'moe.dispatch': ('nanomoe.moe.dispatch.registry', 'DISPATCH'),
   'moe.balance': ('nanomoe.moe.losses', 'BALANCE'),
   'moe.activation': ('nanomoe.ops.activations', 'ACTIVATIONS'),
+  'model.attention.type': ('nanomoe.model.attention', 'ATTENTIONS'),
   'model.norm': ('nanomoe.model.norms', 'NORMS'),
   'model.position': ('nanomoe.model.positions', 'POSITIONS'),
   'data.tokenizer.type': ('nanomoe.data.tokenizers', 'TOKENIZERS'),
@@ -47,8 +51,10 @@ STATUSES = {
   'diverged': 'Too many updates in a row were refused.',
   'collapsed': 'The routing alarm stopped the run.',
   'unsaved': 'The last state could not be saved.',
-  'interrupted': 'Ctrl-C or SIGTERM stopped the run; its state is saved.',
+  'interrupted': 'A signal stopped the run; its state is saved.',
 }
+# Signals that stop a run.
+SIGNALS = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2')
 # Meaning of each file of a run; tests/test_main.py compares them with a run.
 FILES = {
   'config.json': 'Every config key, with `auto` replaced by its choice.',
@@ -62,7 +68,10 @@ FILES = {
   'damaged_checkpoints/': 'Checkpoints that failed verification.',
   'undone_checkpoints/': 'Checkpoints of steps that a rollback undid.',
   'sample.txt': 'The text that the model generated at the end.',
-  'result.json': 'Status, losses, speed, memory, versions, command, revision.',
+  'result.json': (
+    'Status, losses, speed, memory, versions, command, `JAX_*` variables and '
+    '`XLA_FLAGS`, revision.'
+  ),
   'log.txt': 'The terminal output with times, and the table of parameters.',
 }
 
@@ -225,10 +234,13 @@ def _commands() -> str:
   parts = [
     '# Commands',
     'Generated from the flags of each command. `--help` prints the same.',
+    '## `nanomoe`',
+    '`python -m nanomoe` is the same command.',
+    f'```\n{_load("console").usage()}\n```',
   ]
   for name in COMMANDS:
     module = importlib.import_module(name)
-    usage, _, text = (inspect.getdoc(module) or '').partition('\n')
+    usage, _, text = module._USAGE.strip().partition('\n')
     parts += [f'## `{name}`', f'```\n{usage}\n```', text.strip()]
     parts.append(_table(['flag', 'meaning', 'default'], _flags(module)))
   return '\n\n'.join(parts) + '\n'
@@ -259,9 +271,25 @@ def _exit_codes() -> str:
     [1, '', 'An unexpected error. Please report the traceback.'],
     [cli.USER_ERROR, '', 'A mistake of the user, reported in one line.'],
     [cli.USER_ERROR, '', 'No intact checkpoint; out of memory; full disk.'],
-    [130, '', 'A second Ctrl-C: the process ended at once, unsaved.'],
-    [143, '', 'A second SIGTERM: the process ended at once, unsaved.'],
-    [141, '', 'The reader of the output closed it, as `head` does.'],
+    [
+      cli.USER_ERROR,
+      '',
+      'JAX cannot start: no such device; bad variable.',
+    ],
+    [cli.NOT_FINITE, '', '`JAX_DEBUG_NANS` or `JAX_DEBUG_INFS` found a value.'],
+    [
+      128 + signal.SIGPIPE,
+      '',
+      'The reader of the result of a command closed it, as `head` does.',
+    ],
+  ]
+  rows += [
+    [
+      128 + signal.Signals[name],
+      '',
+      f'A second signal, {name}: the process ended at once, unsaved.',
+    ]
+    for name in SIGNALS
   ]
   rows.sort(key=lambda row: row[0])
   return '\n\n'.join(
@@ -271,6 +299,10 @@ def _exit_codes() -> str:
       '`result.json`. A status that a callback chose itself has the code '
       f'{_load("main").STOPPED}.',
       _table(['code', 'status', 'meaning'], rows),
+      'The code of a second signal is 128 plus the number of the signal; the '
+      'table has those of Linux. [Outputs that end]'
+      '(../guides/resuming.md#outputs-that-end) explains code '
+      f'{128 + signal.SIGPIPE}.',
     ]
   )
 

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from benchmarks import faults, results
-from nanomoe import main
+from nanomoe import console, main
 from nanomoe.config import schema
 from tests.shrunk import ROOT
 
@@ -54,11 +54,26 @@ def test_flags_have_rows(pages, flag):
   assert f'`{flag}` |' in pages['reference/commands.md']
 
 
+def test_every_command_has_a_row(pages):
+  for name in (*console.COMMANDS, 'list', 'completion'):
+    assert f'\n  {name} ' in pages['reference/commands.md']
+
+
+@pytest.mark.parametrize('number', [1, 2, 10, 12, 15])
+def test_the_code_of_a_second_signal_has_a_row(pages, number):
+  assert f'\n| {128 + number} |  |' in pages['reference/exit_codes.md']
+
+
+def test_every_table_of_names_that_a_command_lists_has_a_section(reference):
+  listed = {table for table in console.TABLES.values()}
+  assert listed <= set(reference.NAMES.values())
+
+
 def test_every_public_module_has_a_page(pages):
   for package in ('nanomoe', 'trainers'):
     for path in (ROOT / package).rglob('*.py'):
       parts = path.relative_to(ROOT).with_suffix('').parts
-      if path.stem != '__init__':
+      if not path.stem.startswith('__'):
         assert f'reference/api/{".".join(parts)}.md' in pages
 
 
@@ -82,6 +97,24 @@ def test_the_site_asks_no_other_host():
 
 def test_the_readme_is_short():
   assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
+
+
+def test_the_tree_of_modules_is_that_of_the_folders():
+  """BUILD.md names each module, and no other in its lists of folders."""
+  tree = (ROOT / 'BUILD.md').read_text().partition('## Where each thing lives')
+  for package in ('nanomoe', 'trainers'):
+    (block,) = re.findall(
+      rf'^    {package}/.*\n((?: {{6}}.*\n)+)', tree[2], re.M
+    )
+    folders = [ROOT / package, *(ROOT / package).rglob('*/')]
+    for folder in folders:
+      modules = {p.stem for p in folder.glob('*.py')} - {'__init__'}
+      if folder == ROOT / package:
+        assert modules <= set(re.findall(r'\w+', block))
+      elif modules:
+        listed = rf'^ +{folder.name}/ +((?:.*,\n)*.*)$'
+        (names,) = re.findall(listed, block, re.M)
+        assert set(re.findall(r'\w+', names)) == modules
 
 
 def test_no_cell_of_the_table_of_faults_is_long():
