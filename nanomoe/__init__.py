@@ -20,7 +20,7 @@ def _put_current_directory_last() -> None:
   """
   # While `python -m` imports the package of its module, argv[0] is '-m'.
   is_command = sys.argv[:1] == ['-m'] and any(
-    word.removeprefix('-m').startswith('nanomoe.') for word in sys.orig_argv
+    word.removeprefix('-m').split('.')[0] == 'nanomoe' for word in sys.orig_argv
   )
   if not is_command or sys.flags.safe_path or not sys.path:
     return

@@ -2,8 +2,10 @@
 
 import ast
 from collections.abc import Callable, Mapping
+import contextlib
 import importlib
 import inspect
+import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -63,6 +65,9 @@ def main(entry: Callable[[], None] | None = None) -> None:
   Args:
     entry: Function of `__main__` that calls this one, under `python -m`.
   """
+  # A script searches its own directory, and plug-ins are in the current one.
+  with contextlib.suppress(OSError):  # Somebody deleted it.
+    sys.path.append(os.getcwd())
   words = sys.argv[1:]
   if words and words[0] in COMMANDS:
     module = importlib.import_module(COMMANDS[words[0]].module)

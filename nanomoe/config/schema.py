@@ -286,9 +286,6 @@ SPEC_GROUPS: dict[str, SpecField] = {
 
 # Arguments of our optimizers that are not keys of every optimizer.
 OPTIMIZER_ARGUMENTS = {
-  'moe.router.route_scale': (
-    'Factor of the weights of the selected experts, > 0; 1.0 by default'
-  ),
   'AdamW': (),
   'Lion': (),
   'Adafactor': (),
