@@ -142,10 +142,10 @@ class Generator:
     self.trained = jax.device_put(trained)
     self.block_size = block_size
     self.cached = cached
-    self._read = debugging.checked()(jax.jit(read))
+    self._read = jax.jit(read)
     # JAX may run the function again to find a NaN.
     donated = () if debugging.finds_nans() else ('cache',)
-    self._add = debugging.checked()(jax.jit(add, donate_argnames=donated))
+    self._add = jax.jit(add, donate_argnames=donated)
 
   def __call__(
     self,
@@ -175,18 +175,20 @@ class Generator:
     cache, token, num_done, chunk_size = None, None, 0, 1
     while num_done < num_tokens:
       if cache is None:
-        token, cache = self._read(
-          self.trained, window, length, key, num_done, sampling
-        )
+        with debugging.checked():
+          token, cache = self._read(
+            self.trained, window, length, key, num_done, sampling
+          )
         drawn = np.asarray(token)[None]
       else:
         start = time.perf_counter()
         # The token that restarts a window is still drawn from the full window.
         room = size - int(length.max()) + 1
         count = min(chunk_size, room, num_tokens - num_done)
-        tokens, token, cache = self._add(
-          self.trained, token, cache, key, num_done, count, sampling
-        )
+        with debugging.checked():
+          tokens, token, cache = self._add(
+            self.trained, token, cache, key, num_done, count, sampling
+          )
         drawn = np.asarray(tokens)[:count]
         seconds = time.perf_counter() - start
         if count == chunk_size and 2 * seconds < CALL_SECONDS:

@@ -390,19 +390,19 @@ def test_an_old_name_of_a_value_is_read_and_the_new_one_recorded(
   workdir_lib.write_json(tmp_path / 'config.json', file.to_dict())
   recorded = workdir_lib.read_config(tmp_path)
   assert flat(recorded)[key] == new
-  assert flat(workdir_lib.resume_config(recorded, config, [])) == flat(config)
+  assert flat(resume.resume_config(recorded, config, [])) == flat(config)
 
 
 def test_a_key_that_an_older_run_lacks_gets_its_value(tmp_path):
   """The older run then resumes without a change."""
   new = decided()
   older = new.to_dict()
-  del older['moe']['eval_dispatch']
+  del older['moe']['eval_dispatch'], older['model']['attention']
   workdir_lib.write_json(tmp_path / 'config.json', older)
   recorded = workdir_lib.read_config(tmp_path)
   assert recorded.to_dict() == new.to_dict()
   assert workdir_lib.config_of(tmp_path) == recorded
-  assert workdir_lib.resume_config(recorded, new, []).to_dict() == new.to_dict()
+  assert resume.resume_config(recorded, new, []).to_dict() == new.to_dict()
 
 
 def test_a_section_that_a_config_lacks_is_still_missing():
@@ -794,8 +794,8 @@ def test_auto_in_evaluation_takes_what_the_run_had_decided_if_it_had():
   name = 'moe.eval_dispatch'
   new = config_lib.apply(base.get_config(), [(name, 'auto')])
   old = decided((name, 'dense'))
-  assert workdir_lib.resume_config(old, new, []).moe.eval_dispatch == 'dense'
-  got = workdir_lib.resume_config(decided(), new, [name])
+  assert resume.resume_config(old, new, []).moe.eval_dispatch == 'dense'
+  got = resume.resume_config(decided(), new, [name])
   assert got.moe.eval_dispatch == 'auto'
   assert experiment.resolve_auto(got).moe.eval_dispatch == 'dropless'
 
