@@ -37,6 +37,19 @@ SECTIONS = {
   'test_config_misuse': 'Config',
   'test_strangers': 'Runs of other people',
   'test_determinism': 'Determinism and leaks',
+  'test_reported_tokenizers': 'Tokenizer files and long words',
+  'test_reported_texts': 'Byte order marks and short texts',
+  'test_reported_paths': 'Paths, links and directories',
+  'test_reported_numbers': 'Numbers of flags and config keys',
+  'test_reported_output': 'Outputs that are closed or full',
+  'test_reported_restart': 'Commands inside other programs',
+  'test_reported_signals': 'Signals of terminals and batch systems',
+  'test_reported_environment': 'Environment variables that JAX cannot use',
+  'test_reported_jax': 'Settings of JAX',
+  'test_reported_memory': 'Limits of memory',
+  'test_reported_schedules': 'Learning rates',
+  'test_reported_clock': 'Clocks that move',
+  'test_reported_rotation': 'Reading while checkpoints rotate',
 }
 
 
@@ -56,6 +69,8 @@ class Collector:
     case['seconds'] = round(case['seconds'] + report.duration, 2)
     case.update({k: words.get(k, '') for k in ('injected', 'promised')})
     case['happened'] = lasting(words.get('happened', ''))
+    if 'reported' in words:
+      case['reported'] = words['reported']
     if report.outcome != 'passed':
       case['outcome'] = report.outcome
 
@@ -68,7 +83,8 @@ def lasting(text: str) -> str:
 def run(only: str) -> dict[str, dict[str, Any]]:
   """The cases, by the name of their test."""
   collector = Collector()
-  words = ['-o', 'addopts=', '-q', '-p', 'no:xdist', '-p', 'no:cacheprovider']
+  words = ['-o', 'addopts=', '-q', '-n', '2', '--dist', 'loadfile']
+  words += ['-p', 'no:cacheprovider']
   words += ['-k', only] if only else []
   pytest.main([*words, str(ROOT / 'tests' / 'faults')], plugins=[collector])
   return collector.cases

@@ -30,6 +30,9 @@ def _fault(request, record_property):
   words = {}
   for mark in request.node.iter_markers('fault'):
     words = {**mark.kwargs, **words}
+  for mark in request.node.iter_markers('reported'):
+    words['reported'] = mark.args[0]
+    break
   for name, text in words.items():
     record_property(name, text)
 
