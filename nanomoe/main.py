@@ -95,7 +95,7 @@ def _parse(argv: list[str]) -> list[config_lib.Override]:
 def _keys_help(argv: list[str]) -> str:
   """Returns the table of keys, with the values of --config if it is given."""
   paths = [w.partition('=')[2] for w in argv if w.startswith('--config=')]
-  where, config = '--config=FILE --help shows the values of FILE', None
+  where, config = '--config=FILE --help shows its values', None
   if paths:
     where = f'[the value in {paths[-1]}]'
     config = config_lib.load_file(paths[-1]).to_dict()

@@ -46,7 +46,7 @@ ARROWS = {
   'schedules': (),
   'optimizers': ('schedules', 'model', 'config'),
   'sampling': ('model',),
-  'task': ('model', 'moe', 'ops'),
+  'task': ('model', 'moe', 'ops', 'config'),
   'callbacks': ('task', 'sampling', 'model', 'moe', 'ops', 'data', 'run'),
 }
 # They may import every room; no room imports them.

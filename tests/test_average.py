@@ -228,9 +228,9 @@ def test_an_interrupted_run_goes_on_exactly(averaged, tmp_path):
 def test_there_must_be_one(tiny):
   with pytest.raises(UserError) as error:
     tiny({'eval_weights': 'average'})
-  assert error.value.problems == [
-    "eval_weights='average' needs an optimizer.ema_decay above 0"
-  ]
+  (line,) = error.value.problems
+  assert "eval_weights='average'" in line
+  assert 'optimizer.ema_decay' in line
 
 
 @pytest.mark.parametrize('decay', [0.0, 0.5])

@@ -187,7 +187,7 @@ def test_texts_that_cannot_be_evaluated_on(finished, tmp_path, text, told):
 def test_a_split_is_not_of_another_text(nanomoe):
   process = nanomoe('evaluate', '--split=val', '--data=text.txt')
   assert process.returncode == 2
-  assert process.stderr.startswith('error: --split ')
+  assert process.stderr.startswith('error: --split')
 
 
 def test_other_data_is_refused(finished, tmp_path):

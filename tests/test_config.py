@@ -572,8 +572,8 @@ def test_base_states_no_argument_of_a_router():
   """A config file that changes the type alone would hand it on."""
   stated = {k for k in flat(base.get_config()) if k.startswith('moe.router.')}
   assert stated == {'moe.router.type'}
-  given = {'moe.router.route_scale': 2.5}
-  assert applied(*given.items()) == {**parsed(), **given}
+  values = applied(('moe.router.route_scale', '2.5'))
+  assert values == {**parsed(), 'moe.router.route_scale': 2.5}
 
 
 def write(path, text):

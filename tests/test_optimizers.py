@@ -425,7 +425,7 @@ def test_the_schema_knows_the_arguments_of_each_optimizer():
 @pytest.mark.parametrize(
   'changes, words',
   [
-    ({'muon_beta': 0.9}, 'optimizer.muon_beta is no key'),
+    ({'muon_beta': 0.9}, "'optimizer.muon_beta'"),
     ({'type': 'Muon', 'muon_bta': 0.9}, "Did you mean 'optimizer.muon_beta'"),
     ({'type': 'Muon', 'muon_beta': 'x'}, "muon_beta='x': "),
     ({'type': 'Muon', 'muon_beta': 1.0}, 'muon_beta=1.0 must be >= 0 and < 1'),

@@ -631,7 +631,7 @@ def test_other_data_is_refused(tmp_path):
   make_trainer(tmp_path, num_train_steps=2).fit()
   other = Rows()
   other.fingerprint = 'other rows'
-  with pytest.raises(UserError, match=r'(?s)rows.*other rows'):
+  with pytest.raises(UserError, match=r'(?s)other rows.*rows'):
     make_trainer(tmp_path, dataset=other).fit()
 
 

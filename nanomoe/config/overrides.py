@@ -193,7 +193,7 @@ def apply(config: Config, overrides: list[Override]) -> Config:
   Raises:
     UserError: A line for each mistake in the config and in the overrides.
   """
-  values = config.to_dict()
+  values = older.rename(config.to_dict())
   lines = []
   # Types come first: a new type removes the arguments of the old type.
   for key, text in sorted(overrides, key=lambda o: not o[0].endswith('.type')):

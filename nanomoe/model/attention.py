@@ -71,7 +71,7 @@ def attend(
 
 
 class CausalSelfAttention(nn.Module):
-  """Causal multi-head self-attention with grouped queries. Causal.
+  """Causal multi-head self-attention with grouped queries.
 
   Vaswani et al. 2017, sec. 3.2, with dropout of the attention weights; Ainslie
   et al. 2023 for grouped queries; Henry et al. 2020 for normalized queries and

@@ -200,7 +200,7 @@ def generation_problem(config: Config) -> str:
   problems = [causality.objection(config)]
   if not getattr(attention, 'causal', True):
     problems.append(
-      f'model.attention.type={name}: not causal; a token attends to later '
-      'tokens, which a text being generated does not have'
+      f'model.attention.type={name}: not causal, since tokens attend to later '
+      'tokens'
     )
   return '; '.join(filter(None, problems))

@@ -10,13 +10,13 @@ MULTIPLIER = 2_654_435_761
 
 
 class Ngrams(nn.Module):
-  """Sum of the embeddings of the last n tokens, for n = 2 .. max_ngram. Causal.
+  """Sum of the embeddings of the last n tokens, for n = 2 .. max_ngram.
 
   Pagnoni et al. 2024 (BLT), sec. 3.2.1, with tokens in place of bytes and with
   n from 2 on. A table has one row for each n-gram if `num_rows` suffices;
   otherwise n-grams share rows by a hash. Positions before a window count as one
   more token of the vocabulary. A token reads one row of each table, so the
-  number of rows costs memory and no time.
+  number of rows costs memory and no time. The module is causal.
 
   Attributes:
     vocab_size: Number of tokens in the vocabulary.

@@ -57,7 +57,7 @@ def parse_flags(
   try:
     rest = values(argv)
   except flags.Error as error:
-    raise UserError(str(error)) from error
+    raise UserError(' '.join(str(error).split())) from error
   if rest[1:]:
     raise UserError(
       f'unexpected argument {rest[1]!r}; options have the form --name=value'

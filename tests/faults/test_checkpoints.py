@@ -436,11 +436,11 @@ def full_disk():
       time.sleep(0.01)
 
   def fill(loop=None):
-    reader(loop)
+    saved(loop)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
   def empty(loop=None):
-    reader(loop)
+    saved(loop)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
   yield fill, empty

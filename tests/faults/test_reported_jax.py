@@ -13,7 +13,7 @@ import pytest
 from regression import Regression, Rows, bits, host, make_trainer
 
 from faults.conftest import same_end
-from nanomoe.moe import routers
+from nanomoe.moe import RouterInputs, routers
 from nanomoe.run import cli as command_lib
 from nanomoe.run import jax_settings, provenance
 from nanomoe.sampling import Sampling, draw
@@ -413,13 +413,14 @@ def test_a_refused_nan_is_not_found_again(tmp_path, settings, happened):
 )
 def test_masks_are_not_reported(settings, happened, sampling):
   logits = jax.random.normal(jax.random.key(0), (3, 8))
-  router = routers.Sigmoid(8, 2, 'mean', num_groups=4, groups_kept=2)
+  router = routers.Sigmoid(8, 2, 'all_choices', num_groups=4, groups_kept=2)
   x = jax.random.normal(jax.random.key(1), (1, 3, 4))
   tokens = jnp.zeros((1, 3), jnp.int32)
   settings(jax_debug_nans=True, jax_debug_infs=True)
   with jax.disable_jit():
     draw(logits, keys.make(0), sampling)
-    router.init_with_output(keys.make(0), x, tokens, tokens == 0, None, False)
+    inputs = RouterInputs(tokens, tokens == 0)
+    router.init_with_output(keys.make(0), x, inputs, train=False)
   happened('nothing was reported')
 
 

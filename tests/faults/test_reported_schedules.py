@@ -8,7 +8,7 @@ import pytest
 from regression import Rows, make_trainer
 
 from nanomoe import schedules
-from nanomoe.config import schema
+from nanomoe.config import help
 from tests.runs import At
 from trainers import callbacks
 
@@ -159,6 +159,6 @@ def test_the_first_update(happened):
     schedule = DECAYING[name](PEAK, 8)
     rates = [float(schedule(n)) for n in range(3)]
     np.testing.assert_allclose(rates, [0, PEAK / 2, PEAK], rtol=1e-6)
-  text = ' '.join(schema.help_text().split())
-  assert 'learning rate of 0 at the first update' in text
+  text = ' '.join(help.keys().split())
+  assert 'the first update has learning rate 0' in text
   happened('0, and half of its peak at the second of two')

@@ -176,7 +176,7 @@ def test_a_prompt_with_a_mark(tmp_path, caplog, happened):
   config = config_lib.apply(base.get_config(), [])
   workdir_lib.write_json(tmp_path / 'config.json', config.to_dict())
   line = one_line(generate.generate, tmp_path, ['\ufeff'])
-  assert '--prompt is empty' in line
+  assert "--prompt=''" in line
   happened('dropped; a prompt of a mark alone is empty')
 
 

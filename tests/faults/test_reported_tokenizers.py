@@ -202,7 +202,8 @@ def test_an_older_vocabulary(state, tmp_path, small_pieces, happened):
   assert older.encode(text).tolist() == alone.encode(text).ids
   # It cut large texts elsewhere.
   found = from_file(tmp_path / 'text.txt', text).text
-  wanted = [(piece, alone.encode(piece).ids) for piece in large.pieces(found)]
+  pieces = large_text.pieces(found)
+  wanted = [(piece, alone.encode(piece).ids) for piece in pieces]
   assert [
     (piece, tokens.tolist()) for piece, tokens in older.encode_pieces(found)
   ] == wanted
@@ -490,7 +491,8 @@ def test_memory_of_a_held_text(happened, kind):
 
 PEAK = """
 import resource, sys
-from nanomoe.data import corpus, text, tokenizers
+from nanomoe.data import corpus, tokenizers
+from nanomoe.data import pipeline as text
 
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
