@@ -99,7 +99,7 @@ def _keys_help(argv: list[str]) -> str:
   if paths:
     where = f'[the value in {paths[-1]}]'
     config = config_lib.load_file(paths[-1]).to_dict()
-  title = f'--config.KEY=VALUE sets one of these keys; {where}:'
+  title = f'--config.KEY=VALUE sets a key; {where}:'
   return f'{title}\n\n{help.keys(config)}'
 
 

@@ -220,6 +220,7 @@ def test_the_dispatch_of_training_is_that_of_evaluation_by_default(tiny):
   assert causality.objection(config).startswith('moe.dispatch=capacity: ')
 
 
+@pytest.mark.slow
 def test_a_model_trained_with_capacity_generates_text(tiny, tmp_path):
   """Results say which dispatch a loss is with; a resume may choose another."""
   changes = {

@@ -167,7 +167,9 @@ def _task(config):
   return task, (jax.tree.map(lambda x: 3 * x, params), state)
 
 
-@pytest.mark.parametrize('position', ['learned', 'rope'])
+@pytest.mark.parametrize(
+  'position', ['learned', pytest.param('rope', marks=pytest.mark.slow)]
+)
 def test_a_wide_window_is_the_attention_of_this_package(
   importable, tiny, rng, position
 ):
@@ -208,7 +210,10 @@ def test_a_token_attends_to_the_last_tokens_alone(importable, tiny, rng):
   assert np.flatnonzero(moved).tolist() == [5, 6, 7]
 
 
-@pytest.mark.parametrize('window', [1, WINDOW, 16, 99])
+@pytest.mark.parametrize(
+  'window',
+  [WINDOW, *(pytest.param(w, marks=pytest.mark.slow) for w in (1, 16, 99))],
+)
 def test_its_cache_is_a_ring_buffer_that_changes_no_text(
   importable, tiny, window
 ):
@@ -234,6 +239,7 @@ def test_its_cache_is_a_ring_buffer_that_changes_no_text(
   assert len(np.unique(texts[0])) > 2
 
 
+@pytest.mark.slow
 def test_a_run_with_an_attention_resumes_bitwise(importable, tiny, tmp_path):
   states = []
   for name, ends in (('whole', [8]), ('parts', [4, 8])):

@@ -1,6 +1,6 @@
 """Reader of tokenizer.json files, without settings that change texts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import json
 import logging
 from typing import Any
@@ -37,6 +37,8 @@ def load(state: Any) -> library.Tokenizer:
     ValueError: `state` is not a tokenizer.
   """
   tokenizer = _from_json(json.dumps(state))
+  # The library writes its JSON index by index, up to the largest one.
+  _check_indices(tokenizer.get_vocab().values())
   # The library's own JSON has every setting under its current name.
   state = json.loads(tokenizer.to_str())
   disabled = []
@@ -79,11 +81,7 @@ def bytes_of_tokens(tokenizer: library.Tokenizer) -> list[bytes]:
     for token, index in tokenizer.get_vocab(with_added_tokens=False).items()
     if index not in added
   }
-  # A table up to a large index could exhaust the memory, so the largest index
-  # is checked first.
-  last = max({*added, *learned}, default=-1)
-  if last > MAX_VOCAB_SIZE:
-    raise ValueError(f'a token has index {last}, above {MAX_VOCAB_SIZE}')
+  last = _check_indices({*added, *learned})
   invalid = sorted(set().union(*learned.values()) - set(byte_of))
   if invalid:
     raise ValueError(f'character {invalid[0]!r} of a token stands for no byte')
@@ -93,6 +91,18 @@ def bytes_of_tokens(tokenizer: library.Tokenizer) -> list[bytes]:
   for index, content in added.items():
     table[index] = content.encode()
   return table
+
+
+def _check_indices(indices: Iterable[int]) -> int:
+  """Returns the largest index, or -1; a table up to it must fit in memory.
+
+  Raises:
+    ValueError: An index is above `MAX_VOCAB_SIZE`.
+  """
+  last = max(indices, default=-1)
+  if last > MAX_VOCAB_SIZE:
+    raise ValueError(f'a token has index {last}, above {MAX_VOCAB_SIZE}')
+  return last
 
 
 def _from_json(text: str) -> library.Tokenizer:

@@ -15,7 +15,7 @@ from tests.shrunk import ROOT
 # writes more than a pipe holds: it is still writing when its reader leaves.
 LOGS = """
 import logging
-from nanomoe import command, terminal
+from nanomoe.run import cli as command, terminal
 
 def main(_):
   terminal.log_to_terminal()
@@ -167,7 +167,7 @@ def test_an_error_that_nobody_gets(happened, redirections):
 def test_no_file_becomes_the_output(tmp_path, happened):
   script = (
     'import os, sys\n'
-    'from nanomoe import command\n'
+    'from nanomoe.run import cli as command\n'
     'def main(path):\n'
     '  with open(path, "w") as file:\n'
     '    for descriptor in (1, 2):\n'

@@ -188,6 +188,7 @@ def test_a_prompt_with_a_mark(tmp_path, caplog, happened):
   'evaluate --data of 9 characters; a window has 16 and a target',
   'the exact loss of what is there: the window is padded, at weight 0',
 )
+@pytest.mark.slow
 def test_a_text_shorter_than_a_window(finished, tmp_path, happened):
   workdir, _ = finished
   path = tmp_path / 'text.txt'

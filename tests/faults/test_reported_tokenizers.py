@@ -213,7 +213,7 @@ def test_an_older_vocabulary(state, tmp_path, small_pieces, happened):
 
 LEARN = """
 import atexit, pathlib, sys
-from nanomoe import command, terminal
+from nanomoe.run import cli as command, terminal
 from nanomoe.data import merges
 from nanomoe.data.bpe import BPE
 
