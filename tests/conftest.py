@@ -34,6 +34,22 @@ from configs import base  # noqa: E402
 from nanomoe.config import overrides as config_lib  # noqa: E402
 from tests.shrunk import ROOT, TINY  # noqa: E402
 
+# Files of pure tests: no processes, and no training. `-m inner` runs them.
+INNER = {
+  *('activations', 'attention', 'causal_blocks', 'config', 'convolution'),
+  *('dropout', 'event_files', 'heads', 'hlo', 'language', 'losses', 'metrics'),
+  *('ngrams', 'norms', 'numerics', 'optimizers', 'parameters', 'pictures'),
+  *('positions', 'prefetch', 'report', 'spec', 'statistics', 'tokenizers'),
+  *('windows', 'writers'),
+}
+
+
+def pytest_collection_modifyitems(items):
+  for item in items:
+    is_inner = item.path.stem.removeprefix('test_') in INNER
+    if is_inner and not item.get_closest_marker('slow'):
+      item.add_marker('inner')
+
 
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory) -> pathlib.Path:

@@ -15,7 +15,9 @@ def _attend_by_blocks(q, k, v, key=None, dropout_rate=0.0):
   )
 
 
-@pytest.mark.parametrize('time', [1, 3, 6, 9])
+@pytest.mark.parametrize(
+  'time', [1, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))]
+)
 def test_value_and_gradients_equal_the_textbook(time, rng):
   q, k, v, up = jnp.asarray(rng.normal(size=(4, 2, 3, time, 5)), jnp.float32)
 

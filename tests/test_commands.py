@@ -113,6 +113,7 @@ def test_a_config_of_another_version_is_told(finished, tmp_path):
     generate_lib.generate(tmp_path, ['a'])
 
 
+@pytest.mark.slow
 def test_evaluation_is_exact_json(nanomoe, finished, corpus):
   """Equal to what a loop over the split's windows sums up."""
   workdir, _ = finished

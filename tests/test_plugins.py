@@ -167,6 +167,7 @@ def _task(config):
   return task, (jax.tree.map(lambda x: 3 * x, params), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'position', ['learned', pytest.param('rope', marks=pytest.mark.slow)]
 )

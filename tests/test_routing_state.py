@@ -117,6 +117,7 @@ def test_the_bias_evens_out_the_loads(tiny, rng):
   assert after.max() < 1.15 * mean
 
 
+@pytest.mark.slow
 def test_each_layers_bias_selects_its_experts(tiny, rng):
   """It does in training, evaluation and generation, between dense layers."""
   config = experiment.resolve_auto(

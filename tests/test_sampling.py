@@ -60,6 +60,7 @@ def _by_definition(model, prompt, num_tokens, sampling, seed):
 PROMPTS = [[3], [1, 2, 3, 4, 5], list(range(11)), [7, 7]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'choices',
   [

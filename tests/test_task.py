@@ -43,6 +43,7 @@ def _evaluate(task, trained, batch):
   return float(total.sum / total.weight), metrics_lib.compute(aux.metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'precision', ['bfloat16', pytest.param('float32', marks=pytest.mark.slow)]
 )
@@ -99,7 +100,9 @@ def test_parts_of_the_loss(task_and_trained, rng):
   assert np.shape(metrics['router_entropy']) == (2,)
 
 
-@pytest.mark.parametrize('experts', [True, False])
+@pytest.mark.parametrize(
+  'experts', [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_confidence_is_penalized_in_training_alone(tiny, rng, experts):
   """Training subtracts weight * entropy from the loss."""
   changes = {'precision': 'float32', 'model.dropout_rate': 0.0}

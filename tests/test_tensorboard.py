@@ -329,6 +329,7 @@ def ask(logdir):
   process.wait()
 
 
+@pytest.mark.slow
 def test_runs_are_overlaid(ask):
   assert set(ask('runs')) == {
     f'{run}{split}'

@@ -147,6 +147,7 @@ def run_of(workdir, *extra, **changes):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.reported('prng')
 @pytest.mark.fault(
   injected='other random numbers by JAX_DEFAULT_PRNG_IMPL and the like',
@@ -264,6 +265,7 @@ def line_of_the_nan() -> int:
   return 1 + next(i for i, x in enumerate(lines) if 'jnp.log(batch' in x)
 
 
+@pytest.mark.slow
 @pytest.mark.reported('6')
 @pytest.mark.fault(
   promised='the run, its restart and its spikes are bitwise as without'
@@ -363,6 +365,7 @@ def with_old_marks(state):
   return dataclasses.replace(state, recent_losses=jnp.asarray(recent))
 
 
+@pytest.mark.slow
 @pytest.mark.reported('6')
 @pytest.mark.fault(
   injected='a checkpoint of an older version: NaN in its window of losses',
@@ -427,6 +430,7 @@ def test_masks_are_not_reported(settings, happened, sampling):
 # JAX_DISABLE_JIT.
 
 
+@pytest.mark.slow
 @pytest.mark.reported('15')
 @pytest.mark.fault(
   injected='JAX_DISABLE_JIT=1, alone and with JAX_DEBUG_NANS=1',

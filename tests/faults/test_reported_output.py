@@ -203,6 +203,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'redirections', 'code'),
   [

@@ -232,9 +232,8 @@ def test_a_reader_gives_up(job, monkeypatch, happened):
   'a damaged checkpoint is read while others rotate',
   'it is damaged, not replaced',
 )
-@pytest.mark.parametrize(
-  'how', ['empty', pytest.param('delete_half', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['delete_half', 'empty'])
 def test_damage_is_still_damage(job, meanwhile, warnings, happened, how):
   job.save(1, best=1)
   job.save(2, best=1)

@@ -43,6 +43,7 @@ def train(workdir, schedule, *, until=None, last=8, **changes):
   return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.reported('extended')
 @pytest.mark.fault(
   promised='one line: the learning rates before and after, and their steps'
@@ -80,7 +81,9 @@ def test_an_extended_run(tmp_path, warnings, happened, name):
   promised='no line',
 )
 @pytest.mark.parametrize('name', DECAYING)
-@pytest.mark.parametrize('until', [1, 3, 6])
+@pytest.mark.parametrize(
+  'until', [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6))]
+)
 def test_a_resumed_run(tmp_path, warnings, happened, name, until):
   schedule = DECAYING[name](PEAK, 8)
   dataset = Rows({2: np.nan, 3: np.nan})

@@ -280,6 +280,7 @@ def test_a_short_training_split(tiny, tmp_path, happened):
 # result.json.
 
 
+@pytest.mark.slow
 @pytest.mark.reported('train_ce')
 @fault(
   'train_loss has the balance loss, and val_loss has not',
