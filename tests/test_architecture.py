@@ -25,9 +25,6 @@ CONFIGS = sorted(
   if path.stem != '__init__'
 )
 
-# Trained in the default tests: to compile one takes ten seconds.
-FAST = ('base',)
-
 # Package: the packages that none of its modules may import.
 FORBIDDEN = {
   'trainers': ('nanomoe', 'configs', 'flax.linen', 'benchmarks', 'tests'),
@@ -208,13 +205,8 @@ def test_config_is_built_and_its_step_traced(name, corpus, tmp_path):
   experiment.build_task(experiment.resolve_auto(whole), 65)
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-    for name in CONFIGS
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CONFIGS)
 def test_config_takes_a_step(name, corpus, tmp_path):
   """Each config, shrunk, trains."""
   trainer = experiment.build(_shrunk(name, corpus), tmp_path)

@@ -142,6 +142,7 @@ def test_evaluation_is_exact_json(nanomoe, finished, corpus):
   np.testing.assert_allclose(np.sum(result['expert_load'], axis=1), 1, 1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_of_the_training_split_is_another(finished):
   workdir, _ = finished
   train = evaluate_lib.evaluate(workdir, 'train', 'best')

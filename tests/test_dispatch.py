@@ -130,6 +130,7 @@ def test_equals_dense_whatever_the_experts(name, activation, use_bias, rng):
   _assert_close(_value_and_gradients(name)(*inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_experts', [1, 64])
 @pytest.mark.parametrize('name', SPARSE)
 def test_equals_dense_for_few_and_for_many_experts(name, num_experts, rng):

@@ -215,6 +215,7 @@ def test_a_schedule_sets_the_rate_of_each_update(problem):
     np.testing.assert_allclose(got[k], expected[k], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', optimizers.OPTIMIZERS)
 @pytest.mark.parametrize('mask', optimizers.DECAY_MASKS)
 def test_what_decays_in_the_model(tiny, mask, kind):

@@ -125,6 +125,7 @@ def test_all_of_them_in_a_run_that_is_resumed(files, command, run, tmp_path):
   assert process.stdout.startswith(words[0])
 
 
+@pytest.mark.slow
 def test_the_router_is_topk_of_softer_logits(importable, tiny):
   """At temperature 1 it is the same function of the same parameters."""
 

@@ -9,7 +9,6 @@ import pytest
 
 from nanomoe.moe import RouterInputs, experts
 from nanomoe.moe.dispatch.dense import dense
-from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.layer import dispatch_rows
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
 from tests.routed import layer as make_moe
@@ -304,7 +303,13 @@ def layer(request):
   return run, run('dense')
 
 
-@pytest.mark.parametrize('name', sorted({*DISPATCH} - {'dense'}))
+@pytest.mark.parametrize(
+  'name',
+  [
+    'dropless',
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ('capacity', 'grouped')),
+  ],
+)
 def test_every_dispatch_equals_dense(layer, name):
   """Value, load and all gradients agree for each router."""
   run, expected = layer

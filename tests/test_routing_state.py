@@ -31,6 +31,7 @@ def draw_batch(rng):
   }
 
 
+@pytest.mark.slow
 def test_an_update_moves_the_bias_and_a_skipped_one_does_not(tiny, rng):
   """The losses of routing are logged, raw and weighted."""
   config = experiment.resolve_auto(

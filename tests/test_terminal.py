@@ -82,6 +82,7 @@ def test_a_bar_and_ctrl_c(tty, command, tmp_path):
   assert '\x1b' not in log and 'interrupted by SIGINT' in log
 
 
+@pytest.mark.slow
 def test_quiet_says_where_the_result_is(run, finished):
   workdir, _ = finished
   words = [sys.executable, '-m', 'nanomoe.main', f'--workdir={workdir}', '-q']

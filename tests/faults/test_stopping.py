@@ -14,9 +14,9 @@ from tests.runs import result_of
 from tests.shrunk import ROOT
 
 
-def case(what, *arguments, slow=True):
-  marks = [pytest.mark.fault(injected=what)]
-  return pytest.param(*arguments, marks=marks + [pytest.mark.slow] * slow)
+def case(what, *arguments):
+  marks = [pytest.mark.fault(injected=what), pytest.mark.slow]
+  return pytest.param(*arguments, marks=marks)
 
 
 @pytest.mark.fault(promised='resumed, it ends bitwise like an undisturbed run')
@@ -31,7 +31,6 @@ def case(what, *arguments, slow=True):
       'SIGKILL between the commit of a checkpoint and its manifest',
       'manifest 2 KILL',
       {},
-      slow=False,
     ),
     case('the same of the first checkpoint', 'manifest 1 KILL', {}),
     case(
