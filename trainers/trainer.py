@@ -118,7 +118,6 @@ class Trainer(Loop):
     self._ema_decay = ema_decay
     self._eval_weights = eval_weights
     self._spikes = spikes
-    self._schedule = schedule
     self._evaluator = Evaluator(task)
     self._writers = Writers(workdir, writers, board)
     self._unlogged: Metrics | None = None
