@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
+from configs import base
 from nanomoe import experiment
 from nanomoe import main as main_lib
+from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus as corpus_lib
 from trainers.errors import UserError
 
@@ -125,14 +128,35 @@ def test_a_mistake_is_told_before_jax_is_imported(run, command):
   assert not imported & {'jax', 'flax', 'optax', 'orbax', 'clu'}
 
 
-def test_exit_codes_are_those_of_the_contract():
-  assert main_lib.EXIT_CODES == {
+def test_exit_codes_are_those_of_the_contract(monkeypatch, tmp_path):
+  """`main` returns the code of the status that the trainer ends with."""
+  codes = {
     'done': 0,
     'diverged': 3,
     'collapsed': 3,
     'unsaved': 4,
     'interrupted': 75,
   }
+  assert main_lib.EXIT_CODES.keys() == codes.keys()
+  config = config_lib.apply(base.get_config(), [])
+  main_lib._parse(['main'])
+  monkeypatch.setattr(main_lib, 'requested_config', lambda _: (config, None))
+  # The logs of the other tests stay as they are.
+  monkeypatch.setattr(main_lib.terminal, 'log_to_terminal', lambda **_: None)
+  monkeypatch.setattr(main_lib.workdir_lib, 'log_to', lambda _: None)
+  for status, code in codes.items():
+    trainer = types.SimpleNamespace(
+      fit=lambda status=status: status,
+      status=status,
+      step=3,
+      num_train_steps=9,
+      stop_reason='a reason',
+      best=None,
+      callbacks=[],
+    )
+    monkeypatch.setattr(experiment, 'build', lambda *_, t=trainer: t)
+    monkeypatch.setattr(main_lib, '_workdir', lambda s=status: tmp_path / s)
+    assert main_lib.main([]) == code, status
 
 
 def test_the_status_of_somebody_elses_callback_has_a_code():
@@ -194,7 +218,15 @@ def test_a_split_as_long_as_a_window_is_enough(tiny, tmp_path):
   path = tmp_path / 'text.txt'
   letters = np.array(list('ab\n'))
   path.write_text(''.join(np.resize(letters, 170)))
-  assert experiment.build(tiny({'data.path': path}), tmp_path)
+  config = tiny({'data.path': path, 'eval_iters': 0})
+  trainer = experiment.build(config, tmp_path / 'enough')
+  (batch,) = trainer.dataset.eval_batches('val', slice(None))
+  assert batch['weights'].sum() == 16
+  # With one character less, training has too few, and evaluation pads.
+  path.write_text(''.join(np.resize(letters, 18)))
+  with pytest.raises(UserError) as error:
+    experiment.build(tiny({'data.path': path}), tmp_path / 'few')
+  assert str(path) in str(error.value)
 
 
 def test_a_second_process_in_a_workdir_is_refused(tmp_path, run, command):

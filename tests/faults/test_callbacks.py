@@ -9,7 +9,7 @@ from regression import make_trainer
 
 from faults.conftest import fault
 from nanomoe import experiment
-from tests.runs import result_of
+from tests.runs import Reports, result_of
 from trainers import callbacks
 from trainers.callbacks import Callback
 from trainers.callbacks.periodic import PeriodicActionCallback
@@ -316,4 +316,11 @@ def test_a_profile_that_cannot_be_written(
 
 
 def test_an_action_of_clu_without_a_period_is_taken():
-  PeriodicActionCallback(periodic_actions.ReportProgress(every_secs=1))
+  """Its own clock decides: it acts at each step if no second has to pass."""
+  reports = Reports()
+  action = periodic_actions.ReportProgress(
+    every_steps=None, every_secs=0.0, writer=reports
+  )
+  assert isinstance(PeriodicActionCallback(action).action, type(action))
+  assert make_trainer(callbacks=[action], num_train_steps=4).fit() == 'done'
+  assert reports.steps == [2, 3, 4]  # The first call starts the clock.
