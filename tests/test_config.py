@@ -297,6 +297,47 @@ def test_the_right_name_in_the_wrong_section_is_answered_with_the_right_one():
   assert {g: a for g, a in answers.items() if a[0] != a[1]} == {}
 
 
+@pytest.mark.parametrize('section', ['', 'model.', 'optimizer.', 'train.'])
+@pytest.mark.parametrize('name', validation.SYNONYMS)
+def test_a_name_of_another_trainer_is_answered(section, name):
+  lines = mistakes((f'{section}{name}', '1'))
+  assert hint(lines[0]) == validation.SYNONYMS[name]
+
+
+def test_every_answer_to_another_trainers_name_is_a_key():
+  for key in validation.SYNONYMS.values():
+    assert validation.known(key), key
+
+
+@pytest.mark.parametrize(
+  ('signature', 'given', 'expected'),
+  [
+    ('', '', 5000),
+    ('steps="7"', '', 7),
+    ('steps="7"', ':9', 9),
+    ('steps', ':9', 9),
+    ('', ':9', 'takes no argument'),
+    ('steps', '', 'needs an argument'),
+  ],
+)
+def test_a_config_file_takes_an_argument(tmp_path, signature, given, expected):
+  path = write(
+    tmp_path / 'mine.py',
+    'from configs import base\n'
+    f'def get_config({signature}):\n'
+    '  config = base.get_config()\n'
+    f'  config.num_train_steps = int({"steps" if signature else 5000})\n'
+    '  return config\n',
+  )
+  if isinstance(expected, int):
+    config = config_lib.load_file(f'{path}{given}')
+    assert config.num_train_steps == expected
+    return
+  with pytest.raises(UserError) as error:
+    config_lib.load_file(f'{path}{given}')
+  assert expected in str(error.value)
+
+
 @pytest.mark.parametrize('key', ['', '.', 'xyzzy', 'a.b.c.d', 'moe.', 'Ⅷ'])
 def test_a_key_like_nothing_else(key):
   (line,) = mistakes((key, '1'))
