@@ -199,16 +199,16 @@ class Text:
     self._decode = decode
     # The last tokens that made whole characters, and those since then: a
     # decoder may see a token's neighbours, and all of a long text costs more.
-    self._told, self._new = list(prompt), []
+    self._context, self._new = list(prompt), []
 
   def add(self, token: int, *, last: bool = False) -> str:
     """Returns the text that `token` completes; with `last`, all the rest."""
     self._new.append(token)
-    before = self._decode(self._told)
-    text = self._decode(self._told + self._new)
+    before = self._decode(self._context)
+    text = self._decode(self._context + self._new)
     if text.endswith('\N{REPLACEMENT CHARACTER}') and not last:
       return ''
-    self._told, self._new = self._new, []
+    self._context, self._new = self._new, []
     return text[len(before) :]
 
 

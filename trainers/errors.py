@@ -43,3 +43,8 @@ def is_out_of_memory(error: BaseException) -> bool:
   return isinstance(error, MemoryError) or (
     isinstance(error, RuntimeError) and any(w in str(error) for w in words)
   )
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of the message of `error`, or its repr if empty."""
+  return next(iter(str(error).splitlines()), '') or repr(error)

@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 
-from trainers.errors import UserError, is_out_of_memory
+from trainers.errors import UserError, first_line, is_out_of_memory
 
 _CACHE = 'JAX_COMPILATION_CACHE_DIR'
 # Variables that decide which devices there are.
@@ -35,7 +35,7 @@ def start() -> None:
   try:
     import jax  # noqa: PLC0415 (it takes seconds)
   except ValueError as error:  # JAX reads its variables when it is imported.
-    text = _first_line(error)
+    text = first_line(error)
     flags = text.lower().replace('jax.', 'jax_')
     names = [
       name
@@ -56,7 +56,7 @@ def start() -> None:
       names.append('XLA_FLAGS')
     text = 'JAX found no device of this platform'
     if isinstance(error, RuntimeError | ValueError):  # Else one of its bugs.
-      text = _first_line(error)
+      text = first_line(error)
     if 'JAX_PLATFORMS' not in text:
       text += "; JAX_PLATFORMS='' lets JAX choose, and 'cpu' is always there"
     raise UserError(f'{_shown(names) or "JAX"}: {text}') from error
@@ -64,10 +64,6 @@ def start() -> None:
 
 def _shown(names: list[str]) -> str:
   return ' '.join(f'{name}={os.environ[name]!r}' for name in names)
-
-
-def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), '')
 
 
 def _check_cache() -> None:
@@ -114,6 +110,6 @@ def _check_xla_flags() -> None:
     os.waitpid(child, 0)
   # Its log has lines such as `F1122 11:22:33.444555 123 file.cc:45] Unknown`:
   # an error (E) may say more than the fatal line (F) after it.
-  told = re.findall(r'^([EF])\d{4} .*?\.cc:\d+\] (.*)', text, re.MULTILINE)
-  if any(level == 'F' for level, _ in told):
-    raise UserError(f'XLA_FLAGS={value!r}: {told[0][1]}')
+  messages = re.findall(r'^([EF])\d{4} .*?\.cc:\d+\] (.*)', text, re.MULTILINE)
+  if any(level == 'F' for level, _ in messages):
+    raise UserError(f'XLA_FLAGS={value!r}: {messages[0][1]}')

@@ -52,9 +52,9 @@ def pin() -> None:
       if found == value or (pinned is _CHECKS and found in _HARMLESS):
         continue
       jax.config.update(name, value)
-      told = f'{name.upper()}={found}'
+      setting = f'{name.upper()}={found}'
       if jax.config.values[name] != value:  # A context manager holds it.
-        raise UserError(f'{told}: {reason}; it must be {value}')
-      log.warning('%s is ignored: %s', told, reason)
+        raise UserError(f'{setting}: {reason}; it must be {value}')
+      log.warning('%s is ignored: %s', setting, reason)
   if jax.config.values['jax_disable_jit']:
     log.warning('JAX_DISABLE_JIT=True: nothing is compiled, so steps are slow')

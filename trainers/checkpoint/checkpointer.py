@@ -17,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from trainers.checkpoint import arrays as arrays_lib
 from trainers.checkpoint import reader
 from trainers.checkpoint.reader import Saved
-from trainers.errors import UserError
+from trainers.errors import UserError, first_line
 from trainers.files import to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Checkpointer:
       )
     except Exception as error:  # Storage backends of Orbax may raise anything.
       self._reset()
-      raise SaveError(f'step {step}: {reader.told(error)}') from error
+      raise SaveError(f'step {step}: {first_line(error)}') from error
     self.newest = self._saving = step
 
   def wait(self) -> int | None:
@@ -181,7 +181,7 @@ class Checkpointer:
         self._kept = self._policy.kept
     except Exception as error:  # Storage backends of Orbax may raise anything.
       self._reset()
-      raise SaveError(f'step {step}: {reader.told(error)}') from error
+      raise SaveError(f'step {step}: {first_line(error)}') from error
     return step
 
   def _reset(self) -> None:

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from trainers.checkpoint import arrays as arrays_lib
-from trainers.errors import UserError
+from trainers.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -296,9 +296,4 @@ def digest(meta: dict[str, Any]) -> str:
 
 def damage(step: int, error: Exception) -> str:
   """Returns a line that says that a checkpoint is damaged, with the reason."""
-  return f'checkpoint {step} is damaged: {told(error)}'
-
-
-def told(error: Exception) -> str:
-  """Returns the first line of an error's message, or its repr if empty."""
-  return str(error).splitlines()[0] if str(error) else repr(error)
+  return f'checkpoint {step} is damaged: {first_line(error)}'

@@ -85,8 +85,8 @@ def explained(
   """
   if not is_out_of_memory(error):
     return error
-  told = f': {memory}; {hint(memory)}' if memory else f': {error}'
-  explanation = UserError(f'out of memory after step {step}{told}')
+  details = f': {memory}; {hint(memory)}' if memory else f': {error}'
+  explanation = UserError(f'out of memory after step {step}{details}')
   explanation.__cause__ = error
   return explanation
 
