@@ -166,9 +166,7 @@ def completion(shell: str) -> str:
     values = importlib.import_module(command.module)._FLAGS
     words = [
       f'--{flag.name}' + ('' if isinstance(flag, flags.BooleanFlag) else '=')
-      for module, defined in values.flags_by_module_dict().items()
-      if module != 'absl.flags'
-      for flag in defined
+      for flag in cli.own_flags(values)
     ]
     words += keys if name == 'train' else []
     cases.append(f'    {name}) words="{" ".join(words)}" ;;')

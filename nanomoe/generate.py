@@ -188,17 +188,17 @@ def _without_mark(prompt: str) -> str:
 
 
 class Text:
-  """Tokens -> text as they come, in whole characters.
+  """Text of tokens that arrive one by one, in whole characters.
 
   Args:
-    decode: of a tokenizer: the text of some tokens, U+FFFD for what is none.
-    prompt: tokens whose text is there already.
+    decode: Returns the text of tokens; U+FFFD stands for incomplete bytes.
+    prompt: Tokens whose text is already shown.
   """
 
   def __init__(self, decode: Callable[[list[int]], str], prompt: list[int]):
     self._decode = decode
-    # The last tokens that made whole characters, and those since then: a
-    # decoder may see a token's neighbours, and all of a long text costs more.
+    # A decoder may look at the neighbours of a token, and decoding a long text
+    # again is slow: the last whole characters are enough.
     self._context, self._new = list(prompt), []
 
   def add(self, token: int, *, last: bool = False) -> str:

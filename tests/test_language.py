@@ -7,6 +7,7 @@ import pytest
 
 from nanomoe import evaluate, generate, main
 from nanomoe.config import schema
+from nanomoe.run import cli
 from tests.shrunk import ROOT
 
 # A docstring that begins with one of these words is not a sentence with a
@@ -50,9 +51,7 @@ def test_no_flag_begins_with_a_preposition(module):
   values: flags.FlagValues = module._FLAGS
   texts = {
     flag.name: str(flag.help).removeprefix('<train|val>: ')
-    for owner, defined in values.flags_by_module_dict().items()
-    if owner != 'absl.flags'
-    for flag in defined
+    for flag in cli.own_flags(values)
   }
   assert texts
   assert not {name for name, text in texts.items() if _is_bad(text)}

@@ -165,18 +165,27 @@ def _refuse_a_namespace() -> None:
     sys.exit(USER_ERROR)
 
 
+def own_flags(values: flags.FlagValues) -> list[flags.Flag]:
+  """Returns the flags of a command, without those that absl adds."""
+  return [
+    flag
+    for module, defined in values.flags_by_module_dict().items()
+    if module != 'absl.flags'
+    for flag in defined
+  ]
+
+
 def _flags_help(values: flags.FlagValues) -> str:
   """Returns the flags of a command, in the order of their definition."""
   rows = []
-  for module, of_module in values.flags_by_module_dict().items():
-    for flag in of_module if module != 'absl.flags' else ():
-      name = f'-{flag.short_name}, ' if flag.short_name else ''
-      text = str(flag.help).partition(';\n')[0]  # Absl appends a type.
-      if flag.default is not None and flag.default is not False:
-        listed = isinstance(flag.default, list)
-        default = ' '.join(map(repr, flag.default)) if listed else flag.default
-        text = f'{text} [{default}]'
-      rows.append((f'{name}--{flag.name}', text))
+  for flag in own_flags(values):
+    name = f'-{flag.short_name}, ' if flag.short_name else ''
+    text = str(flag.help).partition(';\n')[0]  # Absl appends a type.
+    if flag.default is not None and flag.default is not False:
+      listed = isinstance(flag.default, list)
+      default = ' '.join(map(repr, flag.default)) if listed else flag.default
+      text = f'{text} [{default}]'
+    rows.append((f'{name}--{flag.name}', text))
   return help.columns([*rows, ('-h, --help', 'Prints this help.')])
 
 

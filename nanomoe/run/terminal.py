@@ -128,7 +128,7 @@ def log_to_terminal(
   # Libraries: what they warn of, not what they do.
   for name in ('absl', 'jax'):
     logging.getLogger(name).setLevel(logging.WARNING)
-  # A save that fails is told by us, in a line; by Orbax, by tracebacks.
+  # Orbax prints tracebacks of a failed save, which is one line of ours.
   logging.getLogger('absl').addFilter(_is_not_of_orbax)
   logging.getLogger('asyncio').addFilter(_is_of_a_program)
   return console
@@ -139,7 +139,7 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _is_of_a_program(record: logging.LogRecord) -> bool:
-  """No error that Orbax, having told of another one, never asked for."""
+  """Returns False for errors that Orbax reported already."""
   return 'exception was never retrieved' not in record.getMessage()
 
 
