@@ -251,13 +251,12 @@ def _flags(module: Any) -> Iterator[list[str]]:
   for value in vars(module).values():
     if not isinstance(value, flags.FlagValues):
       continue
-    for owner, defined in value.flags_by_module_dict().items():
-      for flag in defined if owner != 'absl.flags' else ():
-        short = f'`-{flag.short_name}`, ' if flag.short_name else ''
-        text = str(flag.help).partition(';\n')[0]
-        has_default = flag.default not in (None, []) and not flag.boolean
-        default = _code(repr(flag.default)) if has_default else ''
-        yield [f'{short}`--{flag.name}`', text, default]
+    for flag in _load('cli').own_flags(value):
+      short = f'`-{flag.short_name}`, ' if flag.short_name else ''
+      text = str(flag.help).partition(';\n')[0]
+      has_default = flag.default not in (None, []) and not flag.boolean
+      default = _code(repr(flag.default)) if has_default else ''
+      yield [f'{short}`--{flag.name}`', text, default]
 
 
 def _exit_codes() -> str:
