@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -127,8 +128,8 @@ def steps_of(workdir: pathlib.Path) -> list[int]:
   return sorted(int(name) for name in names if name.isdecimal())
 
 
-def same_end(workdir, expected) -> None:
-  """The last state bitwise, each metric, and the text."""
+def same_end(workdir, expected, metric_tolerance=0.0) -> None:
+  """Compares the last state bitwise, the metrics, the text and the result."""
   found, wanted = (
     reader.read(directory / 'checkpoints', '12')[0]
     for directory in (workdir, expected)
@@ -137,9 +138,19 @@ def same_end(workdir, expected) -> None:
   for name, leaf in wanted.items():
     np.testing.assert_array_equal(found[name], leaf, err_msg=name)
     assert found[name].dtype == leaf.dtype
-  assert metrics_of(workdir) == metrics_of(expected)
+  assert_close(metrics_of(workdir), metrics_of(expected), metric_tolerance)
   sample = (workdir / 'sample.txt').read_text()
   assert sample == (expected / 'sample.txt').read_text()
   result = result_of(workdir)
   for key in ('status', 'step', 'val_loss', 'best_step', 'skipped_updates'):
-    assert result[key] == result_of(expected)[key], key
+    assert_close(result[key], result_of(expected)[key], metric_tolerance)
+
+
+def assert_close(found, expected, tolerance: float) -> None:
+  """Compares nested lists and dicts, numbers up to a relative tolerance."""
+  found, tree = jax.tree.flatten(found)
+  expected, expected_tree = jax.tree.flatten(expected)
+  assert tree == expected_tree
+  for x, y in zip(found, expected, strict=True):
+    is_number = isinstance(y, float)
+    assert x == (pytest.approx(y, rel=tolerance, abs=0) if is_number else y)
