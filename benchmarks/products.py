@@ -6,16 +6,21 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count(fn: Callable[..., Any], *args: Any, trips: int | None = None) -> int:
-  """2 * multiply-adds of every dot_general in fn(*args), as traced.
+  """Returns 2 * multiply-adds of the products that fn(*args) needs, as traced.
 
-  Of a ragged one, each row by its own group's matrix: a backend may compute
-  more. A scan's body counts as often as it runs, a conditional's dearest branch
-  counts. A loop of unknown length runs `trips` times; refused without.
+  A product whose result is not used does not count, because XLA removes it. A
+  ragged product counts each row by its own group's matrix; a backend may
+  compute more. The body of a scan counts as often as it runs, and a conditional
+  counts as its most expensive branch. A loop of unknown length runs `trips`
+  times and is an error without `trips`.
   """
-  return _count(jax.make_jaxpr(fn)(*args).jaxpr, trips)
+  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(used, trips)
 
 
 def _count(jaxpr: Any, trips: int | None) -> int:

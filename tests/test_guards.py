@@ -61,18 +61,21 @@ def test_nothing_is_sorted(program):
 
 
 def test_only_parameters_gather_what_is_scattered(program, request):
-  """Not tokens: XLA adds to rows one after the other.
+  """Rows of tokens are not scattered, because XLA adds them one by one.
 
-  Or 128 of them in a trip, which `dropless` makes for what is over even loads.
+  The exceptions are an iteration's 256 rows in the overflow loop of `dropless`
+  and the integers that count assignments.
   """
   assert program['scatter-add']
   has_trips = request.node.callspec.params['program'] == 'dropless'
   embedding, experts = (65, 128), {(4, 128, 512), (4, 512), (4, 512, 128)}
   for equation in program['scatter-add']:
-    _, index, _ = (v.aval for v in equation.invars)
+    operand, index, _ = (v.aval for v in equation.invars)
+    if operand.dtype == jnp.int32:
+      continue
     if equation.outvars[0].aval.shape not in {embedding, (4, 128), *experts}:
       assert has_trips
-      assert index.shape[:-1] == (1, 128)
+      assert index.shape[:-1] == (1, 256)
 
 
 def test_random_bits_are_few(program):

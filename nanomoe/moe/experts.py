@@ -6,10 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 from flax import linen as nn
 from flax import struct
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nanomoe.ops import matmul
 from nanomoe.ops.activations import ACTIVATIONS
-from nanomoe.ops.matmul import einsum
 
 # Product of each expert's rows, of x or of the hidden layer, with its weights.
 PRODUCT = 'gni,gio->gno'
@@ -45,17 +46,31 @@ class Experts:
   activation: str = struct.field(pytree_node=False, default='gelu')
 
   def __call__(
-    self, x: Float[Array, 'G rows d_model'], precision: str
+    self,
+    x: Float[Array, 'G rows d_model'],
+    precision: str,
+    weight: Float[Array, 'G rows'] | None = None,
   ) -> Float[Array, 'G rows d_model']:
     """Returns each expert's output for its own rows.
 
     Args:
       x: Rows of each expert.
       precision: Precision of the products, 'float32' or 'bfloat16'.
+      weight: Weight of each row's output, or None for 1.
     """
-    return self.apply(
-      lambda x, w, bias: einsum(PRODUCT, x, w, precision, bias), x
-    )
+
+    def product(x, w, bias):
+      return matmul.einsum(PRODUCT, x, w, precision, bias)
+
+    if weight is None:
+      return self.apply(product, x)
+    # The gradient of a weight on the hidden layer needs neither the output nor
+    # the last product again.
+    hidden = _scale_rows(weight, self._hidden(product, x))
+    y = product(hidden, self.w_out, None)
+    if self.b_out is None:
+      return y
+    return y + jnp.einsum('gn,go->gno', weight, self.b_out)
 
   def apply(
     self, product: Product, x: Float[Array, '*rows d_model']
@@ -66,15 +81,37 @@ class Experts:
       product: Multiplies each row by the weights of its expert.
       x: Rows in any layout that `product` understands.
     """
+    return product(self._hidden(product, x), self.w_out, self.b_out)
+
+  def _hidden(self, product: Product, x: jax.Array) -> jax.Array:
     hidden = [product(x, self.w_in, self.b_in)]
     if self.w_gate is not None:
       hidden.append(product(x, self.w_gate, None))
-    hidden = ACTIVATIONS[self.activation].fn(*hidden)
-    return product(hidden, self.w_out, self.b_out)
+    return ACTIVATIONS[self.activation].fn(*hidden)
 
-  def take(self, expert: Int[Array, ' H']) -> 'Experts':
+  def take(self, expert: slice | Int[Array, ' H']) -> 'Experts':
     """Returns the weights of the given experts, in their order."""
     return jax.tree.map(lambda w: w[expert], self)
+
+
+@jax.custom_vjp
+def _scale_rows(
+  weight: Float[Array, 'G rows'], x: Float[Array, 'G rows d']
+) -> Float[Array, 'G rows d']:
+  """Returns `weight[..., None] * x`, whose gradient calls `row_sums`."""
+  return weight[..., None] * x
+
+
+def _scale_rows_forward(weight, x):
+  return _scale_rows(weight, x), (weight, x)
+
+
+def _scale_rows_backward(residuals, g):
+  weight, x = residuals
+  return matmul.row_sums(g * x), weight[..., None] * g
+
+
+_scale_rows.defvjp(_scale_rows_forward, _scale_rows_backward)
 
 
 @runtime_checkable

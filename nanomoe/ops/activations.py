@@ -50,16 +50,39 @@ def squared_relu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
   return positive * positive
 
 
+@jax.custom_vjp
 def swiglu(
   x: Float[Array, '*shape'], gate: Float[Array, '*shape']
 ) -> Float[Array, '*shape']:
   """Returns `x * silu(gate)`. Shazeer 2020.
 
+  The sigmoid is computed as `(1 + tanh(gate / 2)) / 2`, because XLA's tanh is
+  faster than its exponential and division on CPUs. As in `gelu`, the gradient
+  keeps the arguments alone.
+
   Args:
     x: Activations.
     gate: Result of a second product with the layer's input.
   """
-  return x * jax.nn.silu(gate)
+  return x * gate * _sigmoid(gate)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+  return 0.5 + 0.5 * jnp.tanh(0.5 * x)
+
+
+def _swiglu_forward(x, gate):
+  return swiglu(x, gate), (x, gate)
+
+
+def _swiglu_backward(residuals, g):
+  x, gate = residuals
+  sigmoid = _sigmoid(gate)
+  silu = gate * sigmoid
+  return g * silu, g * x * (sigmoid + silu * (1 - sigmoid))
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class Activation(NamedTuple):

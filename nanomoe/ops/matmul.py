@@ -142,6 +142,20 @@ def gradients(
   return dx, dw, jnp.sum(g, axis=-2, dtype=jnp.float32)
 
 
+def row_sums(x: jax.Array) -> jax.Array:
+  """Returns the sums over the last axis, as a product with a vector of ones.
+
+  XLA joins a sum over the last axis with the products before it, which made it
+  up to 20 times as slow on CPUs.
+
+  Args:
+    x: Rows, `float32[..., rows, d]`.
+  """
+  return jnp.einsum(
+    '...d,d->...', x, jnp.ones(x.shape[-1:], x.dtype), precision=_EXACT
+  )
+
+
 def _row_major(x: jax.Array) -> jax.Array:
   """Returns x, stored in row-major order on CPUs."""
   if jax.default_backend() != 'cpu':

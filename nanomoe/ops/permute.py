@@ -1,7 +1,7 @@
 """Permutation of N tokens times K choices to rows sorted by expert, and back.
 
-Counting and gathers suffice, in the gradient too. Sorts and scatter-adds would
-be serial loops on CPUs.
+Counting and gathers suffice, in the gradient too. Sorts, and scatter-adds of
+rows, would be serial loops on CPUs.
 """
 
 from collections.abc import Callable
@@ -10,26 +10,41 @@ import operator
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
+
+# Assignments in a block of `rank_by_expert`.
+_BLOCK = 32
 
 
-def one_hot_cumsum(
+def rank_by_expert(
   expert: Int[Array, ' assignments'], num_experts: int
-) -> tuple[
-  Int[Array, 'assignments experts'], Int[Array, 'assignments experts']
-]:
-  """Returns one-hot rows and their cumulative sums.
+) -> tuple[Int[Array, ' assignments'], Int[Array, ' experts']]:
+  """Returns the rank of each assignment within its expert, and the loads.
 
-  The cumulative sum at an assignment's expert, minus 1, is the assignment's
-  rank among those of the same expert. The last row of the sums holds the loads.
+  The rank is the number of earlier assignments of the same expert. Counting has
+  two levels: within blocks of assignments by comparing all pairs, then over
+  blocks by a cumulative sum of their loads. The work is proportional to the
+  number of assignments, where a cumulative sum of one-hot rows is proportional
+  to assignments times experts, and a sort is serial on CPUs.
 
   Args:
-    expert: Expert of each assignment; `num_experts` marks padding, whose row is
-      zero.
+    expert: Expert of each assignment; `num_experts` marks padding, whose rank
+      has no meaning.
     num_experts: Number of experts.
   """
-  chosen = (expert[:, None] == jnp.arange(num_experts)).astype(jnp.int32)
-  return chosen, jnp.cumsum(chosen, axis=0)
+  padded = jnp.pad(
+    expert, (0, -expert.size % _BLOCK), constant_values=num_experts
+  ).reshape(-1, _BLOCK)  # [blocks, block]
+  # Element [b, i, j]: assignment i precedes assignment j of the same expert.
+  precedes = padded[:, :, None] == padded[:, None, :]
+  precedes &= jnp.triu(jnp.ones((_BLOCK, _BLOCK), bool), 1)
+  rank = jnp.sum(precedes, axis=1, dtype=jnp.int32)  # [blocks, block]
+  block = jnp.arange(len(padded))[:, None]
+  load = jnp.zeros((len(padded), num_experts), jnp.int32)
+  load = load.at[block, padded].add(1, mode='drop')  # [blocks, experts]
+  total = jnp.cumsum(load, axis=0)
+  before = (total - load).at[block, padded].get(mode='fill', fill_value=0)
+  return (rank + before).reshape(-1)[: expert.size], total[-1]
 
 
 def invert_slots(
@@ -103,8 +118,8 @@ def permute(x, index, inverse):
 
 
 def gather_or_zero(
-  x: Float[Array, 'rows ...'], index: Int[Array, '...']
-) -> Float[Array, '...']:
+  x: Shaped[Array, 'rows ...'], index: Int[Array, '...']
+) -> Shaped[Array, '...']:
   """Returns `x[index]`, with zeros for an index past the end.
 
   Args:

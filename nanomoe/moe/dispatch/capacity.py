@@ -81,8 +81,7 @@ def make_slots(
     num_rows: Rows of an expert.
   """
   by_choice = expert.T.reshape(-1)  # [k * tokens]: all first choices first.
-  one_hot, cumsum = permute.one_hot_cumsum(by_choice, num_experts)
-  rank = jnp.sum(one_hot * cumsum, axis=1) - 1
+  rank, _ = permute.rank_by_expert(by_choice, num_experts)
   has_room = (by_choice < num_experts) & (rank < num_rows)
   slot = jnp.where(
     has_room, by_choice * num_rows + rank, num_experts * num_rows

@@ -1,16 +1,19 @@
 """The dropless dispatch: chosen experts alone, whatever the loads."""
 
+from collections.abc import Callable, Sequence
 import functools
-from typing import Any, NamedTuple
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nanomoe.moe.dispatch.interface import dispatch_metrics
+from nanomoe.moe.dispatch.plan import Plan, make_plan
 from nanomoe.moe.experts import Experts
 from nanomoe.moe.routing import Routing
-from nanomoe.ops import permute
+from nanomoe.ops import matmul, permute
 from trainers.metrics import Mean
 
 
@@ -22,37 +25,113 @@ def dropless(
 ) -> tuple[Float[Array, 'tokens d_model'], dict[str, Mean]]:
   """Computes the chosen experts alone and drops no token.
 
-  Each expert first computes as many rows as a balanced load has, in one
-  batched product, padded where an expert has fewer. Overflow rows follow in
-  blocks of one expert, by a loop whose length depends on the loads. Shapes are
-  static; the work is not. At worst the rows are twice those of balanced loads,
-  plus a block per expert and the padding of the last iteration. The blocks are
-  those of Gale et al. 2022 (MegaBlocks), sec. 4.
+  Each expert first computes as many rows as a balanced load has, padded where
+  an expert has fewer. Overflow rows follow in blocks of one expert, by a loop
+  whose length depends on the loads. Shapes are static; the work is not. At
+  worst the rows are twice those of balanced loads, plus a block per expert and
+  the padding of the last iteration. The blocks are those of Gale et al. 2022
+  (MegaBlocks), sec. 4.
 
   Arguments and results are those of `DispatchFn`.
   """
-  num_experts = experts.w_in.shape[0]
-  plan = make_plan(routing.expert, num_experts)
-  y: Any = jnp.zeros_like(x)
-  if plan.capacity:
-
-    def run_experts(rows):
-      by_expert = rows.reshape(num_experts, plan.capacity, -1)
-      return _run_in_chunks(by_expert, experts, precision).reshape(rows.shape)
-
-    y = permute.apply_permuted(
-      run_experts, x, routing.weight, plan.slot, plan.assignment_of_slot
-    )
-  y = _add_overflow(y, x, routing.weight, experts, plan.overflow, precision)
+  plan = make_plan(routing.expert, experts.w_in.shape[0])
+  y: Any = run_plan(x, routing.weight, experts, plan, precision)
   return y, dispatch_metrics(routing)
 
 
-# Size of a chunk's intermediate results: about two cores' second-level caches.
-CACHE_BYTES = 4 << 20
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def run_plan(
+  x: Float[Array, 'tokens d_model'],
+  weight: Float[Array, 'tokens k'],
+  experts: Experts,
+  plan: Plan,
+  precision: str,
+) -> Float[Array, 'tokens d_model']:
+  """Returns the weighted sum of each token's experts.
+
+  The gradient is written by hand. JAX cannot differentiate a loop of dynamic
+  length in reverse, and this gradient gathers where JAX's would scatter.
+
+  Args:
+    x: Activations of the tokens.
+    weight: Weight of each assignment.
+    experts: Experts of the layer.
+    plan: Rows of the assignments.
+    precision: Precision of the products. bfloat16 products of several chunks
+      compute the hidden layer again in the gradient: on CPUs that costs less
+      than writing it to memory and reading it. float32 products cost several
+      times as much, so their results are kept.
+  """
+  return _forward(x, weight, experts, plan, precision)[0]
+
+
+def _forward(x, weight, experts, plan, precision):
+  x = matmul.rounded(x, precision)  # Once for all rows.
+  operands = x, weight, experts
+  weigh_output = _is_wide(experts)
+  y, vjps = [], []
+  chunks = _chunks(experts, plan)
+  for chunk in chunks:
+    assignment = plan.assignment_of_slot[chunk]
+    run, inputs = _make_run(operands, assignment, chunk, precision)
+    if weigh_output:
+      inputs = inputs[:2]
+    if precision == 'float32' or len(chunks) == 1:
+      rows, vjp = jax.vjp(run, *inputs)
+    else:
+      rows, vjp = run(*inputs), None
+    y.append(rows)
+    vjps.append(vjp)
+  rows = _concatenate(y) if y else None  # [slots, d_model]
+  y = jnp.zeros(x.shape, weight.dtype)
+  if rows is not None:
+    y = _sum_slots(rows, plan.slot, weight if weigh_output else None)
+  y = _add_overflow(y, operands, plan.overflow, precision)
+  return y, (operands, plan, vjps, rows if weigh_output else None)
+
+
+def _backward(precision, residuals, g):
+  operands, plan, vjps, y_rows = residuals
+  _, weight, experts = operands
+  g = matmul.rounded(g, precision)
+  parts = []
+  for chunk, vjp in zip(_chunks(experts, plan), vjps, strict=True):
+    assignment = plan.assignment_of_slot[chunk]
+    run, inputs = _make_run(operands, assignment, chunk, precision)
+    g_rows = _gather_rows(g, assignment, weight)  # [experts, capacity, d_model]
+    if y_rows is None:
+      vjp = vjp or jax.vjp(run, *inputs)[1]
+      parts.append(vjp(g_rows))
+    else:
+      vjp = vjp or jax.vjp(run, *inputs[:2])[1]
+      y_chunk = y_rows.reshape(*plan.assignment_of_slot.shape, -1)[chunk]
+      of_weight = matmul.row_sums(y_chunk * g_rows)
+      parts.append((*vjp(inputs[2][..., None] * g_rows), of_weight))
+  if parts:
+    of_experts, of_rows, of_weight = zip(*parts, strict=True)
+    grads = (
+      _sum_slots(_concatenate(of_rows), plan.slot),
+      permute.gather_or_zero(_concatenate(of_weight), plan.slot),
+      jax.tree.map(lambda *g: jnp.concatenate(g), *of_experts),
+    )
+  else:
+    grads = jax.tree.map(lambda a: jnp.zeros(a.shape, weight.dtype), operands)
+  grads = _add_overflow_grads(grads, g, operands, plan.overflow, precision)
+  return *grads, None
+
+
+run_plan.defvjp(_forward, _backward)
+
+
+# Size of a chunk's intermediate results: half of a core's second-level cache.
+CACHE_BYTES = 1 << 20
+
+# Most chunks of a layer. Each is a part of the program, to be compiled.
+_MAX_CHUNKS = 12
 
 
 def chunk_size(expert_bytes: int, num_experts: int) -> int:
-  """Returns how many experts to compute at a time, a divisor of `num_experts`.
+  """Returns how many experts to compute at a time.
 
   On CPUs the intermediate results of a chunk fit the cache: writing them to
   memory and reading them costs more than many a product. Other devices compute
@@ -64,205 +143,127 @@ def chunk_size(expert_bytes: int, num_experts: int) -> int:
   """
   if jax.default_backend() != 'cpu':
     return num_experts
-  largest = min(max(CACHE_BYTES // expert_bytes, 1), num_experts)
-  return next(n for n in range(largest, 0, -1) if num_experts % n == 0)
+  if num_experts * expert_bytes <= 4 * CACHE_BYTES:
+    return num_experts
+  return max(CACHE_BYTES // expert_bytes, -(-num_experts // _MAX_CHUNKS), 2)
 
 
-def _run_in_chunks(
-  x: Float[Array, 'experts rows d_model'], experts: Experts, precision: str
-) -> Float[Array, 'experts rows d_model']:
-  """Returns each expert's output for its own rows.
+def _is_wide(experts: Experts) -> bool:
+  """Returns whether weights multiply the outputs and not the hidden layers.
 
-  bfloat16 products run in chunks of experts if the cache does not hold all of
-  them, and the gradient computes the hidden layer again. On CPUs recomputing
-  costs less than writing the hidden layer to memory and reading it. float32
-  products cost several times as much, so their results are kept.
+  The gradient of the weights then needs the outputs, which are kept, but no
+  pass over the hidden layers. On CPUs that pays for wide hidden layers.
   """
-  _, num_rows, _ = x.shape
+  _, d_ff, d_model = experts.w_out.shape
+  return d_ff > 3 * d_model
+
+
+def _chunks(experts: Experts, plan: Plan) -> list[slice]:
+  """Returns slices of experts that are computed together."""
   num_experts, d_ff, _ = experts.w_out.shape
-  count = chunk_size(4 * num_rows * d_ff, num_experts)  # 4 bytes a number.
-  if precision == 'float32' or count == num_experts:
-    return experts(x, precision)
-
-  @jax.checkpoint
-  def run_chunk(experts_and_rows):
-    chunk, rows = experts_and_rows
-    return chunk(rows, precision)
-
-  chunks = jax.tree.map(
-    lambda a: a.reshape(-1, count, *a.shape[1:]), (experts, x)
-  )
-  return jax.lax.map(run_chunk, chunks).reshape(x.shape)
+  _, capacity = plan.assignment_of_slot.shape
+  if not capacity:
+    return []
+  size = chunk_size(4 * capacity * d_ff, num_experts)  # 4 bytes a number.
+  return [slice(i, i + size) for i in range(0, num_experts, size)]
 
 
-class Overflow(NamedTuple):
-  """Blocks of overflow rows, several blocks per iteration of the loop.
-
-  Attributes:
-    num_trips: Number of iterations; later blocks are padding.
-    assignment: Assignment of each row, token * K + rank of the choice. The
-      value N * K marks an empty row.
-    expert: Expert of each block.
-  """
-
-  num_trips: Int[Array, '']
-  assignment: Int[Array, 'trips blocks rows']
-  expert: Int[Array, 'trips blocks']
+# Activations, rounded; weight of each assignment; experts of the layer.
+_Operands = tuple[jax.Array, jax.Array, Experts]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _add_overflow(
-  y: Float[Array, 'tokens d_model'],
-  x: Float[Array, 'tokens d_model'],
-  weight: Float[Array, 'tokens k'],
-  experts: Experts,
-  overflow: Overflow,
+def _make_run(
+  operands: _Operands,
+  assignment: jax.Array,
+  expert: slice | jax.Array,
   precision: str,
-) -> Float[Array, 'tokens d_model']:
-  """Adds the experts' weighted outputs for the overflow rows to `y`.
+) -> tuple[Callable[..., jax.Array], tuple[Experts, jax.Array, jax.Array]]:
+  """Returns a differentiable function of rows, and its arguments.
 
-  The gradient is written by hand: JAX cannot differentiate a loop of dynamic
-  length in reverse.
+  The last argument, the weight of each row, may be left out.
+
+  Args:
+    operands: Operands of the layer.
+    assignment: Assignment of each row, `[G, rows]`.
+    expert: Experts of the G groups of rows.
+    precision: Precision of the products.
   """
+  x, weight, experts = operands
+
+  def run(experts, rows, weight=None):
+    return experts(rows, precision, weight)  # [G, rows, d_model]
+
+  return run, (
+    experts.take(expert),
+    _gather_rows(x, assignment, weight),  # [G, rows, d_model]
+    permute.gather_or_zero(weight.reshape(-1), assignment),  # [G, rows]
+  )
+
+
+def _gather_rows(x, assignment, weight):
+  """Returns the token of each assignment, in the format of `weight`.
+
+  An empty row is that of any token, because its weight is 0.
+  """
+  token = assignment // weight.shape[1]
+  return jnp.take(x, token, axis=0, mode='clip').astype(weight.dtype)
+
+
+def _concatenate(chunks: Sequence[jax.Array]) -> jax.Array:
+  """Returns chunks `[experts, capacity, ...]` as one array `[slots, ...]`."""
+  return jnp.concatenate([c.reshape(-1, *c.shape[2:]) for c in chunks])
+
+
+def _sum_slots(
+  rows: jax.Array, slot: jax.Array, weight: jax.Array | None = None
+) -> jax.Array:
+  """Returns the sum over the slots of each token, weighted or not."""
+
+  def rows_of_choice(k):
+    y = permute.gather_or_zero(rows, slot[:, k])  # [tokens, d_model]
+    return y if weight is None else weight[:, k, None] * y
+
+  # XLA fuses these additions with the gathers, but not a sum over an axis.
+  return functools.reduce(
+    operator.add, map(rows_of_choice, range(slot.shape[1]))
+  )
+
+
+def _add_overflow(y, operands, overflow, precision):
+  """Adds the experts' weighted outputs for the overflow rows to `y`."""
+  _, weight, _ = operands
 
   def add_blocks(i, y):
     assignment, expert = overflow.assignment[i], overflow.expert[i]
-    token = assignment // weight.shape[1]  # [blocks, rows]
-    block_experts = experts.take(expert)
-    rows = permute.gather_or_zero(x, token)  # [blocks, rows, d_model]
-    outputs = block_experts(rows, precision)
-    gate = permute.gather_or_zero(weight.reshape(-1), assignment)
-    return y.at[token].add(gate[..., None] * outputs, mode='drop')
+    run, inputs = _make_run(operands, assignment, expert, precision)
+    token = assignment // weight.shape[1]
+    return y.at[token].add(run(*inputs), mode='drop')
 
   return jax.lax.fori_loop(0, overflow.num_trips, add_blocks, y)
 
 
-def _add_overflow_forward(y, x, weight, experts, overflow, precision):
-  y = _add_overflow(y, x, weight, experts, overflow, precision)
-  return y, (x, weight, experts, overflow)
-
-
-def _add_overflow_backward(precision, residuals, y_grad):
-  x, weight, experts, overflow = residuals
+def _add_overflow_grads(grads, g, operands, overflow, precision):
+  """Adds the gradients of the overflow rows to those of the slots."""
+  _, weight, _ = operands
 
   def add_blocks(i, grads):
     x_grad, weight_grad, experts_grad = grads
     assignment, expert = overflow.assignment[i], overflow.expert[i]
-    token = assignment // weight.shape[1]  # [blocks, rows]
-    outputs, vjp = jax.vjp(
-      lambda block_experts, rows: block_experts(rows, precision),
-      experts.take(expert),
-      permute.gather_or_zero(x, token),
-    )
-    row_grad = permute.gather_or_zero(y_grad, token)
-    gate = permute.gather_or_zero(weight.reshape(-1), assignment)
-    block_grad, rows_grad = vjp(gate[..., None] * row_grad)
+    run, inputs = _make_run(operands, assignment, expert, precision)
+    _, vjp = jax.vjp(run, *inputs)
+    of_experts, of_rows, of_weight = vjp(_gather_rows(g, assignment, weight))
+    token = assignment // weight.shape[1]
     return (
-      x_grad.at[token].add(rows_grad, mode='drop'),
-      weight_grad.at[assignment].add(
-        jnp.sum(row_grad * outputs, axis=-1), mode='drop'
-      ),
+      x_grad.at[token].add(of_rows, mode='drop'),
+      weight_grad.at[assignment].add(of_weight, mode='drop'),
       jax.tree.map(
-        lambda total, part: total.at[expert].add(part), experts_grad, block_grad
+        lambda total, part: total.at[expert].add(part), experts_grad, of_experts
       ),
     )
 
-  zeros = jax.tree.map(jnp.zeros_like, (x, weight.reshape(-1), experts))
+  x_grad, weight_grad, experts_grad = grads
+  grads = x_grad, weight_grad.reshape(-1), experts_grad
   x_grad, weight_grad, experts_grad = jax.lax.fori_loop(
-    0, overflow.num_trips, add_blocks, zeros
+    0, overflow.num_trips, add_blocks, grads
   )
-  return y_grad, x_grad, weight_grad.reshape(weight.shape), experts_grad, None
-
-
-_add_overflow.defvjp(_add_overflow_forward, _add_overflow_backward)
-
-# Products with fewer rows are slow.
-_ROWS_PER_TRIP = 128
-
-
-class Plan(NamedTuple):
-  """Rows of the N * K assignments in `dropless`.
-
-  Attributes:
-    capacity: Number of slots of each expert, the balanced load. Slots are
-      ordered by expert.
-    slot: Slot of each assignment, past the last slot if it has none.
-    assignment_of_slot: Assignment of each slot, token * K + rank of the choice.
-      The value N * K marks an empty slot.
-    overflow: Assignments without a slot.
-  """
-
-  capacity: int
-  slot: Int[Array, 'tokens k']
-  assignment_of_slot: Int[Array, ' slots']
-  overflow: Overflow
-
-
-def plan_sizes(num_assignments: int, num_experts: int) -> tuple[int, int]:
-  """Returns the slots of each expert and the rows of an overflow block.
-
-  The rows of a block are a power of 2. If no two assignments need share an
-  expert, all of them overflow, one row per block, because reading the experts'
-  weights then costs the most.
-  """
-  if num_assignments <= num_experts:
-    return 0, 1
-  capacity = -(-num_assignments // num_experts)
-  num_rows = min(max(capacity // 4, 8), _ROWS_PER_TRIP, capacity)
-  return capacity, 1 << (num_rows.bit_length() - 1)
-
-
-def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
-  """Assigns a slot, or a row of the overflow, to each assignment.
-
-  Counting replaces sorting: an assignment's rank is the number of earlier
-  assignments of the same expert.
-
-  Args:
-    expert: Experts of each token; `num_experts` for padding.
-    num_experts: Number of experts.
-  """
-  num_assignments = expert.size
-  capacity, block_rows = plan_sizes(num_assignments, num_experts)
-  # Upper bound, reached if all assignments have one expert: the blocks are
-  # sum_e ceil((n_e - capacity) / block_rows) over experts with n_e > capacity.
-  # It holds for all n with sum n_e = N * K, as capacity >= block_rows or
-  # block_rows = 1.
-  num_blocks = max(
-    (num_assignments - capacity + block_rows - 1) // block_rows, 1
-  )
-  per_trip = min(-(-_ROWS_PER_TRIP // block_rows), num_blocks)
-  num_blocks += -num_blocks % per_trip
-  num_slots = num_experts * capacity
-  num_rows = num_slots + num_blocks * block_rows
-
-  flat = expert.reshape(-1)  # [assignments]
-  one_hot, cumsum = permute.one_hot_cumsum(flat, num_experts)
-  load = cumsum[-1]  # [experts]
-  blocks = -(-jnp.maximum(load - capacity, 0) // block_rows)  # [experts]
-  last_block = jnp.cumsum(blocks)
-  first_row = num_slots + (last_block - blocks) * block_rows
-  rank = cumsum - 1  # [assignments, experts]
-  row = jnp.where(
-    rank < capacity,
-    capacity * jnp.arange(num_experts) + rank,
-    first_row + rank - capacity,
-  )
-  row = jnp.sum(one_hot * row, axis=1)  # [assignments]
-  row = jnp.where(flat < num_experts, row, num_rows).reshape(expert.shape)
-  assignment_of_row = permute.invert_slots(row, num_rows)
-  expert_of_block = jnp.sum(
-    jnp.arange(num_blocks)[:, None] >= last_block[:-1], axis=1
-  )
-  return Plan(
-    capacity=capacity,
-    slot=row,
-    assignment_of_slot=assignment_of_row[:num_slots],
-    overflow=Overflow(
-      num_trips=-(-last_block[-1] // per_trip),
-      assignment=assignment_of_row[num_slots:].reshape(
-        -1, per_trip, block_rows
-      ),
-      expert=expert_of_block.reshape(-1, per_trip),
-    ),
-  )
+  return x_grad, weight_grad.reshape(weight.shape), experts_grad

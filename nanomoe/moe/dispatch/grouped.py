@@ -61,10 +61,9 @@ def make_groups(
     number of rows of each expert.
   """
   flat = expert.reshape(-1)  # [assignments]
-  one_hot, cumsum = permute.one_hot_cumsum(flat, num_experts)
-  load = cumsum[-1]  # [experts]
+  rank, load = permute.rank_by_expert(flat, num_experts)
   end = jnp.cumsum(load)
-  slot = jnp.sum(one_hot * (end - load + cumsum - 1), axis=1)
+  slot = permute.gather_or_zero(end - load, flat) + rank  # [assignments]
   slot = jnp.where(flat < num_experts, slot, flat.size)
   is_last = jnp.arange(num_experts) == num_experts - 1
   sizes = load + is_last * (flat.size - end[-1])
