@@ -1,6 +1,6 @@
 """Peers: installed where they disturb nothing, timed in turn with ours."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import fcntl
 import json
 import os
@@ -20,6 +20,10 @@ _WORKERS = ROOT / 'benchmarks' / 'workers'
 PEERS = {
   'nano-moe-jax': (['nano-moe-jax==0.1.0'], 'nano_moe_jax.py'),
   'torch-dense': (['torch==2.13.0', 'numpy'], 'torch_dense.py'),
+  'transformers': (
+    ['torch==2.13.0', 'transformers==5.23.0', 'numpy'],
+    'transformers_moe.py',
+  ),
 }
 
 
@@ -96,18 +100,23 @@ class Worker:
 
 
 def interleave(
-  workers: dict[str, Worker], what: str, *, blocks: int, n: int
+  timers: dict[str, Callable[[int], list[float]]], *, blocks: int, n: int
 ) -> dict[str, dict[str, Any]]:
-  """{worker: summary of its seconds}: n of `what` each in turn, `blocks` times.
+  """Returns the summary of each timer's seconds: `n` at a time, in turn.
 
-  One more block goes before, uncounted: it compiles. So does one of `what`
-  before each block: who was idle has lost caches and pages.
+  The first block compiles and does not count. One more call precedes each
+  block, because an idle process has lost caches and pages.
+
+  Args:
+    timers: Functions that return the seconds of n calls, by name.
+    blocks: Number of blocks that count.
+    n: Calls of a block.
   """
-  seconds: dict[str, list[float]] = {name: [] for name in workers}
+  seconds: dict[str, list[float]] = {name: [] for name in timers}
   for i in range(blocks + 1):
-    for name, worker in workers.items():
-      worker(what, 1)
-      took = worker(what, n)
+    for name, timer in timers.items():
+      timer(1)
+      took = timer(n)
       if i:
         seconds[name] += took
   return {name: summary(values) for name, values in seconds.items()}

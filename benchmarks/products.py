@@ -18,13 +18,12 @@ def count(fn: Callable[..., Any], *args: Any, trips: int | None = None) -> int:
   counts as its most expensive branch. A loop of unknown length runs `trips`
   times and is an error without `trips`.
   """
-  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  return _count(used, trips)
+  return _count(jax.make_jaxpr(fn)(*args).jaxpr, trips)
 
 
 def _count(jaxpr: Any, trips: int | None) -> int:
-  return sum(_count_equation(e, trips) for e in jaxpr.eqns)
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return sum(_count_equation(e, trips) for e in used.eqns)
 
 
 def _count_equation(equation: Any, trips: int | None) -> int:

@@ -20,6 +20,7 @@ from benchmarks import (
   collapse,
   config_runs,
   generate,
+  layer,
   peers,
   precision_curves,
   profile,
@@ -220,6 +221,11 @@ def _scaling() -> str | None:
   return scaling.table(measured) if measured else None
 
 
+def _layer(precision: str) -> str | None:
+  measured = results.read(f'layer-{precision}')
+  return layer.table(measured) if measured else None
+
+
 def _against() -> str | None:
   """Every peer's rows, of what was measured, and on which machine."""
   rows, machines = [], []
@@ -273,6 +279,8 @@ TABLES = {
     'against': _against,
     'step_time': _variants,
     'scaling': _scaling,
+    'layer': functools.partial(_layer, 'bfloat16'),
+    'layer_float32': functools.partial(_layer, 'float32'),
   },
   'docs/routing.md': {
     'routing_study': functools.partial(_study, routing_study),

@@ -1,12 +1,14 @@
-"""python -m benchmarks.step_time [--against=nano-moe-jax|torch-dense]
+"""python -m benchmarks.step_time [--against=PEER]
 
 Seconds of a training step of configs/base.py, as it is and with one thing
 changed, taken in turn within one process; seconds of starting, each in a
 process of its own. With a peer: seconds of its step and of its evaluation
 batch, block by block in turn with ours, and the memory that a short run holds.
-On random tokens. Writes benchmarks/results/step_time[-PEER].json.
+With transformers: steps of Mixtral and Qwen3-MoE at nano scale. On random
+tokens. Writes benchmarks/results/step_time[-PEER].json.
 """
 
+import functools
 import os
 import pathlib
 import shutil
@@ -135,12 +137,14 @@ def against(peer: str) -> dict[str, Any]:
   with peers.Worker('ours') as ours, peers.Worker(peer) as theirs:
     both = {'ours': ours, peer: theirs}
     blocks = -(-_STEPS.value // _BLOCK)
+    if peer == 'transformers':
+      return _transformers(ours, theirs, blocks)
     figures: dict[str, Any] = {
-      'step': peers.interleave(both, 'step', blocks=blocks, n=_BLOCK),
-      'evaluation': peers.interleave(both, 'evaluation', blocks=blocks, n=5),
+      'step': _interleave(both, 'step', blocks=blocks, n=_BLOCK),
+      'evaluation': _interleave(both, 'evaluation', blocks=blocks, n=5),
     }
     if peer == 'torch-dense':
-      figures['step_float32'] = peers.interleave(
+      figures['step_float32'] = _interleave(
         both, 'step_float32', blocks=blocks, n=_BLOCK
       )
   if peer == 'nano-moe-jax':
@@ -151,6 +155,38 @@ def against(peer: str) -> dict[str, Any]:
         'ours': peers.peak_memory(job, ours=True),
         peer: peers.peak_memory(training, ours=False),
       }
+  return figures
+
+
+def _interleave(
+  workers: dict[str, peers.Worker], what: str, *, blocks: int, n: int
+) -> dict[str, dict[str, Any]]:
+  timers = {k: functools.partial(w, what) for k, w in workers.items()}
+  return peers.interleave(timers, blocks=blocks, n=n)
+
+
+def _transformers(
+  ours: peers.Worker, theirs: peers.Worker, blocks: int
+) -> dict[str, Any]:
+  """Times Mixtral and Qwen3-MoE, where the library has its faster precision."""
+  figures = {}
+  for model in ('mixtral', 'qwen3_moe'):
+    rows = peers.interleave(
+      {
+        'ours': functools.partial(ours, model),
+        'float32': functools.partial(theirs, model),
+        'bfloat16': functools.partial(theirs, f'{model}_bfloat16'),
+      },
+      blocks=blocks,
+      n=_BLOCK,
+    )
+    precision = min(
+      ('float32', 'bfloat16'), key=lambda name: rows[name]['median_sec']
+    )
+    figures[f'step_{model}'] = {
+      'ours': rows['ours'],
+      'transformers': {**rows[precision], 'precision': precision},
+    }
   return figures
 
 
@@ -190,6 +226,8 @@ def peer_rows(peer: str, figures: dict[str, Any]) -> list[str]:
   for what, label in [
     ('step', 'training step, s'),
     ('step_float32', 'training step, both in float32, s'),
+    ('step_mixtral', 'training step of Mixtral nano, s'),
+    ('step_qwen3_moe', 'training step of Qwen3-MoE nano, s'),
     ('evaluation', 'evaluation batch, s'),
   ]:
     if what not in figures:

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 
 from benchmarks import products
@@ -31,14 +32,17 @@ def flops(config: Config, vocab_size: int) -> int:
 
 
 class Variant:
-  """configs/base.py, or a change of it, on one batch of random tokens.
+  """Training step of a config on one batch of random tokens.
 
   Args:
-    changes: {config key: value}.
+    changes: Values of config keys that replace those of the config.
+    config: The config; None for configs/base.py.
   """
 
-  def __init__(self, changes: dict[str, str]):
-    config = config_lib.apply(base.get_config(), list(changes.items()))
+  def __init__(self, changes: dict[str, str], config: ConfigDict | None = None):
+    config = config_lib.apply(
+      config or base.get_config(), list(changes.items())
+    )
     self.config = experiment.resolve_auto(config)
     self.task = experiment.build_task(self.config, VOCAB_SIZE)
     self.step, create, self.batch = _program(config, self.task, VOCAB_SIZE)

@@ -16,7 +16,7 @@ from nanomoe.moe import RouterInputs
 
 pytestmark = pytest.mark.slow
 
-REQUIREMENTS = ['torch==2.13.0', 'transformers==5.23.0', 'numpy']
+REQUIREMENTS, _ = peers.PEERS['transformers']
 DUMP = pathlib.Path(__file__).parent / 'reference' / 'dump_transformers.py'
 LAYERS, BLOCK, VOCAB = 3, 24, 61
 

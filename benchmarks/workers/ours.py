@@ -2,15 +2,28 @@
 
 import functools
 import time
+from types import ModuleType
 
 from benchmarks.variant import Variant
 from benchmarks.workers.serve import serve
+from configs import mixtral_nano, qwen3_nano
 from nanomoe.sampling import Generator, Sampling
 from trainers.evaluator import Evaluator
 
 
 def step(precision: str = 'auto'):
   variant = Variant({'precision': precision})
+  return lambda n: [variant() for _ in range(n)]
+
+
+def nano_step(module: ModuleType):
+  """Times a step of a nano config on base.py's batch, without dropout."""
+  changes = {
+    'batch_size': '32',
+    'block_size': '128',
+    'model.dropout_rate': '0',
+  }
+  variant = Variant(changes, module.get_config())
   return lambda n: [variant() for _ in range(n)]
 
 
@@ -50,5 +63,7 @@ if __name__ == '__main__':
       'step_float32': functools.partial(step, 'float32'),
       'evaluation': evaluation,
       'generation': generation,
+      'mixtral': functools.partial(nano_step, mixtral_nano),
+      'qwen3_moe': functools.partial(nano_step, qwen3_nano),
     }
   )

@@ -57,10 +57,7 @@ def run_plan(
     weight: Weight of each assignment.
     experts: Experts of the layer.
     plan: Rows of the assignments.
-    precision: Precision of the products. bfloat16 products of several chunks
-      compute the hidden layer again in the gradient: on CPUs that costs less
-      than writing it to memory and reading it. float32 products cost several
-      times as much, so their results are kept.
+    precision: Precision of the products.
   """
   return _forward(x, weight, experts, plan, precision)[0]
 
@@ -71,15 +68,13 @@ def _forward(x, weight, experts, plan, precision):
   weigh_output = _is_wide(experts)
   y, vjps = [], []
   chunks = _chunks(experts, plan)
+  keep = len(chunks) == 1 or _keeps_hidden(experts, precision)
   for chunk in chunks:
     assignment = plan.assignment_of_slot[chunk]
     run, inputs = _make_run(operands, assignment, chunk, precision)
     if weigh_output:
       inputs = inputs[:2]
-    if precision == 'float32' or len(chunks) == 1:
-      rows, vjp = jax.vjp(run, *inputs)
-    else:
-      rows, vjp = run(*inputs), None
+    rows, vjp = jax.vjp(run, *inputs) if keep else (run(*inputs), None)
     y.append(rows)
     vjps.append(vjp)
   rows = _concatenate(y) if y else None  # [slots, d_model]
@@ -96,17 +91,13 @@ def _backward(precision, residuals, g):
   g = matmul.rounded(g, precision)
   parts = []
   for chunk, vjp in zip(_chunks(experts, plan), vjps, strict=True):
-    assignment = plan.assignment_of_slot[chunk]
-    run, inputs = _make_run(operands, assignment, chunk, precision)
-    g_rows = _gather_rows(g, assignment, weight)  # [experts, capacity, d_model]
-    if y_rows is None:
-      vjp = vjp or jax.vjp(run, *inputs)[1]
-      parts.append(vjp(g_rows))
+    run = functools.partial(_chunk_grads, chunk, precision, vjp)
+    arguments = operands, plan.assignment_of_slot, y_rows, g
+    if vjp:
+      parts.append(run(*arguments))
     else:
-      vjp = vjp or jax.vjp(run, *inputs[:2])[1]
-      y_chunk = y_rows.reshape(*plan.assignment_of_slot.shape, -1)[chunk]
-      of_weight = matmul.row_sums(y_chunk * g_rows)
-      parts.append((*vjp(inputs[2][..., None] * g_rows), of_weight))
+      is_true = plan.overflow.num_trips >= 0
+      parts.append(_in_branch(is_true, run, *arguments))
   if parts:
     of_experts, of_rows, of_weight = zip(*parts, strict=True)
     grads = (
@@ -118,6 +109,40 @@ def _backward(precision, residuals, g):
     grads = jax.tree.map(lambda a: jnp.zeros(a.shape, weight.dtype), operands)
   grads = _add_overflow_grads(grads, g, operands, plan.overflow, precision)
   return *grads, None
+
+
+def _chunk_grads(
+  chunk, precision, vjp, operands, assignment_of_slot, y_rows, g
+):
+  """Returns the gradients of a chunk's experts, rows and weights."""
+  _, weight, _ = operands
+  assignment = assignment_of_slot[chunk]
+  run, inputs = _make_run(operands, assignment, chunk, precision)
+  g_rows = _gather_rows(g, assignment, weight)  # [experts, capacity, d_model]
+  if y_rows is None:
+    vjp = vjp or jax.vjp(run, *inputs)[1]
+    return vjp(g_rows)
+  vjp = vjp or jax.vjp(run, *inputs[:2])[1]
+  of_experts, of_rows = vjp(inputs[2][..., None] * g_rows)
+  y_chunk = y_rows.reshape(*assignment_of_slot.shape, -1)[chunk]
+  return of_experts, of_rows, matmul.row_sums(y_chunk * g_rows)
+
+
+def _in_branch(
+  is_true: jax.Array, fn: Callable[..., Any], *arguments: Any
+) -> Any:
+  """Returns `fn(*arguments)`, computed in a branch that is always taken.
+
+  XLA would otherwise merge the hidden layer with that of the forward pass and
+  keep it, or compute the hidden layers of several chunks before it needs them.
+  """
+  shapes = jax.eval_shape(fn, *arguments)
+  return jax.lax.cond(
+    is_true,
+    fn,
+    lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes),
+    *arguments,
+  )
 
 
 run_plan.defvjp(_forward, _backward)
@@ -156,6 +181,16 @@ def _is_wide(experts: Experts) -> bool:
   """
   _, d_ff, d_model = experts.w_out.shape
   return d_ff > 3 * d_model
+
+
+def _keeps_hidden(experts: Experts, precision: str) -> bool:
+  """Returns whether the gradient of several chunks keeps the hidden layers.
+
+  float32 products cost more than writing hidden layers and reading them.
+  bfloat16 products cost less, unless the hidden layer is narrow.
+  """
+  _, d_ff, d_model = experts.w_out.shape
+  return precision == 'float32' or d_ff <= d_model
 
 
 def _chunks(experts: Experts, plan: Plan) -> list[slice]:
