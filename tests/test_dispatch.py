@@ -134,7 +134,10 @@ def test_equals_dense_whatever_the_experts(name, activation, use_bias, rng):
 
 @pytest.mark.parametrize('kind', ['skewed', 'full', 'one row'])
 @pytest.mark.parametrize('num_experts', [64, 128])
-@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'precision',
+  ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)],
+)
 def test_dropless_equals_dense_for_fine_grained_experts(
   precision, num_experts, kind, rng
 ):
