@@ -111,10 +111,30 @@ def permute(x, index, inverse):
     inverse: Rows of y that each row of x went to, in the format of `index`.
   """
   del inverse
-  if index.ndim == 1:
-    return gather_or_zero(x, index)
+  return gather_or_zero(x, index) if index.ndim == 1 else sum_rows(x, index)
+
+
+def sum_rows(
+  x: Float[Array, 'rows d'],
+  index: Int[Array, 'tokens k'],
+  weight: Float[Array, 'tokens k'] | None = None,
+) -> Float[Array, 'tokens d']:
+  """Returns `sum_k weight[t, k] * x[index[t, k]]` for each token t.
+
+  Args:
+    x: Rows.
+    index: Indices of rows; an index past the end stands for zeros.
+    weight: Weights, or None for 1.
+  """
+
+  def row_of_choice(k):
+    row = gather_or_zero(x, index[:, k])  # [tokens, d]
+    return row if weight is None else weight[:, k, None] * row
+
   # XLA fuses these additions with the gathers, but not a sum over an axis.
-  return functools.reduce(operator.add, (gather_or_zero(x, i) for i in index.T))
+  return functools.reduce(
+    operator.add, map(row_of_choice, range(index.shape[1]))
+  )
 
 
 def gather_or_zero(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -80,7 +79,7 @@ def _forward(x, weight, experts, plan, precision):
   rows = _concatenate(y) if y else None  # [slots, d_model]
   y = jnp.zeros(x.shape, weight.dtype)
   if rows is not None:
-    y = _sum_slots(rows, plan.slot, weight if weigh_output else None)
+    y = permute.sum_rows(rows, plan.slot, weight if weigh_output else None)
   y = _add_overflow(y, operands, plan.overflow, precision)
   return y, (operands, plan, vjps, rows if weigh_output else None)
 
@@ -101,7 +100,7 @@ def _backward(precision, residuals, g):
   if parts:
     of_experts, of_rows, of_weight = zip(*parts, strict=True)
     grads = (
-      _sum_slots(_concatenate(of_rows), plan.slot),
+      permute.sum_rows(_concatenate(of_rows), plan.slot),
       permute.gather_or_zero(_concatenate(of_weight), plan.slot),
       jax.tree.map(lambda *g: jnp.concatenate(g), *of_experts),
     )
@@ -247,21 +246,6 @@ def _gather_rows(x, assignment, weight):
 def _concatenate(chunks: Sequence[jax.Array]) -> jax.Array:
   """Returns chunks `[experts, capacity, ...]` as one array `[slots, ...]`."""
   return jnp.concatenate([c.reshape(-1, *c.shape[2:]) for c in chunks])
-
-
-def _sum_slots(
-  rows: jax.Array, slot: jax.Array, weight: jax.Array | None = None
-) -> jax.Array:
-  """Returns the sum over the slots of each token, weighted or not."""
-
-  def rows_of_choice(k):
-    y = permute.gather_or_zero(rows, slot[:, k])  # [tokens, d_model]
-    return y if weight is None else weight[:, k, None] * y
-
-  # XLA fuses these additions with the gathers, but not a sum over an axis.
-  return functools.reduce(
-    operator.add, map(rows_of_choice, range(slot.shape[1]))
-  )
 
 
 def _add_overflow(y, operands, overflow, precision):
