@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from trainers import metrics
-from trainers.clock import Clock
 from trainers.files import to_json, write_atomically
 from trainers.metrics import (
   Entropy,
@@ -20,6 +19,7 @@ from trainers.metrics import (
   MutualInformation,
   ShareOfZeros,
 )
+from trainers.runtime.clock import Clock
 
 
 def of(total, count, last):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from trainers.prefetch import prefetched
+from trainers.runtime.prefetch import prefetched
 
 
 def test_items_come_in_order_from_the_start():

@@ -26,7 +26,7 @@ from nanomoe.config import overrides as config_lib
 from nanomoe.data.tokenizers import Characters
 from nanomoe.model.decode_cache import DecodeCache
 from tests.shrunk import ROOT, TINY
-from trainers.clock import Clock
+from trainers.runtime.clock import Clock
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 WEIGHTED = {

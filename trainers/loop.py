@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from clu import metric_writers
 
-from trainers.clock import Clock
 from trainers.metrics import Metrics, Score
+from trainers.runtime.clock import Clock
 from trainers.state import Params, TrainState
 from trainers.task import Dataset, Task
 

@@ -8,8 +8,8 @@ import jax
 
 from trainers.checkpoint import Checkpointer, SaveError, compatibility
 from trainers.checkpoint.reader import Saved
-from trainers.clock import Clock
 from trainers.errors import UserError
+from trainers.runtime.clock import Clock
 from trainers.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -20,15 +20,15 @@ from trainers.callbacks.callback import Callback
 from trainers.callbacks.group import Callbacks
 from trainers.checkpoint import Checkpointer
 from trainers.checkpoint.reader import Saved
-from trainers.clock import Clock
 from trainers.errors import Interrupted, RollBack, UserError
 from trainers.evaluator import Evaluator
 from trainers.loop import Loop
 from trainers.metrics import Metrics, Score
-from trainers.prefetch import prefetched
 from trainers.recovery import Recovery
 from trainers.runtime import debugging, keys
 from trainers.runtime import memory as memory_lib
+from trainers.runtime.clock import Clock
+from trainers.runtime.prefetch import prefetched
 from trainers.signals import Interrupt
 from trainers.state import ModelState, Params, TrainState
 from trainers.step_runner import StepRunner

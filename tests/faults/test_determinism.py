@@ -11,7 +11,7 @@ from regression import Regression, Rows, bits, host, make_trainer
 from tests.runs import metrics_of
 from tests.shrunk import ROOT
 from trainers import callbacks, trainer
-from trainers.prefetch import prefetched
+from trainers.runtime.prefetch import prefetched
 
 
 @pytest.mark.slow
