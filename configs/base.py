@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
   config.moe.dense_d_ff = 1024  # Width of layers without experts.
   config.moe.dispatch = 'auto'
   config.moe.eval_dispatch = ''  # Dispatch of evaluation; '' as in training.
+  config.moe.exchange = 'auto'  # Between devices of a mesh.
   config.moe.capacity_factor = 1.25  # Capacity over the balanced load.
   config.moe.router = ConfigDict({'type': 'TopK'})
   config.moe.balance = 'switch_sum'
@@ -82,6 +83,12 @@ def get_config() -> ConfigDict:
   config.optimizer.spike_factor = 0.0  # 0 accepts every finite loss.
   config.optimizer.spike_window = 64  # Accepted updates in the median loss.
   config.optimizer.ema_decay = 0.0  # 0 keeps no average.
+
+  config.mesh = ConfigDict()  # Of devices; one axis may be -1, for all.
+  config.mesh.data = 1
+  config.mesh.fsdp = 1
+  config.mesh.expert = 1
+  config.mesh.tensor = 1
 
   config.checkpoint = ConfigDict()
   config.checkpoint.keep_latest = 2  # The best checkpoint is kept as well.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from clu.metric_writers import MetricWriter
 from clu.periodic_actions import PeriodicAction
 import jax
+from jax.sharding import Mesh
 import numpy as np
 
 from nanomoe import optimizers
@@ -19,16 +20,17 @@ from nanomoe.callbacks import (
   TextSample,
   pictures,
 )
-from nanomoe.config import validation
+from nanomoe.config import schema, validation
 from nanomoe.config.schema import Config
 from nanomoe.data import pipeline as text_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.pipeline import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.model import parameters
+from nanomoe.model import checkpoints, parameters
 from nanomoe.model.build import generation_problem, layers_with_experts
-from nanomoe.moe.dispatch import registry
+from nanomoe.moe.dispatch import exchange, registry
 from nanomoe.ops import matmul
+from nanomoe.ops.activations import ACTIVATIONS
 from nanomoe.run import (
   charts,
   jax_settings,
@@ -43,6 +45,7 @@ from trainers.callbacks.group import Callbacks
 from trainers.checkpoint import arrays as arrays_lib
 from trainers.checkpoint import checkpointer, reader
 from trainers.errors import UserError
+from trainers.mesh import Placement, make_mesh, num_batch_parts
 from trainers.runtime import keys
 from trainers.step import Spikes
 from trainers.trainer import Trainer
@@ -81,10 +84,14 @@ def build(
     raise UserError(lines)
   jax_settings.pin()
   config = resolve_auto(config)
+  mesh = make_mesh(config.mesh.to_dict())
+  flat = dict(schema.flatten(config.to_dict()))
+  if lines := [*validation.mesh_problems(flat, mesh.shape)]:
+    raise UserError(lines)
   corpus, tokenizer, dataset = text_lib.read(config, directory, allow_changed)
   token_bytes = tokenizer.token_bytes()
   watched = text_lib.frequent(dataset, token_bytes, MAX_WATCHED)
-  task = build_task(config, tokenizer.vocab_size, token_bytes, watched)
+  task = build_task(config, tokenizer.vocab_size, token_bytes, watched, mesh)
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps
   )
@@ -135,15 +142,18 @@ def build(
       ),
     ],
     checkpointer=checkpointer.Checkpointer(
-      directory.absolute() / 'checkpoints', config.checkpoint.keep_latest
+      directory.absolute() / 'checkpoints',
+      config.checkpoint.keep_latest,
+      checkpoints.layout(config),
     ),
-    initial=functools.partial(_weights_of, pathlib.Path(config.init_from))
+    initial=functools.partial(_initial_weights, config)
     if config.init_from
     else None,
     writers=build_writers(config, directory),
     workdir=directory,
     board=charts.of(config),
     memory_hint=functools.partial(memory_hint.hint, config),
+    placement=Placement(mesh, parameters.axes),
   )
   trusted_imports.remember(trusted_imports.paths(config.to_dict()))
   if workdir.read_config(directory) is None:
@@ -166,6 +176,8 @@ def build(
     config.precision,
     ', '.join(facts['devices']),
   )
+  if name := _exchange(config, mesh):
+    log.info('exchange between devices: %s', name)
   if problem := generation_problem(config):
     log.warning('%s; no text is sampled', problem)
   return trainer
@@ -202,7 +214,8 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
     UserError: There is no such checkpoint, or the vocabulary is damaged.
   """
   jax_settings.pin()
-  arrays, meta = reader.read(directory / 'checkpoints', step)
+  layout = checkpoints.layout(config)
+  arrays, meta = reader.read(directory / 'checkpoints', step, layout)
   tokenizer = tokenizers.load(
     config.data.tokenizer.to_dict(), directory / VOCABULARY
   )
@@ -229,11 +242,33 @@ def resolve_auto(config: Config) -> Config:
   return config
 
 
-def _weights_of(source: pathlib.Path, params: Any, model_state: Any) -> Any:
-  """Returns the best params and model_state of the run in `source`."""
-  arrays, meta = reader.read(source / 'checkpoints', 'best')
-  config = workdir.read_config(source) or {}
-  weights = config.get('eval_weights', 'params')  # Older runs lack the key.
+def _exchange(config: Config, mesh: Mesh) -> str:
+  """Returns the exchange of a training step, or '' if there is none."""
+  moe, parts = config.moe, num_batch_parts(mesh)
+  is_local = registry.DISPATCH[moe.dispatch].is_local
+  if parts == 1 or not is_local or not layers_with_experts(config):
+    return ''
+  if moe.exchange != 'auto':
+    return moe.exchange
+  matrices = 3 if ACTIVATIONS[moe.activation].gated else 2
+  return exchange.choose(
+    mesh.shape,
+    num_tokens=config.batch_size * config.block_size // parts,
+    top_k=moe.top_k,
+    d_model=config.model.d_model,
+    num_weights=matrices * moe.num_experts * config.model.d_model * moe.d_ff,
+  )
+
+
+def _initial_weights(config: Config, params: Any, model_state: Any) -> Any:
+  """Returns the best params and model_state of the run `config.init_from`."""
+  source = pathlib.Path(config.init_from)
+  other = workdir.config_of(source)
+  # Another attention has other parameters, and may not be imported.
+  has_same = other.model.attention.type == config.model.attention.type
+  layout = checkpoints.layout(other) if has_same else None
+  arrays, meta = reader.read(source / 'checkpoints', 'best', layout)
+  weights = other.eval_weights
   log.info('starting from step %d of %s', meta['step'], source)
   try:
     return (

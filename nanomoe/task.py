@@ -7,6 +7,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 import numpy as np
 
@@ -270,6 +271,7 @@ def build_task(
   vocab_size: int,
   token_bytes: Sequence[bytes] | None = None,
   watched: Sequence[int] = (),
+  mesh: Mesh | None = None,
 ) -> LanguageModel:
   """Returns the task of a config.
 
@@ -278,6 +280,7 @@ def build_task(
     vocab_size: Number of tokens in the vocabulary.
     token_bytes: UTF-8 encoding of each token, as in `LanguageModel`.
     watched: Token ids whose experts are counted, as in `LanguageModel`.
+    mesh: Mesh of the run; None for one device.
 
   Raises:
     UserError: The router or the attention cannot be built.
@@ -285,7 +288,7 @@ def build_task(
   moe = config.moe
   router = build_router(config, vocab_size)
   return LanguageModel(
-    build_transformer(config, vocab_size),
+    build_transformer(config, vocab_size, mesh),
     moe.aux_weight,
     moe.balance,
     token_bytes,

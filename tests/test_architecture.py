@@ -280,7 +280,7 @@ BESIDE = {
 }
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
 # them knows a capacity, what plug-ins and callbacks do, what remat saves, which
-# weights are evaluated, what a spike is.
+# weights are evaluated, what a spike is, that meshes agree.
 ELSEWHERE = {
   'init_from',
   'eval_weights',
@@ -291,6 +291,11 @@ ELSEWHERE = {
   'moe.dispatch',
   'moe.eval_dispatch',
   'moe.capacity_factor',
+  'moe.exchange',
+  'mesh.data',
+  'mesh.fsdp',
+  'mesh.expert',
+  'mesh.tensor',
   'model.attention.type',
   'moe.router.type',
   'callbacks.early_stopping.type',

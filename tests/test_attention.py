@@ -55,10 +55,12 @@ def test_grouped_queries_are_heads_with_equal_keys_and_values(
 
   def repeated(p):
     """Returns the projection with a head of k and v for each head of q."""
-    heads = p.reshape(*p.shape[:-1], -1, D_MODEL // HEADS)
-    q, k, v = jnp.split(heads, [HEADS, HEADS + num_kv_heads], axis=-2)
-    k, v = (jnp.repeat(h, HEADS // num_kv_heads, axis=-2) for h in (k, v))
-    return jnp.concatenate([q, k, v], axis=-2).reshape(*p.shape[:-1], -1)
+    size = HEADS // num_kv_heads
+    shape = *p.shape[:-1], num_kv_heads, size + 2, D_MODEL // HEADS
+    groups = p.reshape(shape)
+    q, *kv = jnp.split(groups, [size, size + 1], axis=-2)
+    k, v = (jnp.repeat(h, size, axis=-2) for h in kv)
+    return jnp.stack([q, k, v], axis=-2).reshape(*p.shape[:-1], -1)
 
   same = {**params, 'qkv': jax.tree.map(repeated, params['qkv'])}
   y, cache = _apply(grouped, params, x)
@@ -73,7 +75,7 @@ def test_norm_and_rotation_by_a_loop(x, rng):
   params = _params(module, x, rng)
   y, _ = _apply(module, params, x)
   qkv = np.float64(x @ params['qkv']['kernel'] + params['qkv']['bias'])
-  qkv = qkv.reshape(2, TIME, HEADS + 4, 4)
+  qkv = qkv.reshape(2, TIME, 2, HEADS // 2 + 2, 4)
   rows = np.zeros((2, TIME, HEADS, 4))
 
   def rotated(vector, name, t):
@@ -84,11 +86,11 @@ def test_norm_and_rotation_by_a_loop(x, rng):
     return np.concatenate([pairs.real, pairs.imag])
 
   for b, t, h in np.ndindex(2, TIME, HEADS):
-    q = rotated(qkv[b, t, h], 'q_norm', t)
-    shared = HEADS + h // 2
-    keys = [rotated(qkv[b, s, shared], 'k_norm', s) for s in range(t + 1)]
+    group = qkv[b, :, h // 2]
+    q = rotated(group[t, h % 2], 'q_norm', t)
+    keys = [rotated(group[s, 2], 'k_norm', s) for s in range(t + 1)]
     weights = np.exp(np.array(keys) @ q / 2)
-    values = qkv[b, : t + 1, shared + 2]
+    values = group[: t + 1, 3]
     rows[b, t, h] = weights @ values / weights.sum()
   expected = rows.reshape(2, TIME, D_MODEL) @ params['out']['kernel']
   np.testing.assert_allclose(

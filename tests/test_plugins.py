@@ -182,7 +182,13 @@ def test_a_wide_window_is_the_attention_of_this_package(
   for block in ('block_0', 'block_1'):
     attention = params[block]['attention']
     names = 'query', 'key', 'value'
-    parts = jax.tree.map(lambda x: jnp.split(x, 3, axis=-1), attention['qkv'])
+    parts = jax.tree.map(
+      lambda x: [
+        part.reshape(*x.shape[:-1], -1)
+        for part in jnp.split(x.reshape(*x.shape[:-1], 2, 3, -1), 3, axis=-2)
+      ],
+      attention['qkv'],
+    )
     params[block] = {
       **params[block],
       'attention': {

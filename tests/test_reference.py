@@ -11,6 +11,7 @@ import pytest
 
 from configs import base
 from nanomoe import experiment
+from nanomoe.model.checkpoints import group_features
 from trainers import metrics as metrics_lib
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,10 @@ def _ours(peer):
     return {
       'attention_norm': norm(f'block_{i}/LayerNorm_0/'),
       'attention': {
-        'qkv': of(f'{attention}Dense_0/'),
+        'qkv': {
+          name: group_features(x, 4, 4)
+          for name, x in of(f'{attention}Dense_0/').items()
+        },
         'out': of(f'{attention}Dense_1/'),
       },
       'feed_forward_norm': norm(f'block_{i}/LayerNorm_1/'),

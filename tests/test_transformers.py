@@ -11,6 +11,7 @@ import pytest
 from benchmarks import peers
 from configs import base
 from nanomoe import experiment
+from nanomoe.model.checkpoints import group_features
 from nanomoe.model.interfaces import AttentionInputs
 from nanomoe.moe import RouterInputs
 
@@ -88,7 +89,10 @@ def _params(peer):
   def attention(prefix):
     normed = [n for n in ('q_norm', 'k_norm') if f'{prefix}{n}.weight' in peer]
     return {
-      'qkv': linear(*(f'{prefix}{x}_proj' for x in 'qkv')),
+      'qkv': jax.tree.map(
+        lambda x: group_features(x, 4, 2),
+        linear(*(f'{prefix}{x}_proj' for x in 'qkv')),
+      ),
       'out': linear(f'{prefix}o_proj'),
       **{name: norm(f'{prefix}{name}') for name in normed},
     }

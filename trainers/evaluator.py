@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from trainers import metrics as metrics_lib
+from trainers.mesh import Placement
 from trainers.runtime import debugging, keys
 from trainers.state import ModelState, Params
 from trainers.task import Batch, Task
@@ -18,9 +19,12 @@ class Evaluator:
 
   Args:
     task: Task whose loss reports the metrics.
+    placement: Shardings of the run's arrays; None uses one device.
   """
 
-  def __init__(self, task: Task):
+  def __init__(self, task: Task, placement: Placement | None = None):
+    self._placement = placement = placement or Placement()
+
     def metrics(params, model_state, batch):
       key = keys.make(0)  # Unused: evaluation is deterministic.
       _, aux = task.loss(params, model_state, batch, key, train=False)
@@ -30,7 +34,7 @@ class Evaluator:
       return metrics_lib.merge(running, metrics(params, model_state, batch))
 
     self._metrics = metrics
-    self._add = jax.jit(add)
+    self._add = jax.jit(add, out_shardings=placement.replicated)
 
   def __call__(
     self,
@@ -56,10 +60,10 @@ class Evaluator:
     running = None
     for batch in batches:
       poll()
-      batch = jax.device_put(batch)
+      batch = self._placement.put_batch(batch)
       if running is None:
         shapes = jax.eval_shape(self._metrics, params, model_state, batch)
-        running = metrics_lib.zeros_like(shapes)
+        running = self._placement.put(metrics_lib.zeros_like(shapes))
       previous = running
       with debugging.checked():
         running = self._add(running, params, model_state, batch)

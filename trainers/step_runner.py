@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from trainers import metrics as metrics_lib
+from trainers.mesh import Placement
 from trainers.metrics import Metrics
 from trainers.runtime import debugging
 from trainers.runtime import memory as memory_lib
@@ -33,6 +34,7 @@ class StepRunner:
     step_fn: Training step.
     key: Random key of the run.
     memory_hint: Suggests how to reduce memory.
+    placement: Shardings of the run's arrays.
 
   Attributes:
     compiled: Whether the first step is done. Only the first call waits for it.
@@ -41,11 +43,16 @@ class StepRunner:
   """
 
   def __init__(
-    self, step_fn: StepFn, key: jax.Array, memory_hint: memory_lib.Hint
+    self,
+    step_fn: StepFn,
+    key: jax.Array,
+    memory_hint: memory_lib.Hint,
+    placement: Placement,
   ):
     # The inner jit caches the trace, which shapes and program share.
     self._step_fn = jax.jit(step_fn)
-    self._key = key
+    self._placement = placement
+    self._key = placement.put(key)
     self._hint = memory_hint
     self._in_flight: deque[Metrics] = deque()
     self._update: futures.Future[Callable[..., Any]] | None = None
@@ -63,7 +70,8 @@ class StepRunner:
       Shapes of the metrics.
     """
     shapes = jax.eval_shape(self._step_fn, state, batch, self._key)[1]
-    self._zeros = self.accumulated = metrics_lib.zeros_like(shapes)
+    zeros = self._placement.put(metrics_lib.zeros_like(shapes))
+    self._zeros = self.accumulated = zeros
     return shapes
 
   def compile(self, state: TrainState, batch: Batch) -> None:
@@ -72,8 +80,8 @@ class StepRunner:
     `trace` must be called first.
 
     Args:
-      state: State or its shapes.
-      batch: Batch or its shapes.
+      state: State, or its shapes with their shardings.
+      batch: Batch, or its shapes with their shardings.
     """
     if self._update:
       return
@@ -81,8 +89,16 @@ class StepRunner:
       self._update = futures.Future()
       self._update.set_result(self._debugged)
       return
+    replicated = self._placement.replicated
     update = jax.jit(
-      functools.partial(_accumulate, self._step_fn), donate_argnums=0
+      functools.partial(_accumulate, self._step_fn),
+      donate_argnums=0,
+      # XLA would choose others, which the next step would refuse.
+      out_shardings=(
+        jax.tree.map(lambda x: x.sharding, state),
+        replicated,
+        replicated,
+      ),
     ).lower(state, self._zeros, batch, self._key)
     pool = futures.ThreadPoolExecutor(1)
     self._update = pool.submit(update.compile)

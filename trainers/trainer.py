@@ -23,6 +23,7 @@ from trainers.checkpoint.reader import Saved
 from trainers.errors import Interrupted, RollBack, UserError
 from trainers.evaluator import Evaluator
 from trainers.loop import Loop
+from trainers.mesh import Placement
 from trainers.metrics import Metrics, Score
 from trainers.recovery import Recovery
 from trainers.runtime import debugging, keys
@@ -67,6 +68,7 @@ class Trainer(Loop):
     workdir: Directory of the run; None writes no files.
     board: How TensorBoard shows the run.
     memory_hint: Suggests what to change when a step needs too much memory.
+    placement: Shardings of the run's arrays; None uses one device.
 
   Raises:
     ValueError: `eval_weights` is 'average' without an average.
@@ -95,6 +97,7 @@ class Trainer(Loop):
     workdir: pathlib.Path | None = None,
     board: TensorBoardLayout | None = None,
     memory_hint: memory_lib.Hint = lambda _: 'try a smaller batch',
+    placement: Placement | None = None,
   ):
     if eval_weights == 'average' and not ema_decay:
       raise ValueError(f'{eval_weights=} needs an ema_decay above 0')
@@ -106,6 +109,7 @@ class Trainer(Loop):
     self.checkpointer = checkpointer
     self.log_interval = log_interval
     self.workdir = workdir
+    self.placement = placement or Placement()
     self.clock = Clock()
     self.interrupt = Interrupt()
     self.step, self.num_timed_steps, self.num_rollbacks = 0, 0, 0
@@ -118,7 +122,7 @@ class Trainer(Loop):
     self._ema_decay = ema_decay
     self._eval_weights = eval_weights
     self._spikes = spikes
-    self._evaluator = Evaluator(task)
+    self._evaluator = Evaluator(task, self.placement)
     self._writers = Writers(workdir, writers, board)
     self._unlogged: Metrics | None = None
     self._next_hook = 0
@@ -135,7 +139,9 @@ class Trainer(Loop):
     step_fn = step_lib.make_train_step(
       task, optimizer, schedule, ema_decay, spikes
     )
-    self._step_runner = StepRunner(step_fn, step_key, memory_hint)
+    self._step_runner = StepRunner(
+      step_fn, step_key, memory_hint, self.placement
+    )
 
   def fit(self) -> str:
     """Trains up to `num_train_steps`, from the newest checkpoint on.
@@ -179,9 +185,15 @@ class Trainer(Loop):
 
     # XLA compiles for longer than this program runs, and it runs once.
     options = {'xla_backend_optimization_level': 0}
-    create = jax.jit(make, compiler_options=options)
-    abstract = jax.eval_shape(create, self._init_key, None)
+    abstract = jax.eval_shape(make, self._init_key, None)
+    self._shardings = self.placement.shardings(abstract)
+    self.placement.report(abstract.params)
+    abstract = self.placement.abstract(abstract, self._shardings)
+    create = jax.jit(
+      make, compiler_options=options, out_shardings=self._shardings
+    )
     shapes = self._step_runner.trace(abstract, batch)
+    shapes = self.placement.abstract(shapes)
     self.metrics = self._step_runner.accumulated
     self._shapes = {'state': abstract, 'running': shapes, 'metrics': shapes}
     if saved := self._recovery.restore(self._shapes):
@@ -287,7 +299,7 @@ class Trainer(Loop):
     raise RollBack(reason)
 
   def update_state(self, fn: Callable[[TrainState], TrainState]) -> None:
-    self.state = fn(self.state)
+    self.state = self.placement.put(fn(self.state), self._shardings)
 
   def stop(self, reason: str, status: str = 'done') -> None:
     if self.status == 'running':
@@ -432,4 +444,4 @@ class Trainer(Loop):
 
   def _batch(self, index: int) -> Batch:
     rows = slice(0, self.batch_size)
-    return jax.device_put(self.dataset.train_batch(index, rows))
+    return self.placement.put_batch(self.dataset.train_batch(index, rows))

@@ -16,6 +16,8 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, field in FIELDS.items():
     if field.absent is not None:
       *sections, last = name.split('.')
+      if sections and _is_new('.'.join(sections)):
+        values.setdefault(sections[0], {})
       section = _section(values, sections)
       if section is not None:
         section.setdefault(last, field.absent)
@@ -25,6 +27,12 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
     if spec.absent and section is not None:
       section.setdefault(last, {'type': spec.absent})
   return values
+
+
+def _is_new(section: str) -> bool:
+  """Returns whether there are versions that lack every key of a section."""
+  fields = [f for n, f in FIELDS.items() if n.rpartition('.')[0] == section]
+  return all(field.absent is not None for field in fields)
 
 
 def rename(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,13 @@ class MoE(Section):
     resume=_BY_NAME,
     absent='',
   )
+  exchange: str = key(
+    'Exchange between devices of tokens or experts; auto moves the fewest '
+    'bytes',
+    choices=('auto', 'experts', 'tokens', 'all_to_all'),
+    resume=_FREE,
+    absent='auto',
+  )
   capacity_factor: float = key(
     'Capacity of an expert over its balanced load, in dispatch capacity',
     above=0,
@@ -179,6 +186,37 @@ class Optimizer(Section):
   )
 
 
+class Mesh(Section):
+  """Section of the mesh of devices. One of its axes may be -1."""
+
+  data: int = key(
+    'Copies of the parameters, each with a part of the batch; -1 uses all '
+    'devices',
+    -1,
+    resume=_FREE,
+    absent=1,
+  )
+  fsdp: int = key(
+    'Parts of the batch and of all parameters, which are gathered where they '
+    'are used',
+    -1,
+    resume=_FREE,
+    absent=1,
+  )
+  expert: int = key(
+    'Parts of the batch and of the experts; tokens travel to their experts',
+    -1,
+    resume=_FREE,
+    absent=1,
+  )
+  tensor: int = key(
+    'Parts of matrices, of which each device computes its own products',
+    -1,
+    resume=_FREE,
+    absent=1,
+  )
+
+
 class Checkpoint(Section):
   """Section of checkpoints."""
 
@@ -237,6 +275,7 @@ class Keys(Section):
   model: Model
   moe: MoE
   optimizer: Optimizer
+  mesh: Mesh
   checkpoint: Checkpoint
   sample: Sample
   callbacks: ConfigDict

@@ -16,6 +16,8 @@ from nanomoe.config.schema import (
 )
 from trainers.spec import did_you_mean
 
+MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+
 # Names of other trainers, by their last part, in any section.
 SYNONYMS = {
   'lr': 'optimizer.learning_rate',
@@ -145,6 +147,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     num_kv_heads = values['model.num_kv_heads'] or num_heads
     if num_heads % num_kv_heads:
       yield f'model.{num_kv_heads=}: it must divide model.{num_heads=}'
+  yield from _mesh_contradictions(values)
   factor = values.get('optimizer.spike_factor', 0)
   if 0 < factor <= 1:
     yield (
@@ -160,6 +163,63 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
   average = values.get('eval_weights') == 'average'
   if average and values.get('optimizer.ema_decay') == 0:
     yield "eval_weights='average': it needs an optimizer.ema_decay > 0"
+
+
+def _mesh_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+  sizes = {axis: values.get(f'mesh.{axis}', 1) for axis in MESH_AXES}
+  for axis, size in sizes.items():
+    if not size:
+      yield f'mesh.{axis}=0: it must be >= 1, or -1 for all devices'
+  if list(sizes.values()).count(-1) > 1:
+    yield (
+      ' '.join(f'mesh.{axis}=-1' for axis, n in sizes.items() if n == -1)
+      + ': only one axis may be -1'
+    )
+  router = values.get('moe.router.type')
+  if sizes['expert'] != 1 and router == 'ExpertChoice':
+    yield (
+      f"mesh.expert={sizes['expert']}: moe.router.type='ExpertChoice' selects "
+      'among the tokens of all devices; it needs mesh.expert=1'
+    )
+  exchange = values.get('moe.exchange', 'auto')
+  if exchange != 'auto' and values.get('moe.dispatch') == 'capacity':
+    yield (
+      f"moe.{exchange=}: moe.dispatch='capacity' would have a capacity on each "
+      "device, which is another algorithm; it needs moe.exchange='auto'"
+    )
+  if exchange in ('tokens', 'all_to_all') and sizes['expert'] == 1:
+    yield (
+      f'moe.{exchange=}: it exchanges tokens along mesh.expert, which is 1; it '
+      'needs mesh.expert > 1'
+    )
+
+
+def mesh_problems(
+  values: Mapping[str, Any], sizes: Mapping[str, int]
+) -> Iterator[str]:
+  """Yields a line for each size that does not divide over a mesh.
+
+  Args:
+    values: Values by dotted key.
+    sizes: Size of each axis of the mesh, without -1.
+  """
+  parts = math.prod(sizes[axis] for axis in ('data', 'fsdp', 'expert'))
+  divisors = {
+    'batch_size': (parts, 'mesh.data * mesh.fsdp * mesh.expert'),
+    'moe.num_experts': (sizes['expert'], 'mesh.expert'),
+    **{
+      name: (sizes['tensor'], 'mesh.tensor')
+      for name in (
+        'model.num_heads',
+        'model.num_kv_heads',
+        'moe.d_ff',
+        'moe.dense_d_ff',
+      )
+    },
+  }
+  for name, (divisor, key) in divisors.items():
+    if values[name] % divisor:  # num_kv_heads=0 means num_heads.
+      yield (f'{name}={values[name]}: it must be a multiple of {key}={divisor}')
 
 
 def _unknown_to_optimizer(flat: Mapping[str, Any]) -> list[str]:

@@ -150,13 +150,21 @@ class CausalSelfAttention(nn.Module):
     return self._linear(d_model, 'out', self.out_init)(y), cache
 
   def _project(self, x):
-    """Returns queries, keys and values by head."""
-    d_head = x.shape[-1] // self.num_heads
-    heads = self.num_heads + 2 * self.num_kv_heads
-    qkv = self._linear(heads * d_head, 'qkv', XAVIER)(x)
-    qkv = qkv.reshape(*x.shape[:-1], heads, d_head).transpose(0, 2, 1, 3)
-    first_k, first_v = self.num_heads, self.num_heads + self.num_kv_heads
-    return jnp.split(qkv, (first_k, first_v), axis=1)
+    """Returns queries, keys and values by head.
+
+    The features of the projection are ordered by group: the queries that share
+    a key and a value, then these two. A tensor axis that divides the groups
+    divides all three alike.
+    """
+    batch, time, d_model = x.shape
+    d_head = d_model // self.num_heads
+    size = self.num_heads // self.num_kv_heads  # Queries in a group.
+    features = self.num_kv_heads * (size + 2) * d_head
+    qkv = self._linear(features, 'qkv', XAVIER)(x)
+    qkv = qkv.reshape(batch, time, self.num_kv_heads, size + 2, d_head)
+    qkv = qkv.transpose(0, 2, 3, 1, 4)  # [batch, groups, _, time, d_head]
+    q = qkv[:, :, :size].reshape(batch, self.num_heads, time, d_head)
+    return q, qkv[:, :, size], qkv[:, :, size + 1]
 
   def _linear(self, features: int, name: str, init) -> Linear:
     return Linear(features, init, self.use_bias, self.precision, name=name)

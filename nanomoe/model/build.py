@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from nanomoe.config.schema import Config
 from nanomoe.model.attention import ATTENTIONS, XAVIER
@@ -25,14 +26,18 @@ from nanomoe.moe.layer import FeedForward, MoE, RoutedAndShared
 from nanomoe.moe.routers import ROUTERS, interface_problem
 from trainers import spec
 from trainers.errors import UserError
+from trainers.mesh import row_constraint
 
 
-def build_transformer(config: Config, vocab_size: int) -> Transformer:
+def build_transformer(
+  config: Config, vocab_size: int, mesh: Mesh | None = None
+) -> Transformer:
   """Returns the transformer of a config.
 
   Args:
     config: Whole config, without 'auto'.
     vocab_size: Number of tokens in the vocabulary.
+    mesh: Mesh of the run; None for one device.
 
   Raises:
     UserError: The router or the attention cannot be built.
@@ -60,7 +65,7 @@ def build_transformer(config: Config, vocab_size: int) -> Transformer:
       name=name,
     )
 
-  dispatch = registry.build(moe.dispatch, moe.to_dict())
+  dispatch = registry.build(moe.dispatch, moe.to_dict(), mesh)
   eval_name = registry.eval_dispatch(moe)
   sparse = functools.partial(
     MoE,
@@ -71,7 +76,7 @@ def build_transformer(config: Config, vocab_size: int) -> Transformer:
     eval_dispatch=(
       dispatch
       if eval_name == moe.dispatch
-      else registry.build(eval_name, moe.to_dict())
+      else registry.build(eval_name, moe.to_dict(), mesh)
     ),
     precision=config.precision,
     name='moe',
@@ -115,6 +120,7 @@ def build_transformer(config: Config, vocab_size: int) -> Transformer:
       precision=config.precision,
     ),
     cap=functools.partial(softcap, cap=model.logit_softcap),
+    constrain=row_constraint(mesh),
   )
 
 

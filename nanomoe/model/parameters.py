@@ -1,7 +1,7 @@
 """Kinds of parameters: the one table that says what a parameter is.
 
 A parameter is known by its path, such as `block_0/attention/qkv/kernel`. Weight
-decay, Muon and the number of active parameters all read this table.
+decay, Muon, sharding and the number of active parameters all read this table.
 """
 
 import dataclasses
@@ -24,13 +24,21 @@ class Kind:
       orthogonalizes.
     active: Part that one token uses: all of it, `top_k` experts along its first
       axis, or one row.
+    axes: Axis of the mesh over which each of the last array axes is divided;
+      None, or no entry, for axes that are not. See `trainers.mesh.AXES`.
   """
 
   pattern: str
   is_matrix: bool = False
   is_hidden: bool = False
   active: Literal['all', 'top_k', 'row'] = 'all'
+  axes: tuple[str | None, ...] = ()
 
+
+# Matrices whose columns, or rows, are divided over the tensor axis.
+_COLUMNS = 'fsdp', 'tensor'
+_ROWS = 'tensor', 'fsdp'
+_VOCABULARY = 'fsdp', None
 
 _BLOCK = r'block_\d+'
 _MOE = rf'{_BLOCK}/(feed_forward/)?moe'
@@ -44,19 +52,25 @@ _NORMS = '|'.join(
 )
 
 KINDS = (
-  Kind(r'(token|position)_embedding'),
-  Kind(r'ngrams/ngram_\d+_embedding', active='row'),
+  Kind(r'(token|position)_embedding', axes=_VOCABULARY),
+  Kind(r'ngrams/ngram_\d+_embedding', active='row', axes=_VOCABULARY),
   Kind(rf'({_NORMS})/(scale|bias)'),
   Kind(rf'{_BLOCK}/(attention|feed_forward)_convolution/filter'),
-  Kind(rf'{_BLOCK}/attention/(qkv|out)/kernel', True, True),
-  Kind(rf'{_BLOCK}/attention/(qkv|out)/bias'),
+  Kind(rf'{_BLOCK}/attention/qkv/kernel', True, True, axes=_COLUMNS),
+  Kind(rf'{_BLOCK}/attention/qkv/bias', axes=('tensor',)),
+  Kind(rf'{_BLOCK}/attention/out/kernel', True, True, axes=_ROWS),
+  Kind(rf'{_BLOCK}/attention/out/bias'),
   Kind(rf'{_MOE}/router/(kernel|noise)', True, True),
-  Kind(rf'{_MOE}/w_(in|gate|out)', True, True, active='top_k'),
-  Kind(rf'{_MOE}/b_(in|out)', active='top_k'),
-  Kind(rf'{_DENSE}/w_(in|gate|out)', True, True),
-  Kind(rf'{_DENSE}/b_(in|out)'),
-  Kind(r'head/kernel', True),
-  Kind(r'head/bias'),
+  Kind(rf'{_MOE}/w_(in|gate)', True, True, 'top_k', ('expert', *_COLUMNS)),
+  Kind(rf'{_MOE}/w_out', True, True, 'top_k', ('expert', *_ROWS)),
+  Kind(rf'{_MOE}/b_in', active='top_k', axes=('expert', 'tensor')),
+  Kind(rf'{_MOE}/b_out', active='top_k', axes=('expert', None)),
+  Kind(rf'{_DENSE}/w_(in|gate)', True, True, axes=_COLUMNS),
+  Kind(rf'{_DENSE}/w_out', True, True, axes=_ROWS),
+  Kind(rf'{_DENSE}/b_in', axes=('tensor',)),
+  Kind(rf'{_DENSE}/b_out'),
+  Kind(r'head/kernel', True, axes=_COLUMNS),
+  Kind(r'head/bias', axes=('tensor',)),
 )
 
 # Parameters of plug-ins: of a router, of an attention, or of a module that a
@@ -67,7 +81,7 @@ _PLUG_INS = '|'.join(
     rf'{_MOE}/(router|[A-Z]\w*_\d+)/.+',
   ]
 )
-PLUG_IN_MATRIX = Kind(_PLUG_INS, True, True)
+PLUG_IN_MATRIX = Kind(_PLUG_INS, True, True, axes=('fsdp', None))
 PLUG_IN_OTHER = Kind(_PLUG_INS)
 # Names by which a plug-in marks arrays that multiply nothing.
 _NO_MATRIX = re.compile(r'b_.*|filter|.*embedding.*')
@@ -114,6 +128,20 @@ def kinds(params: Any) -> Any:
     return kind_of(name, leaf.ndim)
 
   return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+  """Returns the mesh axis over which each axis of a parameter is divided.
+
+  Args:
+    path: Names from the root to the parameter, joined by '/'.
+    shape: Shape of the parameter.
+
+  Raises:
+    ValueError: The parameter has no kind.
+  """
+  last = kind_of(path, len(shape)).axes
+  return (None,) * (len(shape) - len(last)) + last
 
 
 def matrices(params: Any) -> Any:

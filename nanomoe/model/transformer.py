@@ -116,6 +116,7 @@ class Transformer(nn.Module):
     norm: Factory of the last normalization.
     head: Factory of the head.
     cap: Function that bounds the logits.
+    constrain: Function that keeps the residual stream divided by rows.
   """
 
   vocab_size: int
@@ -128,6 +129,7 @@ class Transformer(nn.Module):
   norm: NormFactory
   head: HeadFactory
   cap: Callable[[jax.Array], jax.Array]
+  constrain: Callable[[jax.Array], jax.Array]
 
   @nn.compact
   def __call__(
@@ -168,9 +170,11 @@ class Transformer(nn.Module):
     x = self.ngrams(name='ngrams')(embedding[tokens], window, first)
     x = self.position.embed(self.param, x, start)
     x = Dropout(self.dropout_rate)(x, train=train)  # [batch, time, d_model]
+    x = self.constrain(x)
 
     def run(block, x, *args):
-      return block(x, *args, train=train)
+      x, *rest = block(x, *args, train=train)
+      return self.constrain(x), *rest
 
     if self.remat and train:
       run = remat(run)

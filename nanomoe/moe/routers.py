@@ -29,7 +29,7 @@ from nanomoe.moe.routing import (
   gather_scores,
   make_routing,
 )
-from nanomoe.ops import matmul
+from nanomoe.ops import matmul, partition
 
 Activations = Float[Array, 'batch time d_model']
 
@@ -80,7 +80,7 @@ class Router(nn.Module):
     self, scores: Float[Array, 'tokens experts']
   ) -> Int[Array, 'tokens k']:
     """Returns the K experts with the highest scores, highest first."""
-    return jax.lax.top_k(jax.lax.stop_gradient(scores), self.top_k)[1]
+    return partition.highest(scores, self.top_k)[1]
 
   def make_routing(
     self,
@@ -230,8 +230,8 @@ class Sigmoid(Router):
     if self.groups_kept == self.num_groups:
       return scores
     groups = scores.reshape(len(scores), self.num_groups, -1)  # [N, groups, _]
-    two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0]
-    _, kept = jax.lax.top_k(two.sum(axis=-1), self.groups_kept)  # [N, kept]
+    two, _ = partition.highest(groups, min(2, groups.shape[-1]))
+    _, kept = partition.highest(two.sum(axis=-1), self.groups_kept)  # [N, kept]
     is_kept = jnp.any(kept[..., None] == jnp.arange(self.num_groups), axis=1)
     # JAX_DEBUG_INFS must not find the infinities of this mask.
     with jax.debug_infs(False):

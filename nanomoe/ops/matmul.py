@@ -4,8 +4,9 @@ import functools
 import pathlib
 
 import jax
-from jax.experimental import layout
 import jax.numpy as jnp
+
+from nanomoe.ops.partition import row_major
 
 PRECISIONS = ('float32', 'bfloat16')
 
@@ -122,23 +123,23 @@ def gradients(
   einsum = functools.partial(_einsum, precision=precision)
   x = rounded(x, precision)
   # XLA's CPU products read a transposed operand as float32.
-  g = _row_major(rounded(g, precision))
+  g = row_major(rounded(g, precision))
   dx = einsum(f'{out},{w_index}->{x_index}', g, w)
   # XLA's fast product on CPUs needs a left operand summed over its last axis.
   # Both operands are summed over their rows here, so the smaller one is
   # transposed. Without an explicit layout, XLA undoes the transposition.
   left, right = sorted(((x_index, x), (out, g)), key=lambda o: o[1].size)
   order = sorted(left[0], key=lambda i: (i not in w_index, w_index.find(i)))
-  rows = _row_major(left[1].transpose([left[0].index(i) for i in order]))
+  rows = row_major(left[1].transpose([left[0].index(i) for i in order]))
   dw_index = [i for i in order if i in w_index]
   dw_index += [i for i in right[0] if i in w_index and i not in order]
   dw = einsum(
     f'{"".join(order)},{right[0]}->{"".join(dw_index)}', rows, right[1]
   )
-  dw = _row_major(dw).transpose([dw_index.index(i) for i in w_index])
+  dw = row_major(dw).transpose([dw_index.index(i) for i in w_index])
   # Without a last layout, a program may return the array in the order of the
   # transposed one, and JAX assumes that it is row-major.
-  dw = _row_major(dw)
+  dw = row_major(dw)
   return dx, dw, jnp.sum(g, axis=-2, dtype=jnp.float32)
 
 
@@ -154,14 +155,6 @@ def row_sums(x: jax.Array) -> jax.Array:
   return jnp.einsum(
     '...d,d->...', x, jnp.ones(x.shape[-1:], x.dtype), precision=_EXACT
   )
-
-
-def _row_major(x: jax.Array) -> jax.Array:
-  """Returns x, stored in row-major order on CPUs."""
-  if jax.default_backend() != 'cpu':
-    return x
-  order = tuple(range(x.ndim))
-  return layout.with_layout_constraint(x, layout.Layout(major_to_minor=order))
 
 
 _dot.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from trainers.checkpoint import arrays as arrays_lib
 from trainers.checkpoint import reader
-from trainers.checkpoint.reader import Saved
+from trainers.checkpoint.reader import Layout, Saved
 from trainers.errors import UserError, first_line
 from trainers.files import to_json, write_atomically
 
@@ -39,6 +39,7 @@ class Checkpointer:
     directory: Absolute path, created if missing.
     keep_latest: Number of newest checkpoints to keep, besides the best and the
       newest good one.
+    layout: Layout of the arrays.
 
   Attributes:
     newest: Newest step that this object saved or restored, or None.
@@ -47,8 +48,14 @@ class Checkpointer:
     UserError: The directory cannot be created, or its path has *, ? or [.
   """
 
-  def __init__(self, directory: pathlib.Path, keep_latest: int = 2):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    keep_latest: int = 2,
+    layout: Layout | None = None,
+  ):
     self._directory = directory
+    self._layout = layout or Layout()
     self._superseded = reader.superseded(directory)
     self._manifest = directory.with_name('checkpoints.json')
     self._policy = _Policy(keep_latest)
@@ -129,6 +136,7 @@ class Checkpointer:
       arrays = arrays_lib.flatten_by_name(tree)
       meta = {
         'step': step,
+        'layout': self._layout.version,
         'leaves': arrays_lib.signatures(arrays),
         'content': arrays_lib.fingerprints(arrays),
         'standing': standing,
@@ -205,7 +213,8 @@ class Checkpointer:
     Newer, damaged checkpoints are set aside: they would count as the newest.
 
     Args:
-      abstract: Tree of shapes and dtypes that the checkpoint must have.
+      abstract: Tree of shapes, dtypes and shardings that the checkpoint must
+        have. Its arrays may have been saved with other shardings.
 
     Raises:
       UserError: The checkpoints are of another architecture, none is intact,
@@ -258,12 +267,11 @@ class Checkpointer:
     wanted = arrays_lib.flatten_by_name(abstract)
     meta = reader.read_meta(self._directory, step)
     arrays_lib.check_signatures(meta['leaves'], arrays_lib.signatures(wanted))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-      for name, x in wanted.items()
-    }
+    is_older = self._layout.needs_upgrade(meta)
     arrays = reader.read_arrays(self._directory, step, meta, wanted)
+    if is_older:
+      shardings = {name: x.sharding for name, x in wanted.items()}
+      arrays = jax.jit(self._layout.upgrade, out_shardings=shardings)(arrays)
     structure = jax.tree.structure(abstract)
     return Saved(
       jax.tree.unflatten(structure, [arrays[name] for name in wanted]), meta

@@ -34,6 +34,38 @@ class _Replaced(Exception):
 _WIDE = ('float64', 'int64', 'uint64', 'complex128')
 
 
+class Layout(NamedTuple):
+  """Layout of the arrays in checkpoints.
+
+  Attributes:
+    version: Number of the layout; checkpoints without a number have 1.
+    upgrade: Function from arrays by name, in an older layout, to arrays in this
+      one, of the same names, dtypes and shapes.
+  """
+
+  version: int = 1
+  upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda arrays: arrays
+
+  def needs_upgrade(self, meta: dict[str, Any]) -> bool:
+    """Returns whether a checkpoint has an older layout.
+
+    Args:
+      meta: JSON values of the checkpoint.
+
+    Raises:
+      UserError: The layout is newer.
+    """
+    found = meta.get('layout', 1)
+    if found > self.version:
+      raise UserError(
+        [
+          'the checkpoint is of a newer version:',
+          f'its layout is {found}, and this version reads up to {self.version}',
+        ]
+      )
+    return found < self.version
+
+
 class Saved(NamedTuple):
   """Content of a checkpoint.
 
@@ -47,7 +79,7 @@ class Saved(NamedTuple):
 
 
 def read(
-  directory: pathlib.Path, step: str
+  directory: pathlib.Path, step: str, layout: Layout | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Reads a checkpoint, without writing to the directory.
 
@@ -58,9 +90,12 @@ def read(
     directory: Directory of the run's checkpoints.
     step: Number of a step, 'best' (by the monitored metric) or 'latest' (the
       newest intact checkpoint).
+    layout: Layout of the arrays that are returned; None for that in which they
+      were saved.
 
   Returns:
-    ({name: array}, meta) as saved.
+    ({name: array}, meta). The arrays are on the first device, however they were
+    sharded.
 
   Raises:
     UserError: There is no such checkpoint, it is damaged, or it was replaced
@@ -68,9 +103,13 @@ def read(
   """
   for attempt in range(_ATTEMPTS):
     try:
-      return _attempt(directory, step, again=attempt > 0)
+      arrays, meta = _attempt(directory, step, again=attempt > 0)
     except _Replaced as replaced:
       log.debug('%s; reading again', replaced)
+      continue
+    if layout and layout.needs_upgrade(meta):
+      arrays = layout.upgrade(arrays)
+    return arrays, meta
   raise UserError(
     f'--step={step}: the checkpoints in {directory} were replaced while they '
     f'were read, {_ATTEMPTS} times in a row; try again, or let the run keep '
@@ -249,7 +288,7 @@ def read_arrays(
     step: Step of the checkpoint.
     meta: JSON values of the checkpoint, with the fingerprints.
     wanted: Shapes, dtypes and shardings of the arrays, by name; None reads
-      them as they were saved.
+      them to the first device, however they were sharded.
 
   Returns:
     The arrays by name.
@@ -267,6 +306,7 @@ def read_arrays(
         f'{wide[0]} is {meta["leaves"][wide[0]]}: it was saved under '
         'JAX_ENABLE_X64=1, and is read under it alone'
       )
+  wanted = wanted or arrays_lib.on_one_device(meta['leaves'])
   args = ocp.args.StandardRestore(wanted)  # pyright: ignore
   arrays = _read_item(directory, step, 'arrays', args)
   recorded = meta.get('content', {})  # Checkpoints of old versions lack it.

@@ -21,6 +21,8 @@ def dropless(
   routing: Routing,
   experts: Experts,
   precision: str,
+  *,
+  num_expected: int | None = None,
 ) -> tuple[Float[Array, 'tokens d_model'], dict[str, Mean]]:
   """Computes the chosen experts alone and drops no token.
 
@@ -31,9 +33,18 @@ def dropless(
   the padding of the last iteration. The blocks are those of Gale et al. 2022
   (MegaBlocks), sec. 4.
 
-  Arguments and results are those of `DispatchFn`.
+  Args:
+    x: Activations of the tokens.
+    routing: Experts and weights of each token.
+    experts: Experts of the layer.
+    precision: Precision of the experts' products.
+    num_expected: Number of assignments that the balanced load is a share of;
+      None for all. It changes the speed alone.
+
+  Returns:
+    The combined output of each token, and metrics by name.
   """
-  plan = make_plan(routing.expert, experts.w_in.shape[0])
+  plan = make_plan(routing.expert, experts.w_in.shape[0], num_expected)
   y: Any = run_plan(x, routing.weight, experts, plan, precision)
   return y, dispatch_metrics(routing)
 

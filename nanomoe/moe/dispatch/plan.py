@@ -56,15 +56,23 @@ def plan_sizes(num_assignments: int, num_experts: int) -> tuple[int, int]:
   return capacity, 1 << (num_rows.bit_length() - 1)
 
 
-def make_plan(expert: Int[Array, 'tokens k'], num_experts: int) -> Plan:
+def make_plan(
+  expert: Int[Array, 'tokens k'],
+  num_experts: int,
+  num_expected: int | None = None,
+) -> Plan:
   """Assigns a slot, or a row of the overflow, to each assignment.
 
   Args:
     expert: Experts of each token; `num_experts` for padding.
     num_experts: Number of experts.
+    num_expected: Number of assignments that are not padding if loads are
+      balanced; None for all.
   """
   num_assignments = expert.size
-  capacity, block_rows = plan_sizes(num_assignments, num_experts)
+  capacity, block_rows = plan_sizes(
+    num_expected or num_assignments, num_experts
+  )
   # Upper bound, reached if all assignments have one expert: the blocks are
   # sum_e ceil((n_e - capacity) / block_rows) over experts with n_e > capacity.
   # It holds for all n with sum n_e = N * K, as capacity >= block_rows or

@@ -5,13 +5,16 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from nanomoe.config import schema
+from nanomoe.moe.dispatch import exchange
 from nanomoe.moe.dispatch.capacity import capacity
 from nanomoe.moe.dispatch.dense import dense
 from nanomoe.moe.dispatch.dropless import dropless
 from nanomoe.moe.dispatch.grouped import grouped
 from nanomoe.moe.dispatch.interface import DispatchFn
+from trainers.mesh import num_batch_parts
 
 
 class Dispatch(NamedTuple):
@@ -22,22 +25,30 @@ class Dispatch(NamedTuple):
     causal: Whether a token's output depends on that token's routing alone. The
       model is then causal if its router is.
     keys: Keys of the config section `moe` that are arguments of `fn`.
+    is_local: Whether the tokens of each device may be dispatched by
+      themselves.
+    expects: Whether `fn` takes `num_expected`; see `exchange.divided`.
   """
 
   fn: Callable[..., Any]
   causal: bool = True
   keys: tuple[str, ...] = ()
+  is_local: bool = True
+  expects: bool = False
 
 
 DISPATCH = {
   'dense': Dispatch(dense),
-  'dropless': Dispatch(dropless),
-  'capacity': Dispatch(capacity, causal=False, keys=('capacity_factor',)),
+  'dropless': Dispatch(dropless, expects=True),
+  # The capacity is of the whole batch.
+  'capacity': Dispatch(capacity, False, ('capacity_factor',), is_local=False),
   'grouped': Dispatch(grouped),
 }
 
 
-def build(name: str, moe: Mapping[str, Any]) -> DispatchFn:
+def build(
+  name: str, moe: Mapping[str, Any], mesh: Mesh | None = None
+) -> DispatchFn:
   """Returns the dispatch `name` with its arguments from the config.
 
   The function is jitted by itself, so that it is traced and lowered once for
@@ -46,9 +57,14 @@ def build(name: str, moe: Mapping[str, Any]) -> DispatchFn:
   Args:
     name: Key of `DISPATCH`.
     moe: Config section `moe`.
+    mesh: Mesh of the run; None for one device.
   """
-  fn, _, keys = DISPATCH[name]
+  fn, _, keys, is_local, expects = DISPATCH[name]
   with_arguments = functools.partial(fn, **{key: moe[key] for key in keys})
+  if mesh is not None and is_local and num_batch_parts(mesh) > 1:
+    with_arguments = exchange.divided(
+      with_arguments, mesh, moe['exchange'], expects=expects
+    )
   return jax.jit(with_arguments, static_argnums=3)
 
 

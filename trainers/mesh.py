@@ -1,0 +1,259 @@
+"""Meshes of devices, and where arrays are placed on them.
+
+A run always has a mesh. One device is a mesh of size 1, with the same program.
+The engine is JAX's own: arrays have shardings, and XLA's partitioner divides
+the program.
+"""
+
+from collections.abc import Callable, Mapping
+import logging
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from trainers.checkpoint import arrays as arrays_lib
+from trainers.errors import UserError
+from trainers.state import TrainState
+from trainers.task import Batch
+
+log = logging.getLogger(__name__)
+
+# Axes of every mesh. A batch's rows are divided over the first three:
+#   data    copies of the parameters,
+#   fsdp    parts of the parameters, which are gathered where they are used,
+#   expert  parts of the experts, to which tokens travel,
+#   tensor  parts of matrices, of which each device computes its own products.
+AXES = ('data', 'fsdp', 'expert', 'tensor')
+BATCH_AXES = AXES[:3]
+
+# Replicated arrays of this size or more are reported on a mesh that could
+# divide them.
+LARGE_BYTES = 1 << 20
+
+# Mesh axis of each array axis of a parameter, given its path and shape.
+AxesOf = Callable[[str, tuple[int, ...]], tuple[str | None, ...]]
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
+  """Returns a mesh over the first devices, sorted by process.
+
+  Args:
+    sizes: Size of each axis of `AXES`; missing ones are 1, and one may be -1,
+      which uses all devices. None makes a mesh of one device.
+
+  Raises:
+    UserError: There are not as many devices, or -1 does not fit.
+  """
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  shape = [(sizes or {}).get(axis, 1) for axis in AXES]
+  given = ' '.join(
+    f'mesh.{axis}={size}'
+    for axis, size in zip(AXES, shape, strict=True)
+    if size != 1
+  )
+  if shape.count(-1) > 1:
+    raise UserError(f'{given}: only one axis may be -1')
+  if -1 in shape:
+    others = -math.prod(shape)
+    if len(devices) % others:
+      raise UserError(
+        f'{given}: the product of the other axes is {others}; it must divide '
+        f'the number of devices, {len(devices)}'
+      )
+    shape[shape.index(-1)] = len(devices) // others
+  size = math.prod(shape)
+  if size > len(devices):
+    on_cpu = jax.default_backend() == 'cpu'
+    hint = f'; JAX_NUM_CPU_DEVICES={size} makes as many on a CPU'
+    raise UserError(
+      f'{given}: the mesh has {size} places, and there are {len(devices)} '
+      f'devices{hint if on_cpu else ""}'
+    )
+  return Mesh(
+    np.array(devices[:size]).reshape(shape),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
+
+
+def num_batch_parts(mesh: Mesh) -> int:
+  """Returns the number of parts into which a batch's rows are divided."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def row_constraint(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:
+  """Returns a function that keeps activations divided by rows alone.
+
+  Without it, activations may take on the sharding of a parameter, and the
+  partitioner has to copy them whole to every device.
+
+  Args:
+    mesh: Mesh of the run; None, or one of size 1, makes the identity.
+
+  Returns:
+    Function of an array, which leaves arrays alone whose rows do not divide.
+  """
+  if mesh is None or mesh.size == 1:
+    return lambda x: x
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  parts = num_batch_parts(mesh)
+
+  def constrain(x):
+    if len(x) % parts:
+      return x
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return constrain
+
+
+class Placement:
+  """Shardings of a run's arrays.
+
+  Args:
+    mesh: Mesh of the run; None makes one of a single device.
+    axes_of: Mesh axes of a parameter. Axes that do not divide the array are
+      dropped. None replicates all parameters.
+
+  Attributes:
+    mesh: Mesh of the run.
+    replicated: Sharding of arrays that every device has whole.
+    batch: Sharding of a batch's arrays.
+  """
+
+  def __init__(self, mesh: Mesh | None = None, axes_of: AxesOf | None = None):
+    self.mesh = mesh or make_mesh()
+    self.replicated = NamedSharding(self.mesh, PartitionSpec())
+    self.batch = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+    self._axes_of = axes_of or (lambda path, shape: (None,) * len(shape))
+
+  def axes(self, path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """Returns the mesh axis of each axis of a parameter, where it divides.
+
+    Args:
+      path: Names from the root to the parameter, joined by '/'.
+      shape: Shape of the parameter.
+    """
+    return tuple(
+      axis if axis and size % self.mesh.shape[axis] == 0 else None
+      for axis, size in zip(self._axes_of(path, shape), shape, strict=True)
+    )
+
+  def shardings(self, state: TrainState) -> TrainState:
+    """Returns a tree like `state` of shardings.
+
+    An array of the optimizer, the average or the model state whose path ends
+    with the path of a parameter is divided as the parameter is. A factor of
+    Adafactor, which lacks one of the parameter's axes, is divided along the
+    others. All other arrays are replicated.
+
+    Args:
+      state: State or its shapes.
+    """
+    shapes = {
+      name: leaf.shape
+      for name, leaf in arrays_lib.flatten_by_name(state.params).items()
+    }
+
+    def sharding(path, leaf):
+      names = jax.tree_util.keystr(path, simple=True, separator='.').split('.')
+      suffixes = ('.'.join(names[i:]) for i in range(1, len(names)))
+      name = next((s for s in suffixes if s in shapes), None)
+      if name is None:
+        return self.replicated
+      axes = self.axes(name.replace('.', '/'), shapes[name])
+      axes = _without_reduced_axis(axes, shapes[name], leaf.shape)
+      return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+  def abstract(self, tree: Any, shardings: Any = None) -> Any:
+    """Returns shapes with shardings.
+
+    Args:
+      tree: Tree of arrays or shapes.
+      shardings: Tree like `tree` of shardings; None replicates all arrays.
+    """
+    if shardings is None:
+      shardings = jax.tree.map(lambda _: self.replicated, tree)
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      tree,
+      shardings,
+    )
+
+  def put(self, tree: Any, shardings: Any = None) -> Any:
+    """Returns arrays on the mesh.
+
+    Args:
+      tree: Tree of arrays.
+      shardings: Tree like `tree` of shardings; None replicates all arrays.
+    """
+    return jax.device_put(
+      tree, self.replicated if shardings is None else shardings
+    )
+
+  def put_batch(self, batch: Batch) -> Batch:
+    """Returns a batch on the mesh, its rows divided over the batch axes."""
+    return jax.device_put(dict(batch), self.batch)
+
+  def report(self, params: Any) -> None:
+    """Logs the mesh, axes that were dropped, and large replicated arrays.
+
+    Args:
+      params: Parameters or their shapes.
+    """
+    if self.mesh.size == 1:
+      return
+    sizes = {axis: n for axis, n in self.mesh.shape.items() if n > 1}
+    shown = ' x '.join(f'{axis} {n}' for axis, n in sizes.items())
+    log.info('mesh: %s', shown)
+    dropped, large = {}, {}
+    for name, leaf in arrays_lib.flatten_by_name(params).items():
+      path = name.replace('.', '/')
+      axes = self.axes(path, leaf.shape)
+      kind = re.sub(r'\d+', 'N', path)  # One line for all blocks.
+      for axis, wanted in zip(
+        axes, self._axes_of(path, leaf.shape), strict=True
+      ):
+        if wanted in sizes and axis is None:
+          dropped[kind, wanted] = leaf.shape
+      num_bytes = leaf.size * leaf.dtype.itemsize
+      is_divided = any(axis in sizes for axis in axes)
+      if num_bytes >= LARGE_BYTES and not is_divided:
+        large[path] = num_bytes
+    for (kind, axis), shape in dropped.items():
+      log.info(
+        '%s %s is not divided over %s: no multiple of %d',
+        kind,
+        list(shape),
+        axis,
+        sizes[axis],
+      )
+    if sizes.keys() & {'fsdp', 'expert'}:
+      for path, num_bytes in large.items():
+        log.warning(
+          '%s, %.1f MB, is on every device whole', path, num_bytes / 1e6
+        )
+
+
+def _without_reduced_axis(
+  axes: tuple[str | None, ...], shape: tuple[int, ...], found: tuple[int, ...]
+) -> tuple[str | None, ...]:
+  """Returns the axes of an array of shape `found`, made of a parameter.
+
+  Args:
+    axes: Mesh axis of each axis of the parameter.
+    shape: Shape of the parameter.
+    found: Shape of the parameter, or that shape without one axis; other shapes
+      are not divided.
+  """
+  if found == shape:
+    return axes
+  for i in range(len(shape)):
+    if found == shape[:i] + shape[i + 1 :]:
+      return axes[:i] + axes[i + 1 :]
+  return (None,) * len(found)
