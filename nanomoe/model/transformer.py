@@ -1,7 +1,7 @@
 """The transformer around the feed-forward layers, dense or of experts."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from flax import linen as nn
 import jax
@@ -14,6 +14,7 @@ from nanomoe.model.interfaces import (
   AttentionInputs,
   ConvolutionFactory,
   FeedForwardFactory,
+  Head,
   HeadFactory,
   NgramsFactory,
   NormFactory,
@@ -139,7 +140,8 @@ class Transformer(nn.Module):
     length: Int[Array, ' batch'] | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time vocab'], MoEAux | None, DecodeCache]:
+    finish: Callable[[Head, jax.Array], Any] | None = None,
+  ) -> tuple[Any, MoEAux | None, DecodeCache]:
     """Returns the logits, the layers' reports and the decode cache.
 
     Args:
@@ -151,10 +153,13 @@ class Transformer(nn.Module):
       length: Number of tokens in each sequence, after which the decode cache
         begins again; None for all.
       train: Whether the model is training.
+      finish: Function of the head and the last activations, `float[batch, time,
+        d_model]`, whose result replaces the logits; None returns the logits.
 
     Returns:
-      The logits; the reports of all layers of experts, stacked as `[layers,
-      ...]`, or None without such layers; and the cache for the tokens after.
+      The logits, `float[batch, time, vocab]`, or the result of `finish`; the
+      reports of all layers of experts, stacked as `[layers, ...]`, or None
+      without such layers; and the cache for the tokens after.
     """
     batch, time = tokens.shape
     embedding = self.param(
@@ -189,7 +194,12 @@ class Transformer(nn.Module):
       reports += [] if aux is None else [aux]
       caches.append(block_cache)
     x = self.norm(name='final_norm')(x)
-    logits = self.cap(self.head(embedding)(x))
+    uncapped = self.head(embedding)
+
+    def head(x):
+      return self.cap(uncapped(x))
+
+    logits = finish(head, x) if finish else head(x)
     added = time if length is None else length
     cache = DecodeCache(window, first + added, tuple(caches))
     return logits, _stack(reports) if reports else None, cache
