@@ -177,6 +177,7 @@ class LanguageModel:
         targets,
       )
 
+    replaced: Any = {'finish': in_chunks} if self.logits_chunk else {}
     output: Any = self.model.apply(
       {'params': params},
       batch['inputs'],
@@ -184,7 +185,7 @@ class LanguageModel:
       bias=model_state.get('bias'),
       train=train,
       rngs={'dropout': key, 'routing': key},
-      **({'finish': in_chunks} if self.logits_chunk else {}),
+      **replaced,
     )
     result, aux, _ = output
     each, entropy = result if self.logits_chunk else scores(result, targets)

@@ -280,11 +280,13 @@ BESIDE = {
 }
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
 # them knows a capacity, what plug-ins and callbacks do, what remat and chunks
-# save, which weights are evaluated, what a spike is.
+# save, that a scan is the unrolled model, which weights are evaluated, what a
+# spike is.
 ELSEWHERE = {
   'init_from',
   'eval_weights',
   'model.logits_chunk',
+  'model.scan_layers',
   'model.remat',
   'data.fallback',
   'data.dataset.type',

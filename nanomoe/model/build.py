@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from nanomoe.config import layers
 from nanomoe.config.schema import Config
 from nanomoe.model.attention import ATTENTIONS, XAVIER
 from nanomoe.model.convolution import ShortConvolution
@@ -98,6 +99,11 @@ def build_transformer(config: Config, vocab_size: int) -> Transformer:
   # Outside of any trace, so that a mistake in a spec is one line of text.
   build_router(config, vocab_size)
   build_attention(config)
+  num_unrolled, period = (
+    layers.repetition(model.num_layers, moe.first_dense_layers, moe.every)
+    if model.scan_layers
+    else (model.num_layers, 1)
+  )
   return Transformer(
     vocab_size=vocab_size,
     d_model=model.d_model,
@@ -108,6 +114,8 @@ def build_transformer(config: Config, vocab_size: int) -> Transformer:
     ),
     position=POSITIONS[model.position](config.block_size),
     blocks=blocks,
+    num_unrolled=num_unrolled,
+    period=period,
     norm=norm,
     head=functools.partial(
       HEADS[model.tie_embeddings],
@@ -182,9 +190,9 @@ def layers_with_experts(config: Config) -> list[int]:
   They follow `moe.first_dense_layers`, and their number, counted from 1, is a
   multiple of `moe.every`.
   """
-  first, every = config.moe.first_dense_layers, config.moe.every
-  layers = range(first, config.model.num_layers)
-  return [i for i in layers if (i + 1) % every == 0]
+  return layers.with_experts(
+    config.model.num_layers, config.moe.first_dense_layers, config.moe.every
+  )
 
 
 def generation_problem(config: Config) -> str:

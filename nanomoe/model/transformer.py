@@ -1,6 +1,7 @@
 """The transformer around the feed-forward layers, dense or of experts."""
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 from flax import linen as nn
@@ -20,10 +21,11 @@ from nanomoe.model.interfaces import (
   NormFactory,
 )
 from nanomoe.model.positions import Position
+from nanomoe.model.stack import STACKED, block_name
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.routing import RouterInputs
+from nanomoe.ops import remat as remat_lib
 from nanomoe.ops.dropout import Dropout
-from nanomoe.ops.remat import remat
 
 
 class Block(nn.Module):
@@ -101,6 +103,87 @@ class BlockFactory(Protocol):
     ...
 
 
+class Period(nn.Module):
+  """Successive blocks, which a scan runs again and again.
+
+  Attributes:
+    blocks: Factories of the blocks, first block first.
+    remat: As of `Transformer`.
+  """
+
+  blocks: Sequence[BlockFactory]
+  remat: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'batch time d_model'],
+    bias: Float[Array, ' experts'] | None,
+    caches: tuple[BlockCache, ...] | None,
+    inputs: RouterInputs,
+    start: Int[Array, ' batch'] | None,
+    length: Int[Array, ' batch'] | None,
+    *,
+    train: bool,
+  ) -> tuple[Float[Array, 'batch time d_model'], Any]:
+    """Returns the output, and the report and the decode caches of the period.
+
+    Args:
+      x: Activations.
+      bias: Selection bias of the period's layer of experts.
+      caches: Decode caches of the blocks; None at the beginning of a window.
+      inputs: Token ids and padding mask.
+      start: As of `Block`.
+      length: As of `Block`.
+      train: Whether the model is training. No decode caches are then returned,
+        because a scan would keep those of all layers.
+    """
+    x, reports, caches = _run(
+      [block(name=block_name(i)) for i, block in enumerate(self.blocks)],
+      x,
+      inputs,
+      None if bias is None else bias[None],
+      caches,
+      start,
+      length,
+      remat=self.remat,
+      train=train,
+    )
+    return x, (reports[0] if reports else None, None if train else caches)
+
+
+def _run(
+  blocks: Sequence[Block],
+  x: jax.Array,
+  inputs: RouterInputs,
+  bias: jax.Array | None,
+  caches: Sequence[BlockCache] | None,
+  start: jax.Array | None,
+  length: jax.Array | None,
+  *,
+  remat: bool,
+  train: bool,
+) -> tuple[jax.Array, list[MoEAux], tuple[BlockCache, ...]]:
+  """Returns the output of blocks, their reports and their decode caches."""
+
+  def run(block, x, *args):
+    return block(x, *args, train=train)
+
+  if remat and train:
+    run = remat_lib.remat(run)
+  reports, new_caches = [], []
+  for i, block in enumerate(blocks):
+    # Row of the next layer of experts; a dense layer ignores it.
+    row = None if bias is None else bias[min(len(reports), len(bias) - 1)]
+    cache = None if caches is None else caches[i]
+    x, aux, cache = run(
+      block, x, inputs._replace(bias=row), cache, start, length
+    )
+    reports += [] if aux is None else [aux]
+    new_caches.append(cache)
+  return x, reports, tuple(new_caches)
+
+
 class Transformer(nn.Module):
   """Decoder-only transformer, from tokens to the logits of the next tokens.
 
@@ -114,6 +197,10 @@ class Transformer(nn.Module):
     ngrams: Factory of the n-gram embeddings.
     position: Position encoding.
     blocks: Factories of the blocks, first block first.
+    num_unrolled: Number of blocks that are unrolled in the program. The others
+      are a scan over periods, whose parameters are stacked along a leading
+      axis.
+    period: Number of blocks in a period of the scan.
     norm: Factory of the last normalization.
     head: Factory of the head.
     cap: Function that bounds the logits.
@@ -126,6 +213,8 @@ class Transformer(nn.Module):
   ngrams: NgramsFactory
   position: Position
   blocks: Sequence[BlockFactory]
+  num_unrolled: int
+  period: int
   norm: NormFactory
   head: HeadFactory
   cap: Callable[[jax.Array], jax.Array]
@@ -173,26 +262,40 @@ class Transformer(nn.Module):
     x = self.ngrams(name='ngrams')(embedding[tokens], window, first)
     x = self.position.embed(self.param, x, start)
     x = Dropout(self.dropout_rate)(x, train=train)  # [batch, time, d_model]
-
-    def run(block, x, *args):
-      return block(x, *args, train=train)
-
-    if self.remat and train:
-      run = remat(run)
-    reports, caches = [], []
-    for i, block in enumerate(self.blocks):
-      # Row of the next layer of experts; a dense layer ignores it.
-      row = None if bias is None else bias[min(len(reports), len(bias) - 1)]
-      x, aux, block_cache = run(
-        block(name=f'block_{i}'),
+    unrolled = self.blocks[: self.num_unrolled]
+    inputs = RouterInputs(tokens, mask)
+    x, reports, caches = _run(
+      [block(name=block_name(i)) for i, block in enumerate(unrolled)],
+      x,
+      inputs,
+      bias,
+      None if cache is None else cache.blocks[: len(unrolled)],
+      start,
+      length,
+      remat=self.remat,
+      train=train,
+    )
+    aux = _stack(reports) if reports else None
+    if len(unrolled) < len(self.blocks):
+      in_axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
+      scan = nn.scan(
+        functools.partial(Period.__call__, train=train),
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True, 'routing': True},
+        in_axes=in_axes,
+        length=(len(self.blocks) - len(unrolled)) // self.period,
+      )
+      blocks = self.blocks[len(unrolled) :][: self.period]
+      x, (aux, stacked) = scan(
+        Period(blocks, self.remat, name=STACKED),
         x,
-        RouterInputs(tokens, mask, row),
-        None if cache is None else cache.blocks[i],
+        bias,
+        None if cache is None else cache.blocks[len(unrolled) :],
+        inputs,
         start,
         length,
       )
-      reports += [] if aux is None else [aux]
-      caches.append(block_cache)
+      caches += () if stacked is None else stacked
     x = self.norm(name='final_norm')(x)
     uncapped = self.head(embedding)
 
@@ -201,8 +304,7 @@ class Transformer(nn.Module):
 
     logits = finish(head, x) if finish else head(x)
     added = time if length is None else length
-    cache = DecodeCache(window, first + added, tuple(caches))
-    return logits, _stack(reports) if reports else None, cache
+    return logits, aux, DecodeCache(window, first + added, caches)
 
 
 def _write(
