@@ -38,6 +38,8 @@ def get_config() -> ConfigDict:
   config.model.num_layers = 4
   config.model.num_heads = 4
   config.model.dropout_rate = 0.1
+  config.model.scan_layers = False  # True compiles one layer, not each.
+  config.model.logits_chunk = 0  # 0 computes the logits of a batch at once.
   config.model.remat = False  # True saves memory for a third more work.
   config.model.attention = ConfigDict({'type': 'CausalSelfAttention'})
   config.model.norm = 'LayerNorm'

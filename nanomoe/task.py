@@ -17,6 +17,7 @@ from nanomoe.model.decode_cache import DecodeCache
 from nanomoe.moe import statistics as statistics_lib
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.losses import BALANCE
+from nanomoe.ops.chunks import map_chunks
 from trainers.metrics import (
   Entropy,
   Last,
@@ -59,6 +60,9 @@ class LanguageModel:
       0 if routers have no bias.
     watched: Token ids whose experts are counted by evaluations, as the metric
       `token_experts`.
+    logits_chunk: Number of tokens of each sequence whose logits exist at a time
+      in the loss; 0 for all. Others than 0 need a model that takes `finish`, as
+      `Transformer` does.
   """
 
   def __init__(
@@ -73,6 +77,7 @@ class LanguageModel:
     confidence_weight: float = 0.0,
     bias_rate: float = 0.0,
     watched: Sequence[int] = (),
+    logits_chunk: int = 0,
   ):
     self.model = model
     self.aux_weight = aux_weight
@@ -81,6 +86,7 @@ class LanguageModel:
     self.confidence_weight = confidence_weight
     self.bias_rate = bias_rate
     self.watched = np.array(watched, np.int32)
+    self.logits_chunk = logits_chunk
     self._num_bytes = self._num_chars = None
     if token_bytes is not None:
       self._num_bytes = np.array([len(b) for b in token_bytes], np.float32)
@@ -157,6 +163,22 @@ class LanguageModel:
       train: Whether the losses of training are added to the cross-entropy.
     """
     weights = jnp.asarray(batch['weights'])
+    targets = jnp.asarray(batch['targets'])
+    with_entropy = bool(self.confidence_weight) or not train
+
+    def scores(logits, targets):
+      entropy = prediction_entropy(logits) if with_entropy else None
+      return cross_entropy(logits, targets), entropy
+
+    def in_chunks(head, x):
+      return map_chunks(
+        lambda x, targets: scores(head(x), targets),
+        self.logits_chunk,
+        x,
+        targets,
+      )
+
+    replaced: Any = {'finish': in_chunks} if self.logits_chunk else {}
     output: Any = self.model.apply(
       {'params': params},
       batch['inputs'],
@@ -164,10 +186,11 @@ class LanguageModel:
       bias=model_state.get('bias'),
       train=train,
       rngs={'dropout': key, 'routing': key},
+      **replaced,
     )
-    logits, aux, _ = output
-    targets = jnp.asarray(batch['targets'])
-    nats = jnp.sum(cross_entropy(logits, targets) * weights)
+    result, aux, _ = output
+    each, entropy = result if self.logits_chunk else scores(result, targets)
+    nats = jnp.sum(each * weights)
     weight = jnp.sum(weights)
     metrics: Metrics = {
       'cross_entropy': Mean(nats, weight),
@@ -179,8 +202,8 @@ class LanguageModel:
       ),
     }
     total = nats
-    if self.confidence_weight or not train:
-      entropy = jnp.sum(prediction_entropy(logits) * weights)
+    if entropy is not None:
+      entropy = jnp.sum(entropy * weights)
       metrics['prediction_entropy'] = Mean(entropy, weight)
       if train:
         total -= self.confidence_weight * entropy
@@ -297,6 +320,7 @@ def build_task(
     confidence_weight=config.confidence_weight,
     bias_rate=getattr(router, 'bias_rate', 0.0),
     watched=watched,
+    logits_chunk=config.model.logits_chunk,
   )
 
 

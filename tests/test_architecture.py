@@ -279,11 +279,14 @@ BESIDE = {
   'model.ngram_rows': {'model.max_ngram': 2},
 }
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
-# them knows a capacity, what plug-ins and callbacks do, what remat saves, which
-# weights are evaluated, what a spike is, that meshes agree.
+# them knows a capacity, what plug-ins and callbacks do, what remat and chunks
+# save, that a scan is the unrolled model, which weights are evaluated, what a
+# spike is, that meshes agree.
 ELSEWHERE = {
   'init_from',
   'eval_weights',
+  'model.logits_chunk',
+  'model.scan_layers',
   'model.remat',
   'data.fallback',
   'data.dataset.type',

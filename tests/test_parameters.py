@@ -17,6 +17,7 @@ SHARED = {'moe.num_shared': 1}
 CHOICES = {
   'modern': MODERN,
   'shared': SHARED,
+  'stacked': {**MODERN, 'model.num_layers': 3, 'model.scan_layers': True},
   'modern_shared': {**MODERN, **SHARED, 'model.bias': True},
   **{
     f'{name}_shared': {**SHARED, 'moe.router.type': router}
@@ -49,11 +50,12 @@ def _assert_kinds_by_name(params, config):
     assert kind in parameters.KINDS, path  # It is no plug-in's.
     name = path.split('/')[-1]
     other = name.startswith('b_') or 'embedding' in name or name == 'filter'
-    is_matrix = leaf.ndim >= 2 and not other
+    shape = leaf.shape[path.startswith('blocks/') :]
+    is_matrix = len(shape) >= 2 and not other
     assert kind.is_matrix == is_matrix, path
     assert kind.is_hidden == (is_matrix and path != 'head/kernel'), path
     if kind.active == 'top_k':
-      assert leaf.shape[0] == config.moe.num_experts, path
+      assert shape[0] == config.moe.num_experts, path
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -123,6 +125,9 @@ def test_a_run_with_an_unknown_parameter_does_not_start(
     ('block_3/feed_forward/moe/router/centroids', 2, True),
     ('block_3/feed_forward/moe/Tempered_0/kernel', 2, True),
     ('block_3/moe/router/temperature', 0, False),
+    ('blocks/block_1/moe/router/temperature', 1, False),
+    ('blocks/block_1/attention/query/bias', 2, False),
+    ('blocks/block_1/attention/query/kernel', 3, True),
   ],
 )
 def test_parameters_of_plug_ins_are_known_by_their_axes(
@@ -140,9 +145,10 @@ def test_active_parameters_by_hand():
     'block_0': {
       'moe': {'w_in': jnp.zeros((5, 8, 3)), 'b_in': jnp.zeros((5, 3))}
     },
+    'blocks': {'block_0': {'moe': {'w_in': jnp.zeros((7, 5, 8, 3))}}},
   }
   expert = 8 * 3 + 3
   assert parameters.count(params, top_k=2) == {
-    'num_params': 65 * 8 + 100 * 8 + 5 * expert,
-    'num_active_params': 65 * 8 + 8 + 2 * expert,
+    'num_params': 65 * 8 + 100 * 8 + 5 * expert + 7 * 5 * 8 * 3,
+    'num_active_params': 65 * 8 + 8 + 2 * expert + 7 * 2 * 8 * 3,
   }

@@ -46,6 +46,18 @@ class Model(Section):
   num_layers: int = key('Number of blocks', 1)
   num_heads: int = key('Number of attention heads; must divide d_model', 1)
   dropout_rate: float = key('Rate of every dropout; 0 disables it', 0, 1)
+  scan_layers: bool = key(
+    'Blocks as one loop over stacked parameters, which is compiled once for '
+    'all depths',
+    absent=False,
+  )
+  logits_chunk: int = key(
+    'Tokens of each sequence whose logits exist at a time in the loss, which '
+    'saves memory; 0 means all',
+    0,
+    resume=_FREE,
+    absent=0,
+  )
   remat: bool = key(
     'Recomputation of blocks in the backward pass, which saves memory',
     resume=_FREE,

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 import math
 from typing import Any
 
+from nanomoe.config import layers
 from nanomoe.config.schema import (
   FIELDS,
   INJECTED,
@@ -148,6 +149,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     if num_heads % num_kv_heads:
       yield f'model.{num_kv_heads=}: it must divide model.{num_heads=}'
   yield from _mesh_contradictions(values)
+  yield from _stack_problem(values)
   factor = values.get('optimizer.spike_factor', 0)
   if 0 < factor <= 1:
     yield (
@@ -220,6 +222,24 @@ def mesh_problems(
   for name, (divisor, key) in divisors.items():
     if values[name] % divisor:  # num_kv_heads=0 means num_heads.
       yield (f'{name}={values[name]}: it must be a multiple of {key}={divisor}')
+
+
+def _stack_problem(values: Mapping[str, Any]) -> Iterator[str]:
+  """Yields a line if stacked layers do not fit the layers with experts."""
+  keys = 'model.num_layers', 'moe.first_dense_layers', 'moe.every'
+  if not values.get('model.scan_layers') or not {*keys} <= set(values):
+    return
+  num_layers, first, every = (values[key] for key in keys)
+  num_unrolled, period = layers.repetition(num_layers, first, every)
+  rest = (num_layers - num_unrolled) % period
+  if rest:
+    lower, higher = num_layers - rest, num_layers - rest + period
+    fitting = [n for n in (lower, higher) if n > num_unrolled]
+    yield (
+      f'model.{num_layers=}: model.scan_layers=True needs a multiple of '
+      f'moe.{every=} layers after moe.first_dense_layers={first}, such as '
+      f'model.num_layers={" or ".join(map(str, fitting))}'
+    )
 
 
 def _unknown_to_optimizer(flat: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from nanomoe.config import layers
 from nanomoe.config.schema import Config
 from nanomoe.model.attention import ATTENTIONS, XAVIER
 from nanomoe.model.convolution import ShortConvolution
@@ -87,6 +88,7 @@ def build_transformer(
       RoutedAndShared, routed=sparse, shared=shared, name='feed_forward'
     )
   with_experts = layers_with_experts(config)
+  constrain = row_constraint(mesh)
   blocks = [
     functools.partial(
       Block,
@@ -97,12 +99,18 @@ def build_transformer(
         sparse if i in with_experts else dense(moe.dense_d_ff, 'feed_forward')
       ),
       dropout_rate=model.dropout_rate,
+      constrain=constrain,
     )
     for i in range(model.num_layers)
   ]
   # Outside of any trace, so that a mistake in a spec is one line of text.
   build_router(config, vocab_size)
   build_attention(config)
+  num_unrolled, period = (
+    layers.repetition(model.num_layers, moe.first_dense_layers, moe.every)
+    if model.scan_layers
+    else (model.num_layers, 1)
+  )
   return Transformer(
     vocab_size=vocab_size,
     d_model=model.d_model,
@@ -113,6 +121,8 @@ def build_transformer(
     ),
     position=POSITIONS[model.position](config.block_size),
     blocks=blocks,
+    num_unrolled=num_unrolled,
+    period=period,
     norm=norm,
     head=functools.partial(
       HEADS[model.tie_embeddings],
@@ -120,7 +130,7 @@ def build_transformer(
       precision=config.precision,
     ),
     cap=functools.partial(softcap, cap=model.logit_softcap),
-    constrain=row_constraint(mesh),
+    constrain=constrain,
   )
 
 
@@ -188,9 +198,9 @@ def layers_with_experts(config: Config) -> list[int]:
   They follow `moe.first_dense_layers`, and their number, counted from 1, is a
   multiple of `moe.every`.
   """
-  first, every = config.moe.first_dense_layers, config.moe.every
-  layers = range(first, config.model.num_layers)
-  return [i for i in layers if (i + 1) % every == 0]
+  return layers.with_experts(
+    config.model.num_layers, config.moe.first_dense_layers, config.moe.every
+  )
 
 
 def generation_problem(config: Config) -> str:

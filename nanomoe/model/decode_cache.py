@@ -26,7 +26,9 @@ class DecodeCache(NamedTuple):
   Attributes:
     tokens: Token ids by position. Those from position `length` on are padding.
     length: Number of tokens in each sequence.
-    blocks: Caches of the blocks, first block first.
+    blocks: Caches of the blocks, first block first. Blocks of a scan have one
+      entry for each block of a period, whose arrays have a leading axis of
+      periods; in training they have none.
   """
 
   tokens: Int[Array, 'batch positions']

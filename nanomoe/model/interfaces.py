@@ -18,6 +18,8 @@ from nanomoe.model.ngrams import Ngrams
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.routing import RouterInputs
 
+# Function from the last activations to logits. It is no module, so that it can
+# be called in a loop of JAX.
 Head = Callable[
   [Float[Array, 'batch time d_model']], Float[Array, 'batch time vocab']
 ]
@@ -158,7 +160,7 @@ class NgramsFactory(Protocol):
 
 @runtime_checkable
 class HeadFactory(Protocol):
-  """Factory of the layer that makes logits."""
+  """Factory of the layer that makes logits, whose parameters are `head`."""
 
   def __call__(self, embedding: Float[Array, 'vocab d_model'], /) -> Head:
     """Returns the head of a model with these token embeddings."""

@@ -2,6 +2,8 @@
 
 A parameter is known by its path, such as `block_0/attention/qkv/kernel`. Weight
 decay, Muon, sharding and the number of active parameters all read this table.
+Parameters of stacked blocks, such as `blocks/block_0/attention/qkv/kernel`, have
+the kind of one block's, whose axes follow an axis of periods.
 """
 
 import dataclasses
@@ -10,6 +12,8 @@ import re
 from typing import Any, Literal
 
 import jax
+
+from nanomoe.model.stack import STACKED, is_stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Kind:
     is_hidden: Whether it is a matrix between hidden layers, which Muon
       orthogonalizes.
     active: Part that one token uses: all of it, `top_k` experts along its first
-      axis, or one row.
+      axis (in a stack, along its second), or one row.
     axes: Axis of the mesh over which each of the last array axes is divided;
       None, or no entry, for axes that are not. See `trainers.mesh.AXES`.
   """
@@ -40,7 +44,7 @@ _COLUMNS = 'fsdp', 'tensor'
 _ROWS = 'tensor', 'fsdp'
 _VOCABULARY = 'fsdp', None
 
-_BLOCK = r'block_\d+'
+_BLOCK = rf'({STACKED}/)?block_\d+'
 _MOE = rf'{_BLOCK}/(feed_forward/)?moe'
 _DENSE = rf'{_BLOCK}/feed_forward(/shared)?'
 _NORMS = '|'.join(
@@ -96,13 +100,14 @@ def kind_of(path: str, num_axes: int) -> Kind:
 
   Args:
     path: Names from the root to the parameter, joined by '/'.
-    num_axes: Number of axes of the parameter.
+    num_axes: Number of axes of the parameter, with that of a stack.
 
   Raises:
     ValueError: No row of `KINDS` matches, or several do.
   """
   rows = [kind for kind in KINDS if re.fullmatch(kind.pattern, path)]
   if not rows and re.fullmatch(_PLUG_INS, path):
+    num_axes -= is_stacked(path)
     is_matrix = num_axes >= 2 and not _NO_MATRIX.fullmatch(path.split('/')[-1])
     return PLUG_IN_MATRIX if is_matrix else PLUG_IN_OTHER
   if len(rows) != 1:
@@ -122,12 +127,14 @@ def kinds(params: Any) -> Any:
   Raises:
     ValueError: A parameter has no kind.
   """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: kind_of(_name(path), leaf.ndim), params
+  )
 
-  def kind(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    return kind_of(name, leaf.ndim)
 
-  return jax.tree_util.tree_map_with_path(kind, params)
+def _name(path: Any) -> str:
+  """Returns the names of a path of JAX, joined by '/'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
@@ -168,11 +175,14 @@ def count(params: Any, top_k: int) -> dict[str, int]:
     ValueError: A parameter has no kind.
   """
   num_params = num_active = 0
-  for kind, leaf in zip(
-    jax.tree.leaves(kinds(params)), jax.tree.leaves(params), strict=True
-  ):
-    num_params += math.prod(leaf.shape)
-    num_active += _num_active(kind, leaf.shape, top_k)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = _name(path)
+    kind, num_params = kind_of(name, leaf.ndim), num_params + leaf.size
+    if is_stacked(name):
+      of_one = _num_active(kind, leaf.shape[1:], top_k)
+      num_active += leaf.shape[0] * of_one
+    else:
+      num_active += _num_active(kind, leaf.shape, top_k)
   return {'num_params': num_params, 'num_active_params': num_active}
 
 

@@ -1,7 +1,8 @@
 """The transformer around the feed-forward layers, dense or of experts."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+import functools
+from typing import Any, Protocol, runtime_checkable
 
 from flax import linen as nn
 import jax
@@ -14,15 +15,17 @@ from nanomoe.model.interfaces import (
   AttentionInputs,
   ConvolutionFactory,
   FeedForwardFactory,
+  Head,
   HeadFactory,
   NgramsFactory,
   NormFactory,
 )
 from nanomoe.model.positions import Position
+from nanomoe.model.stack import STACKED, block_name
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.routing import RouterInputs
+from nanomoe.ops import remat as remat_lib
 from nanomoe.ops.dropout import Dropout
-from nanomoe.ops.remat import remat
 
 
 class Block(nn.Module):
@@ -37,6 +40,7 @@ class Block(nn.Module):
     attention: Factory of the attention.
     feed_forward: Factory of the feed-forward layer.
     dropout_rate: Dropout rate of both branches.
+    constrain: Function that keeps the residual stream divided by rows.
   """
 
   norm: NormFactory
@@ -44,6 +48,7 @@ class Block(nn.Module):
   attention: AttentionFactory
   feed_forward: FeedForwardFactory
   dropout_rate: float
+  constrain: Callable[[jax.Array], jax.Array]
 
   @nn.compact
   def __call__(
@@ -86,7 +91,7 @@ class Block(nn.Module):
     convolve = self.convolution(name='feed_forward_convolution')
     y, feed_forward_conv = convolve(y, conv_caches[1], first)
     y, aux = self.feed_forward()(y, inputs, train=train)
-    x = x + Dropout(self.dropout_rate)(y, train=train)
+    x = self.constrain(x + Dropout(self.dropout_rate)(y, train=train))
     cache = BlockCache(attention_cache, (attention_conv, feed_forward_conv))
     return x, aux, cache
 
@@ -98,6 +103,87 @@ class BlockFactory(Protocol):
   def __call__(self, *, name: str) -> Block:
     """Returns the block whose parameters have this name."""
     ...
+
+
+class Period(nn.Module):
+  """Successive blocks, which a scan runs again and again.
+
+  Attributes:
+    blocks: Factories of the blocks, first block first.
+    remat: As of `Transformer`.
+  """
+
+  blocks: Sequence[BlockFactory]
+  remat: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'batch time d_model'],
+    bias: Float[Array, ' experts'] | None,
+    caches: tuple[BlockCache, ...] | None,
+    inputs: RouterInputs,
+    start: Int[Array, ' batch'] | None,
+    length: Int[Array, ' batch'] | None,
+    *,
+    train: bool,
+  ) -> tuple[Float[Array, 'batch time d_model'], Any]:
+    """Returns the output, and the report and the decode caches of the period.
+
+    Args:
+      x: Activations.
+      bias: Selection bias of the period's layer of experts.
+      caches: Decode caches of the blocks; None at the beginning of a window.
+      inputs: Token ids and padding mask.
+      start: As of `Block`.
+      length: As of `Block`.
+      train: Whether the model is training. No decode caches are then returned,
+        because a scan would keep those of all layers.
+    """
+    x, reports, caches = _run(
+      [block(name=block_name(i)) for i, block in enumerate(self.blocks)],
+      x,
+      inputs,
+      None if bias is None else bias[None],
+      caches,
+      start,
+      length,
+      remat=self.remat,
+      train=train,
+    )
+    return x, (reports[0] if reports else None, None if train else caches)
+
+
+def _run(
+  blocks: Sequence[Block],
+  x: jax.Array,
+  inputs: RouterInputs,
+  bias: jax.Array | None,
+  caches: Sequence[BlockCache] | None,
+  start: jax.Array | None,
+  length: jax.Array | None,
+  *,
+  remat: bool,
+  train: bool,
+) -> tuple[jax.Array, list[MoEAux], tuple[BlockCache, ...]]:
+  """Returns the output of blocks, their reports and their decode caches."""
+
+  def run(block, x, *args):
+    return block(x, *args, train=train)
+
+  if remat and train:
+    run = remat_lib.remat(run)
+  reports, new_caches = [], []
+  for i, block in enumerate(blocks):
+    # Row of the next layer of experts; a dense layer ignores it.
+    row = None if bias is None else bias[min(len(reports), len(bias) - 1)]
+    cache = None if caches is None else caches[i]
+    x, aux, cache = run(
+      block, x, inputs._replace(bias=row), cache, start, length
+    )
+    reports += [] if aux is None else [aux]
+    new_caches.append(cache)
+  return x, reports, tuple(new_caches)
 
 
 class Transformer(nn.Module):
@@ -113,6 +199,10 @@ class Transformer(nn.Module):
     ngrams: Factory of the n-gram embeddings.
     position: Position encoding.
     blocks: Factories of the blocks, first block first.
+    num_unrolled: Number of blocks that are unrolled in the program. The others
+      are a scan over periods, whose parameters are stacked along a leading
+      axis.
+    period: Number of blocks in a period of the scan.
     norm: Factory of the last normalization.
     head: Factory of the head.
     cap: Function that bounds the logits.
@@ -126,6 +216,8 @@ class Transformer(nn.Module):
   ngrams: NgramsFactory
   position: Position
   blocks: Sequence[BlockFactory]
+  num_unrolled: int
+  period: int
   norm: NormFactory
   head: HeadFactory
   cap: Callable[[jax.Array], jax.Array]
@@ -141,7 +233,8 @@ class Transformer(nn.Module):
     length: Int[Array, ' batch'] | None = None,
     *,
     train: bool,
-  ) -> tuple[Float[Array, 'batch time vocab'], MoEAux | None, DecodeCache]:
+    finish: Callable[[Head, jax.Array], Any] | None = None,
+  ) -> tuple[Any, MoEAux | None, DecodeCache]:
     """Returns the logits, the layers' reports and the decode cache.
 
     Args:
@@ -153,10 +246,13 @@ class Transformer(nn.Module):
       length: Number of tokens in each sequence, after which the decode cache
         begins again; None for all.
       train: Whether the model is training.
+      finish: Function of the head and the last activations, `float[batch, time,
+        d_model]`, whose result replaces the logits; None returns the logits.
 
     Returns:
-      The logits; the reports of all layers of experts, stacked as `[layers,
-      ...]`, or None without such layers; and the cache for the tokens after.
+      The logits, `float[batch, time, vocab]`, or the result of `finish`; the
+      reports of all layers of experts, stacked as `[layers, ...]`, or None
+      without such layers; and the cache for the tokens after.
     """
     batch, time = tokens.shape
     embedding = self.param(
@@ -171,32 +267,49 @@ class Transformer(nn.Module):
     x = self.position.embed(self.param, x, start)
     x = Dropout(self.dropout_rate)(x, train=train)  # [batch, time, d_model]
     x = self.constrain(x)
-
-    def run(block, x, *args):
-      x, *rest = block(x, *args, train=train)
-      return self.constrain(x), *rest
-
-    if self.remat and train:
-      run = remat(run)
-    reports, caches = [], []
-    for i, block in enumerate(self.blocks):
-      # Row of the next layer of experts; a dense layer ignores it.
-      row = None if bias is None else bias[min(len(reports), len(bias) - 1)]
-      x, aux, block_cache = run(
-        block(name=f'block_{i}'),
+    unrolled = self.blocks[: self.num_unrolled]
+    inputs = RouterInputs(tokens, mask)
+    x, reports, caches = _run(
+      [block(name=block_name(i)) for i, block in enumerate(unrolled)],
+      x,
+      inputs,
+      bias,
+      None if cache is None else cache.blocks[: len(unrolled)],
+      start,
+      length,
+      remat=self.remat,
+      train=train,
+    )
+    aux = _stack(reports) if reports else None
+    if len(unrolled) < len(self.blocks):
+      in_axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
+      scan = nn.scan(
+        functools.partial(Period.__call__, train=train),
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True, 'routing': True},
+        in_axes=in_axes,
+        length=(len(self.blocks) - len(unrolled)) // self.period,
+      )
+      blocks = self.blocks[len(unrolled) :][: self.period]
+      x, (aux, stacked) = scan(
+        Period(blocks, self.remat, name=STACKED),
         x,
-        RouterInputs(tokens, mask, row),
-        None if cache is None else cache.blocks[i],
+        bias,
+        None if cache is None else cache.blocks[len(unrolled) :],
+        inputs,
         start,
         length,
       )
-      reports += [] if aux is None else [aux]
-      caches.append(block_cache)
+      caches += () if stacked is None else stacked
     x = self.norm(name='final_norm')(x)
-    logits = self.cap(self.head(embedding)(x))
+    uncapped = self.head(embedding)
+
+    def head(x):
+      return self.cap(uncapped(x))
+
+    logits = finish(head, x) if finish else head(x)
     added = time if length is None else length
-    cache = DecodeCache(window, first + added, tuple(caches))
-    return logits, _stack(reports) if reports else None, cache
+    return logits, aux, DecodeCache(window, first + added, caches)
 
 
 def _write(
