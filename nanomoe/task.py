@@ -13,6 +13,7 @@ import numpy as np
 from nanomoe.config.schema import Config
 from nanomoe.model.build import build_router, build_transformer
 from nanomoe.model.decode_cache import DecodeCache
+from nanomoe.moe import losses as losses_lib
 from nanomoe.moe import statistics as statistics_lib
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.losses import BALANCE
@@ -198,8 +199,13 @@ class LanguageModel:
   ) -> tuple[jax.Array, Metrics]:
     """Returns the loss that is added to the cross-entropy, and metrics."""
     losses = {
-      'aux_loss': BALANCE[self.balance].join(aux.losses['balance']),
-      **{name: jnp.mean(aux.losses[name]) for name in self.weights},
+      'aux_loss': BALANCE[self.balance].join(
+        losses_lib.value(aux.losses['balance'])
+      ),
+      **{
+        name: jnp.mean(losses_lib.value(aux.losses[name]))
+        for name in self.weights
+      },
     }
     weights = {'aux_loss': aux_weight, **self.weights}
     weighted = {name: weights[name] * loss for name, loss in losses.items()}
