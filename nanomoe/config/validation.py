@@ -67,6 +67,10 @@ SYNONYMS = {
   'batch': 'batch_size',
   'bs': 'batch_size',
   'train_batch_size': 'batch_size',
+  'gradient_accumulation_steps': 'accumulate_steps',
+  'grad_accum_steps': 'accumulate_steps',
+  'grad_accum': 'accumulate_steps',
+  'accumulate_grad_batches': 'accumulate_steps',
   'block': 'block_size',
   'seq_len': 'block_size',
   'sequence_length': 'block_size',
@@ -127,6 +131,11 @@ def problems(config: Mapping[str, Any]) -> list[str]:
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
   """Yields contradictions between values that are allowed by themselves."""
+  if {'batch_size', 'accumulate_steps'} <= set(values):
+    batch_size = values['batch_size']
+    accumulate_steps = values['accumulate_steps']
+    if batch_size % accumulate_steps:
+      yield f'{accumulate_steps=}: it must divide {batch_size=}'
   if {'moe.top_k', 'moe.num_experts'} <= set(values):
     top_k, num_experts = values['moe.top_k'], values['moe.num_experts']
     if top_k > num_experts:
