@@ -10,10 +10,13 @@ import pytest
 from configs import base
 from nanomoe import experiment, optimizers
 from nanomoe.config import overrides, validation
+from nanomoe.moe import RouterInputs
 from nanomoe.moe.losses import BALANCE
 from nanomoe.task import LanguageModel
 from tests import regression
-from tests.routed import QUICKLY
+from tests.routed import QUICKLY, VARIANTS
+from tests.routed import layer as make_layer
+from tests.routed import make as make_router
 from tests.shrunk import TINY
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
@@ -358,6 +361,25 @@ class _Sums(regression.Regression):
   def loss(self, *args, train, part=None):
     assert part is None or part.known is None
     return super().loss(*args, train=train)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_separable_says_what_routers_do(variant, rng):
+  """In training, rows of a batch are routed as in the batch, or are not."""
+  layer, router = make_layer(variant, 'dense'), make_router(variant)
+  x = jnp.asarray(rng.normal(size=(4, 6, 5)), jnp.float32)
+  tokens = jnp.asarray(rng.integers(0, VOCAB, (4, 6)))
+  rngs = {'params': jax.random.key(0), 'routing': jax.random.key(1)}
+
+  @QUICKLY
+  def errors(x, tokens):
+    inputs = RouterInputs(tokens, jnp.ones(tokens.shape, bool))
+    (y, _), params = layer.init_with_output(rngs, x, inputs, train=True)
+    inputs = RouterInputs(tokens[1::2], jnp.ones((2, 6), bool))
+    part, _ = layer.apply(params, x[1::2], inputs, train=True, rngs=rngs)
+    return jnp.abs(part - y[1::2]).max()
+
+  assert (errors(x, tokens) < 1e-5) == router.separable
 
 
 def test_a_task_of_sums_needs_the_keyword_alone():

@@ -280,8 +280,9 @@ BESIDE = {
 }
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
 # them knows a capacity, what plug-ins and callbacks do, what remat saves, which
-# weights are evaluated, what a spike is.
+# weights are evaluated, what a spike is, that micro-batches equal their batch.
 ELSEWHERE = {
+  'accumulate_steps',
   'init_from',
   'eval_weights',
   'model.remat',

@@ -161,7 +161,7 @@ class Softmax(Router):
 
   @property
   def separable(self) -> bool:  # pyright: ignore
-    """Whether there is no noise."""
+    """The router is separable if `jitter` is 0."""
     return self.jitter == 0
 
   @nn.compact
