@@ -82,4 +82,7 @@ def _program(
   def create(key: jax.Array) -> TrainState:
     return TrainState.create(*task.init(key, batch), optimizer)
 
-  return step_lib.make_train_step(task, optimizer, schedule), create, batch
+  step = step_lib.make_train_step(
+    task, optimizer, schedule, accumulate_steps=config.accumulate_steps
+  )
+  return step, create, batch

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
   config.seed = 0
   config.num_train_steps = 5000
   config.batch_size = 32
+  config.accumulate_steps = 1  # Micro-batches; more need less memory.
   config.block_size = 128  # Characters in a sequence.
   config.eval_interval = 250  # Steps between evaluations and checkpoints.
   config.eval_iters = 200  # Batches; 0 evaluates each target once.

@@ -130,6 +130,7 @@ def build(
     ema_decay=config.optimizer.ema_decay,
     eval_weights=config.eval_weights,
     spikes=Spikes(config.optimizer.spike_factor, config.optimizer.spike_window),
+    accumulate_steps=config.accumulate_steps,
     # Other tokens are other data.
     allow_changed=[
       *allow_changed,

@@ -1,6 +1,6 @@
 """Language modeling as a `trainers.task.Task`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -12,23 +12,20 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from nanomoe.config.schema import Config
-from nanomoe.model.build import build_router, build_transformer
+from nanomoe.model.build import (
+  accumulation_problem,
+  build_router,
+  build_transformer,
+)
 from nanomoe.model.decode_cache import DecodeCache
-from nanomoe.moe import statistics as statistics_lib
+from nanomoe.moe import objective
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.losses import BALANCE
 from nanomoe.ops.chunks import map_chunks
-from trainers.metrics import (
-  Entropy,
-  Last,
-  MaxOverMean,
-  Mean,
-  Metrics,
-  MutualInformation,
-  ShareOfZeros,
-  Sum,
-)
-from trainers.task import Aux, Batch, Total
+from nanomoe.ops.dropout import key_of_rows
+from trainers.errors import UserError
+from trainers.metrics import Mean, Metrics
+from trainers.task import Aux, Batch, Part, Total
 
 
 class LanguageModel:
@@ -152,6 +149,7 @@ class LanguageModel:
     key: jax.Array,
     *,
     train: bool,
+    part: Part | None = None,
   ) -> tuple[Total, Aux]:
     """Returns the loss, and its metrics and statistics.
 
@@ -161,6 +159,8 @@ class LanguageModel:
       batch: Batch of windows.
       key: Random key of dropout and routing.
       train: Whether the losses of training are added to the cross-entropy.
+      part: Micro-batch that `batch` is; None for a whole batch. Its `known` is
+        that of `survey`.
     """
     weights = jnp.asarray(batch['weights'])
     targets = jnp.asarray(batch['targets'])
@@ -178,18 +178,11 @@ class LanguageModel:
         targets,
       )
 
-    replaced: Any = {'finish': in_chunks} if self.logits_chunk else {}
-    output: Any = self.model.apply(
-      {'params': params},
-      batch['inputs'],
-      weights > 0,
-      bias=model_state.get('bias'),
-      train=train,
-      rngs={'dropout': key, 'routing': key},
-      **replaced,
+    finish = in_chunks if self.logits_chunk else None
+    result, aux = self._apply(
+      params, model_state, batch, key, train, part, finish
     )
-    result, aux, _ = output
-    each, entropy = result if self.logits_chunk else scores(result, targets)
+    each, entropy = result if finish else scores(result, targets)
     nats = jnp.sum(each * weights)
     weight = jnp.sum(weights)
     metrics: Metrics = {
@@ -209,67 +202,102 @@ class LanguageModel:
         total -= self.confidence_weight * entropy
     if aux is None:
       return Total(total, weight), Aux(metrics, {})
-    routing_loss, routing_metrics = self._routing(
-      aux, model_state['aux_weight'], weight, train
+    known = part and part.known
+    routing_loss, routing_metrics = objective.loss_and_metrics(
+      aux,
+      self.balance,
+      model_state['aux_weight'],
+      self.weights,
+      weight,
+      known,
+      train=train,
     )
     metrics |= routing_metrics
-    metrics |= self._choices(aux, jnp.asarray(batch['inputs']), train)
-    total += routing_loss * weight
-    return Total(total, weight), Aux(metrics, {'expert_load': aux.load})
+    metrics |= objective.choice_metrics(
+      aux,
+      jnp.asarray(batch['inputs']),
+      jnp.asarray(self.watched),
+      train=train,
+    )
+    total += routing_loss * (known.weight if known else weight)
+    return Total(total, weight), Aux(metrics, objective.statistics(aux, weight))
 
-  def _routing(
-    self, aux: MoEAux, aux_weight: jax.Array, weight: jax.Array, train: bool
-  ) -> tuple[jax.Array, Metrics]:
-    """Returns the loss that is added to the cross-entropy, and metrics."""
-    losses = {
-      'aux_loss': BALANCE[self.balance].join(aux.losses['balance']),
-      **{name: jnp.mean(aux.losses[name]) for name in self.weights},
-    }
-    weights = {'aux_loss': aux_weight, **self.weights}
-    weighted = {name: weights[name] * loss for name, loss in losses.items()}
-    # Evaluation adds none of these losses, so it does not report weighted ones.
-    weighted_metrics: Metrics = {
-      **{
-        f'weighted_{name}': Mean(x * weight, weight)
-        for name, x in weighted.items()
-      },
-      'aux_weight': Last(aux_weight),
-    }
-    # A loss of weight 0 is left out: it may be infinite.
-    added = ['aux_loss', *(name for name, w in self.weights.items() if w)]
-    load = aux.load.astype(jnp.float32)
-    return jnp.stack([weighted[name] for name in added]).sum(), {
-      **{name: Mean(x * weight, weight) for name, x in losses.items()},
-      **(weighted_metrics if train else {}),
-      'expert_load': Mean(load, jnp.sum(load, axis=-1, keepdims=True)),
-      'load_entropy': Entropy(load),
-      'max_over_mean_load': MaxOverMean(load),
-      'max_vio': statistics_lib.max_vio(load),
-      'dead_experts': ShareOfZeros(load),
-      **aux.metrics,
-    }
+  def survey(
+    self,
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    key: jax.Array,
+    part: Part,
+  ) -> objective.Known:
+    """Returns the sums that the losses of all micro-batches need.
 
-  def _choices(
-    self, aux: MoEAux, inputs: Int[Array, 'batch time'], train: bool
-  ) -> Metrics:
-    """Returns metrics of choices: by pairs of layers, and by token.
+    Loads take a forward pass. It is skipped if the balance loss is of sequences
+    or has weight 0.
 
-    Evaluations report the counts of pairs too, from which pictures are drawn.
+    Args:
+      params: Parameters.
+      model_state: State of the model beside its parameters.
+      batch: Windows of the micro-batch.
+      key: Random key of dropout and routing.
+      part: The micro-batch.
     """
-    num_experts = aux.load.shape[-1]
-    metrics: Metrics = {}
-    # Experts that choose tokens give no token a first choice.
-    if aux.token is None:
-      pairs = statistics_lib.first_choice_pairs(aux.expert, num_experts)
-      metrics['co_activation'] = MutualInformation(pairs)
-      metrics |= {} if train else {'first_choices': Sum(pairs)}
-    if self.watched.size and not train:
-      watched = jnp.asarray(self.watched)
-      counts = statistics_lib.token_expert_counts(
-        aux.expert, aux.token, inputs, watched, num_experts
-      )
-      metrics['token_experts'] = Sum(counts)
-    return metrics
+
+    def count(params, model_state, batch, key, index):
+      own = Part(index, part.count)
+      aux: Any = self._apply(params, model_state, batch, key, True, own)[1]
+      return aux and aux.losses['balance'].load
+
+    load = None
+    if not BALANCE[self.balance].of_sequences:
+      # The jit caches the trace, which shapes and branch share.
+      count = jax.jit(count)
+      arguments = params, model_state, batch, key, part.index
+      shape = jax.eval_shape(count, *arguments)
+      if shape is not None:
+        # A callback may change the weight, so that it is no constant.
+        load = jax.lax.cond(
+          model_state['aux_weight'] != 0,
+          count,
+          lambda *_: jnp.zeros(shape.shape, shape.dtype),
+          *arguments,
+        )
+    return objective.count(jnp.asarray(batch['weights']), load)
+
+  def batch_metrics(self, statistics: Any) -> Metrics:
+    """Returns the metrics that are no sums over micro-batches.
+
+    Args:
+      statistics: Statistics of `loss`, summed over the micro-batches.
+    """
+    if not statistics:  # There are no experts.
+      return {}
+    return objective.batch_metrics(statistics, self.balance)
+
+  def _apply(
+    self,
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    key: jax.Array,
+    train: bool,
+    part: Part | None,
+    finish: Callable[..., Any] | None = None,
+  ) -> tuple[Any, MoEAux | None]:
+    """Returns the logits, or the result of `finish`, and the routing report."""
+    if part is not None:
+      key = key_of_rows(key, part.index, part.count)
+    output: Any = self.model.apply(
+      {'params': params},
+      batch['inputs'],
+      jnp.asarray(batch['weights']) > 0,
+      bias=model_state.get('bias'),
+      train=train,
+      rngs={'dropout': key, 'routing': key},
+      **({'finish': finish} if finish else {}),
+    )
+    result, aux, _ = output
+    return result, aux
 
   def advance(self, model_state: Any, statistics: Any) -> Any:
     """Returns model_state after an update: every bias moves by `bias_rate`.
@@ -306,10 +334,13 @@ def build_task(
     mesh: Mesh of the run; None for one device.
 
   Raises:
-    UserError: The router or the attention cannot be built.
+    UserError: The router or the attention cannot be built, or gradients cannot
+      be accumulated.
   """
   moe = config.moe
   router = build_router(config, vocab_size)
+  if problem := accumulation_problem(config, router):
+    raise UserError(problem)
   return LanguageModel(
     build_transformer(config, vocab_size, mesh),
     moe.aux_weight,

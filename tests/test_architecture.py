@@ -281,8 +281,9 @@ BESIDE = {
 # Shown elsewhere: what a fallback is for, that dispatches agree and which of
 # them knows a capacity, what plug-ins and callbacks do, what remat and chunks
 # save, that a scan is the unrolled model, which weights are evaluated, what a
-# spike is, that meshes agree.
+# spike is, that meshes agree, that micro-batches equal their batch.
 ELSEWHERE = {
+  'accumulate_steps',
   'init_from',
   'eval_weights',
   'model.logits_chunk',

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.ops.dropout import Dropout, keep_mask
+from nanomoe.ops.dropout import Dropout, keep_mask, key_of_rows
+from trainers.errors import UserError
 
 
 @pytest.mark.parametrize('rate', [0.1, 0.5])
@@ -70,3 +71,38 @@ def test_no_dropout_in_evaluation_or_at_rate_0():
   x = jnp.arange(8.0)
   assert (Dropout(0.5).apply({}, x, train=False) == x).all()
   assert (Dropout(0.0).apply({}, x, train=True) == x).all()
+
+
+@pytest.mark.parametrize('derive', ['key', 'folded', 'split'])
+def test_rows_of_a_key_are_those_of_the_large_mask(derive):
+  """Every fourth row, and a row number of a compiled loop."""
+
+  def derived(key):
+    folded = jax.random.fold_in(key, 7)
+    return {
+      'key': key,
+      'folded': jax.random.fold_in(folded, 2**31),
+      'split': jax.random.split(folded, 3)[1],
+    }[derive]
+
+  @jax.jit
+  def rows(key, first):
+    key = key_of_rows(key, first, 4)
+    return keep_mask(derived(key), 0.3, (2, 5, 3))
+
+  key = jax.random.key(5)
+  mask, keep = keep_mask(derived(key), 0.3, (8, 5, 3))
+  for first in range(4):
+    found, found_keep = rows(key, first)
+    np.testing.assert_array_equal(found, mask[first::4])
+    assert found_keep == pytest.approx(keep)
+
+
+def test_a_key_of_rows_draws_no_other_random_numbers():
+  """They would be those of the first rows, in every micro-batch."""
+  key = key_of_rows(jax.random.key(0), 0, 2)
+  draw = jax.jit(lambda key: jax.random.normal(jax.random.fold_in(key, 1), 3))
+  with pytest.raises(UserError, match='accumulate_steps'):
+    draw(key)
+  with pytest.raises(ValueError, match='rbg'):
+    key_of_rows(jax.random.key(0, impl='rbg'), 0, 2)

@@ -17,7 +17,8 @@ LOSSES = [*losses.BALANCE, 'z_loss', 'router_entropy']
 def test_balance_is_1_if_uniform(name):
   expert = jnp.stack([jnp.arange(8) % 4, (jnp.arange(8) + 1) % 4], axis=1)
   probs = jnp.full((8, 4), 0.25)
-  loss = losses.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
+  sums = losses.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
+  loss = losses.value(sums)
   np.testing.assert_allclose(loss, 1.0)
 
 
@@ -31,7 +32,8 @@ def test_balance_if_collapsed(name, worst):
   probs = jax.nn.one_hot(expert, 4).mean(axis=1)
   if name == 'switch_sum':
     probs = jax.nn.one_hot(expert[:, 0], 4)
-  loss = losses.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
+  sums = losses.BALANCE[name].layer(expert, probs, jnp.ones((2, 4), bool))
+  loss = losses.value(sums)
   np.testing.assert_allclose(loss, worst)
 
 
@@ -40,12 +42,34 @@ def test_sequences_that_are_even_together_alone():
   expert = jnp.array([[0]] * 4 + [[1]] * 4)
   probs = jax.nn.one_hot(expert[:, 0], 2)
   mask = jnp.ones((2, 4), bool)
-  assert losses.balance_of_all_choices(expert, probs, mask) == 1
-  assert losses.balance_of_sequences(expert, probs, mask) == 2
+  assert losses.value(losses.balance_of_all_choices(expert, probs, mask)) == 1
+  assert losses.value(losses.balance_of_sequences(expert, probs, mask)) == 2
   # By expert, in any order, and of other lengths.
   token = jnp.array([5, 0, 7, 1, 6, 2, 4, 3])
   by_expert = expert[token], probs, mask.at[1, 2:].set(False), token
-  assert losses.balance_of_sequences(*by_expert) == 2
+  assert losses.value(losses.balance_of_sequences(*by_expert)) == 2
+
+
+@pytest.mark.parametrize('name', losses.BALANCE)
+def test_parts_add_up_to_the_loss(name, rng):
+  """Parts of one, two and no counted sequences, with the load of all."""
+  expert = jnp.asarray(rng.integers(0, E, (4 * TIME, K)))
+  probs = jax.nn.softmax(jnp.asarray(rng.normal(size=(4 * TIME, E))))
+  mask = jnp.asarray(rng.random((4, TIME)) < 0.7).at[3].set(False)
+  expert = jnp.where(mask.reshape(-1, 1), expert, E)
+  layer = losses.BALANCE[name].layer
+  whole = layer(expert, probs, mask)
+  load = whole.load if isinstance(whole, losses.Shares) else None
+  parts = [
+    layer(expert[i * TIME : j * TIME], probs[i * TIME : j * TIME], mask[i:j])
+    for i, j in ((0, 1), (1, 3), (3, 4))
+  ]
+  values = [losses.value(part, whole.count, load) for part in parts]
+  np.testing.assert_allclose(sum(values), losses.value(whole), rtol=1e-6)
+  assert values[2] == 0
+  own = [losses.value(part, whole.count) for part in parts]
+  is_exact = abs(sum(own) - losses.value(whole)) < 1e-6
+  assert is_exact == losses.BALANCE[name].of_sequences
 
 
 def test_how_layers_are_joined():
@@ -89,7 +113,7 @@ def test_value_and_gradient_are_those_by_hand(loss, variant, case):
     tokens = jnp.zeros(mask.shape, jnp.int32)
     inputs = RouterInputs(tokens, mask)
     routing = router.apply(params, x, inputs, train=False)
-    return routing.losses[key], routing.expert
+    return losses.value(routing.losses[key]), routing.expert
 
   with jax.enable_x64(True):
     run = QUICKLY(jax.value_and_grad(of, has_aux=True))
@@ -148,7 +172,8 @@ def test_z_loss_where_experts_choose(case):
     router = make('ExpertChoice', 'all_choices')
     params = {'params': {'kernel': kernel}}
     inputs = RouterInputs(tokens, mask)
-    return router.apply(params, x, inputs, train=False).losses['z_loss']
+    routing = router.apply(params, x, inputs, train=False)
+    return losses.value(routing.losses['z_loss'])
 
   z = x[mask] @ kernel
   wanted = np.mean(np.log(np.exp(z).sum(axis=1)) ** 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanomoe.moe import RouterInputs, experts
+from nanomoe.moe import RouterInputs, experts, losses
 from nanomoe.moe.dispatch.dense import dense
 from nanomoe.moe.layer import dispatch_rows
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
@@ -295,7 +295,8 @@ def layer(request):
     def loss(params, x):
       rngs = {'routing': jax.random.key(1)}
       y, aux = make_layer(name).apply(params, x, inputs, train=True, rngs=rngs)
-      return jnp.sum(jnp.sin(y)) + aux.losses['balance'], (y, aux.load)
+      balance = losses.value(aux.losses['balance'])
+      return jnp.sum(jnp.sin(y)) + balance, (y, aux.load)
 
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     return QUICKLY(grad)(params, x)

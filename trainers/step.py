@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from trainers import metrics as metrics_lib
+from trainers.accumulate import make_gradient
 from trainers.metrics import Last, Mean, Metrics
 from trainers.state import Params, TrainState
 from trainers.task import Batch, Task
@@ -44,6 +45,7 @@ def make_train_step(
   schedule: optax.Schedule,
   ema_decay: float = 0.0,
   spikes: Spikes | None = None,
+  accumulate_steps: int = 1,
 ) -> StepFn:
   """Returns a function that does one training step.
 
@@ -59,24 +61,22 @@ def make_train_step(
       The decay of update t is min(ema_decay, (1 + t) / (10 + t)).
     spikes: Limit of the loss, or None. The state must have `spikes.window`
       recent losses.
+    accumulate_steps: Number of micro-batches, as in `make_gradient`.
 
   Returns:
     (state, batch, key) -> (state, metrics), which can be jitted.
+
+  Raises:
+    ValueError: The task cannot accumulate gradients, as in `make_gradient`.
   """
+  gradient = make_gradient(task, accumulate_steps)
 
   def train_step(state, batch, key):
-    def loss_fn(params):
-      total, aux = task.loss(
-        params,
-        state.model_state,
-        batch,
-        jax.random.fold_in(key, state.step),
-        train=True,
-      )
-      return total.sum / total.weight, (total, aux)
-
-    (loss, (total, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params
+    loss, total, aux, grads = gradient(
+      state.params,
+      state.model_state,
+      batch,
+      jax.random.fold_in(key, state.step),
     )
     gradient_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

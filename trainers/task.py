@@ -37,8 +37,30 @@ class Aux(NamedTuple):
   statistics: Any = ()
 
 
+class Part(NamedTuple):
+  """Micro-batch of a batch whose gradient is accumulated.
+
+  Attributes:
+    index: Number of the micro-batch, m, from 0; int32 scalar.
+    count: Number of micro-batches, M. The micro-batch has rows m, m + M, m +
+      2 M, ... of the batch.
+    known: Sum of `NeedsBatch.survey` over the micro-batches; None for other
+      tasks, and inside `survey`.
+  """
+
+  index: jax.Array
+  count: int
+  known: Any = None
+
+
 class Task(Protocol):
-  """Protocol of a task, whose methods are pure functions that JAX traces."""
+  """Protocol of a task, whose methods are pure functions that JAX traces.
+
+  If gradients are accumulated, `loss` must also take the keyword `part`, the
+  `Part` that the batch is. The totals, metrics and statistics of all parts must
+  then add up to those of the batch; see `NeedsBatch` for losses that are no
+  sums over rows.
+  """
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, ModelState]:
     """Returns the initial parameters and model state.
@@ -71,6 +93,49 @@ class Task(Protocol):
 
   def advance(self, model_state: ModelState, statistics: Any) -> ModelState:
     """Returns the model state after one accepted update."""
+    ...
+
+
+@runtime_checkable
+class NeedsBatch(Protocol):
+  """Protocol of a task that needs sums over the batch to accumulate gradients.
+
+  The methods are called in accumulation alone.
+  """
+
+  def survey(
+    self,
+    params: Params,
+    model_state: ModelState,
+    batch: Batch,
+    key: jax.Array,
+    part: Part,
+  ) -> Any:
+    """Returns what the losses of all parts need to know about this part.
+
+    The sum over parts is the `Part.known` of `loss`. It is constant: gradients
+    do not pass through it.
+
+    Args:
+      params: Parameters.
+      model_state: Model state.
+      batch: Rows of this part, `[batch / M, ...]` each.
+      key: Random key of the step.
+      part: The part.
+
+    Returns:
+      A pytree of arrays, which are added.
+    """
+    ...
+
+  def batch_metrics(self, statistics: Any) -> metrics_lib.Metrics:
+    """Returns the metrics that are functions of the whole batch's sums.
+
+    The loss of a part leaves these metrics out, or reports placeholders.
+
+    Args:
+      statistics: Statistics of the loss, summed over the parts.
+    """
     ...
 
 

@@ -57,6 +57,8 @@ class Trainer(Loop):
       keeps no average.
     eval_weights: Weights that evaluation uses: 'params' or 'average'.
     spikes: Limit of the loss, as in `make_train_step`.
+    accumulate_steps: Number of micro-batches of a batch, as in
+      `make_train_step`.
     allow_changed: Names among 'data', 'seed' and 'batch_size' that may differ
       from the checkpoint.
     log_interval: Steps between two logs.
@@ -71,7 +73,8 @@ class Trainer(Loop):
     placement: Shardings of the run's arrays; None uses one device.
 
   Raises:
-    ValueError: `eval_weights` is 'average' without an average.
+    ValueError: `eval_weights` is 'average' without an average, or the task
+      cannot accumulate gradients.
   """
 
   def __init__(
@@ -87,6 +90,7 @@ class Trainer(Loop):
     ema_decay: float = 0.0,
     eval_weights: str = 'params',
     spikes: step_lib.Spikes | None = None,
+    accumulate_steps: int = 1,
     allow_changed: Collection[str] = (),
     log_interval: int = 50,
     callbacks: Sequence[Callback | periodic_actions.PeriodicAction] = (),
@@ -137,7 +141,7 @@ class Trainer(Loop):
     with keys.pinned():
       self._init_key, step_key = jax.random.split(keys.make(seed))
     step_fn = step_lib.make_train_step(
-      task, optimizer, schedule, ema_decay, spikes
+      task, optimizer, schedule, ema_decay, spikes, accumulate_steps
     )
     self._step_runner = StepRunner(
       step_fn, step_key, memory_hint, self.placement

@@ -259,6 +259,13 @@ class Keys(Section):
   )
   num_train_steps: int = key('Number of training steps', 1, resume=_BY_NAME)
   batch_size: int = key('Sequences in a batch', 1, allow='batch_size')
+  accumulate_steps: int = key(
+    'Micro-batches that a batch is computed in, which saves memory; must '
+    'divide batch_size',
+    1,
+    resume=_BY_NAME,  # Sums of micro-batches differ in their last bits.
+    absent=1,
+  )
   block_size: int = key('Tokens in a sequence', 1)
   eval_interval: int = key(
     'Steps between evaluations, and between checkpoints', 1, resume=_FREE

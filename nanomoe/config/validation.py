@@ -70,6 +70,10 @@ SYNONYMS = {
   'batch': 'batch_size',
   'bs': 'batch_size',
   'train_batch_size': 'batch_size',
+  'gradient_accumulation_steps': 'accumulate_steps',
+  'grad_accum_steps': 'accumulate_steps',
+  'grad_accum': 'accumulate_steps',
+  'accumulate_grad_batches': 'accumulate_steps',
   'block': 'block_size',
   'seq_len': 'block_size',
   'sequence_length': 'block_size',
@@ -130,6 +134,11 @@ def problems(config: Mapping[str, Any]) -> list[str]:
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
   """Yields contradictions between values that are allowed by themselves."""
+  if {'batch_size', 'accumulate_steps'} <= set(values):
+    batch_size = values['batch_size']
+    accumulate_steps = values['accumulate_steps']
+    if batch_size % accumulate_steps:
+      yield f'{accumulate_steps=}: it must divide {batch_size=}'
   if {'moe.top_k', 'moe.num_experts'} <= set(values):
     top_k, num_experts = values['moe.top_k'], values['moe.num_experts']
     if top_k > num_experts:
@@ -207,7 +216,10 @@ def mesh_problems(
   """
   parts = math.prod(sizes[axis] for axis in ('data', 'fsdp', 'expert'))
   divisors = {
-    'batch_size': (parts, 'mesh.data * mesh.fsdp * mesh.expert'),
+    'batch_size': (
+      parts * values['accumulate_steps'],
+      'mesh.data * mesh.fsdp * mesh.expert * accumulate_steps',
+    ),
     'moe.num_experts': (sizes['expert'], 'mesh.expert'),
     **{
       name: (sizes['tensor'], 'mesh.tensor')

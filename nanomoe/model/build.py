@@ -220,3 +220,35 @@ def generation_problem(config: Config) -> str:
       'tokens'
     )
   return '; '.join(filter(None, problems))
+
+
+def accumulation_problem(config: Config, router: nn.Module) -> str:
+  """Returns why gradients of a config's model cannot be accumulated, or ''.
+
+  Micro-batches must route as their batch does. The property `separable` of the
+  router and the label `causal` of the dispatch decide. A plug-in router without
+  `separable` counts as separable.
+
+  Args:
+    config: Whole config, without 'auto'.
+    router: Router of the config, as built by `build_router`.
+  """
+  moe = config.moe
+  if config.accumulate_steps == 1 or not layers_with_experts(config):
+    return ''
+  problems = []
+  if not getattr(router, 'separable', True):
+    problems.append(
+      f'moe.router={moe.router.to_dict()} routes with noise or across sequences'
+    )
+  if not registry.DISPATCH[moe.dispatch].causal:
+    problems.append(
+      f'moe.dispatch={moe.dispatch!r} drops tokens by the load of all tokens'
+    )
+  if not problems:
+    return ''
+  return (
+    f'accumulate_steps={config.accumulate_steps}: {" and ".join(problems)}, so '
+    'that micro-batches would differ from their batch; with it, '
+    'accumulate_steps must be 1'
+  )

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from nanomoe.moe.dispatch.interface import DispatchFn
 from nanomoe.moe.experts import Experts, MakeExperts
+from nanomoe.moe.losses import Shares
 from nanomoe.moe.routing import RouterInputs, Routing
 from trainers.metrics import Mean
 
@@ -19,14 +20,14 @@ class MoEAux(NamedTuple):
   Attributes:
     load: Number of assignments of each expert. Loads of several batches, or of
       several devices, may be added up.
-    losses: Unweighted losses by name.
+    losses: Unweighted losses by name, as in `Routing`.
     metrics: Metrics of the router and of the dispatch, by name.
     expert: Experts of each row, as in `Routing`.
     token: Token of each row, as in `Routing`.
   """
 
   load: Int[Array, ' experts']
-  losses: Mapping[str, Float[Array, '']]
+  losses: Mapping[str, Mean | Shares]
   metrics: Mapping[str, Mean]
   expert: Int[Array, 'rows k']
   token: Int[Array, ' rows'] | None

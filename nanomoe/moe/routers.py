@@ -10,6 +10,10 @@ update the bias moves by that rate towards experts with less than the mean load.
 The class attribute `causal` says whether a token's experts and weights are
 independent of later tokens and of other sequences. tests/test_causality.py
 measures it.
+
+The class attribute or property `separable` says whether training routes each
+sequence by itself, without noise. Gradients are accumulated with such routers
+alone.
 """
 
 import dataclasses
@@ -54,6 +58,7 @@ class Router(nn.Module):
   route_scale: float = dataclasses.field(default=1.0, kw_only=True)
 
   causal: ClassVar[bool] = True
+  separable: ClassVar[bool] = True
 
   def __post_init__(self):
     """Raises ValueError if `route_scale` is not positive."""
@@ -154,6 +159,11 @@ class Softmax(Router):
       raise ValueError(f'jitter={self.jitter} must be >= 0 and < 1')
     super().__post_init__()
 
+  @property
+  def separable(self) -> bool:  # pyright: ignore
+    """The router is separable if `jitter` is 0."""
+    return self.jitter == 0
+
   @nn.compact
   def __call__(
     self, x: Activations, inputs: RouterInputs, *, train: bool
@@ -247,6 +257,8 @@ class NoisyTopK(Router):
   token has noise of its own.
   """
 
+  separable: ClassVar[bool] = False
+
   @nn.compact
   def __call__(
     self, x: Activations, inputs: RouterInputs, *, train: bool
@@ -327,6 +339,7 @@ class ExpertChoice(Router):
   capacity_factor: float | None = None
 
   causal: ClassVar[bool] = False
+  separable: ClassVar[bool] = False
 
   def __post_init__(self):
     """Raises ValueError if `capacity_factor` is not positive."""

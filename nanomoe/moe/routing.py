@@ -6,7 +6,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from nanomoe.moe.losses import BALANCE, count_choices, entropy, z_loss
+from nanomoe.moe.losses import (
+  BALANCE,
+  Shares,
+  count_choices,
+  entropy,
+  z_loss,
+)
 from trainers.metrics import Mean
 
 
@@ -35,7 +41,8 @@ class Routing(NamedTuple):
     weight: Weight of each chosen expert's output.
     probs: Probabilities of all experts, whichever were selected.
     load: Number of assignments of each expert.
-    losses: Unweighted losses by name.
+    losses: Unweighted losses by name, as sums over the tokens or sequences that
+      `losses.value` divides.
     metrics: Further metrics by name, as sums and counts over the tokens.
     token: Token of each row; None if row i belongs to token i. Experts that
       choose tokens use it: C tokens of an expert are C rows with K = 1, so the
@@ -46,7 +53,7 @@ class Routing(NamedTuple):
   weight: Float[Array, 'rows k']
   probs: Float[Array, 'tokens experts']
   load: Int[Array, ' experts']
-  losses: Mapping[str, Float[Array, '']]
+  losses: Mapping[str, Mean | Shares]
   metrics: Mapping[str, Mean]
   token: Int[Array, ' rows'] | None = None
 
@@ -96,7 +103,6 @@ def make_routing(
   has_expert = (expert[:, 0] < num_experts).astype(weight.dtype)
   first_gate = Mean(jnp.sum(weight[:, 0] * has_expert), jnp.sum(has_expert))
   nats = entropy(probs, is_token)
-  zero = jnp.zeros((), probs.dtype)
   return Routing(
     expert=expert,
     weight=weight,
@@ -104,8 +110,12 @@ def make_routing(
     load=jnp.sum(count_choices(expert, num_experts), axis=0),
     losses={
       'balance': BALANCE[balance].layer(expert, probs, mask, token),
-      'z_loss': zero if logits is None else z_loss(logits, is_token),
-      'router_entropy': nats.total / jnp.maximum(nats.count, 1),
+      'z_loss': (
+        Mean(jnp.zeros_like(nats.total), nats.count)
+        if logits is None
+        else z_loss(logits, is_token)
+      ),
+      'router_entropy': nats,
     },
     metrics={'router_entropy': nats, 'first_gate': first_gate},
     token=token,
