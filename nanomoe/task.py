@@ -287,6 +287,7 @@ class LanguageModel:
     """Returns the logits, or the result of `finish`, and the routing report."""
     if part is not None:
       key = key_of_rows(key, part.index, part.count)
+    replaced: Any = {'finish': finish} if finish else {}
     output: Any = self.model.apply(
       {'params': params},
       batch['inputs'],
@@ -294,7 +295,7 @@ class LanguageModel:
       bias=model_state.get('bias'),
       train=train,
       rngs={'dropout': key, 'routing': key},
-      **({'finish': finish} if finish else {}),
+      **replaced,
     )
     result, aux, _ = output
     return result, aux

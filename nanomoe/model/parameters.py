@@ -2,8 +2,8 @@
 
 A parameter is known by its path, such as `block_0/attention/qkv/kernel`. Weight
 decay, Muon, sharding and the number of active parameters all read this table.
-Parameters of stacked blocks, such as `blocks/block_0/attention/qkv/kernel`, have
-the kind of one block's, whose axes follow an axis of periods.
+Parameters of stacked blocks, such as `blocks/block_0/attention/qkv/kernel`,
+have the kind of one block's, whose axes follow an axis of periods.
 """
 
 import dataclasses
