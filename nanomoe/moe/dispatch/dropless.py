@@ -13,6 +13,7 @@ from nanomoe.moe.dispatch.plan import Plan, make_plan
 from nanomoe.moe.experts import Experts
 from nanomoe.moe.routing import Routing
 from nanomoe.ops import matmul, permute
+from nanomoe.ops.vary import vary, varying_axes
 from trainers.metrics import Mean
 
 
@@ -88,7 +89,7 @@ def _forward(x, weight, experts, plan, precision):
     y.append(rows)
     vjps.append(vjp)
   rows = _concatenate(y) if y else None  # [slots, d_model]
-  y = jnp.zeros(x.shape, weight.dtype)
+  y = _zeros_like(x, weight.dtype)
   if rows is not None:
     y = permute.sum_rows(rows, plan.slot, weight if weigh_output else None)
   y = _add_overflow(y, operands, plan.overflow, precision)
@@ -116,7 +117,7 @@ def _backward(precision, residuals, g):
       jax.tree.map(lambda *g: jnp.concatenate(g), *of_experts),
     )
   else:
-    grads = jax.tree.map(lambda a: jnp.zeros(a.shape, weight.dtype), operands)
+    grads = jax.tree.map(lambda a: _zeros_like(a, weight.dtype), operands)
   grads = _add_overflow_grads(grads, g, operands, plan.overflow, precision)
   return *grads, None
 
@@ -147,10 +148,18 @@ def _in_branch(
   keep it, or compute the hidden layers of several chunks before it needs them.
   """
   shapes = jax.eval_shape(fn, *arguments)
+  axes = {a for x in jax.tree.leaves(arguments) for a in varying_axes(x)}
+
+  def varied(tree):
+    return jax.tree.map(lambda x: vary(x, axes), tree)
+
+  def zeros(*_):
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
   return jax.lax.cond(
     is_true,
-    fn,
-    lambda *_: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes),
+    lambda *a: varied(fn(*a)),
+    lambda *a: varied(zeros(*a)),
     *arguments,
   )
 
@@ -252,6 +261,10 @@ def _gather_rows(x, assignment, weight):
   """
   token = assignment // weight.shape[1]
   return jnp.take(x, token, axis=0, mode='clip').astype(weight.dtype)
+
+
+def _zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
+  return vary(jnp.zeros(x.shape, dtype), varying_axes(x))
 
 
 def _concatenate(chunks: Sequence[jax.Array]) -> jax.Array:
