@@ -36,9 +36,15 @@ def build_transformer(config: Config, vocab_size: int) -> Transformer:
     vocab_size: Number of tokens in the vocabulary.
 
   Raises:
-    UserError: The router or the attention cannot be built.
+    UserError: The router or the attention cannot be built, or the vocabulary
+      has more tokens than `model.vocab_rows`.
   """
   model, moe = config.model, config.moe
+  if 0 < model.vocab_rows < vocab_size:
+    raise UserError(
+      f'model.vocab_rows={model.vocab_rows}: the vocabulary has {vocab_size} '
+      f'tokens; it must be 0 or at least {vocab_size}'
+    )
   norm = NORMS[model.norm]
   zeros = nn.initializers.zeros_init()
   out_init: dict[str, Any] = {'out_init': zeros} if model.zero_outputs else {}
@@ -93,6 +99,7 @@ def build_transformer(config: Config, vocab_size: int) -> Transformer:
         sparse if i in with_experts else dense(moe.dense_d_ff, 'feed_forward')
       ),
       dropout_rate=model.dropout_rate,
+      remat_attention=model.remat == 'attention',
     )
     for i in range(model.num_layers)
   ]
@@ -105,10 +112,10 @@ def build_transformer(config: Config, vocab_size: int) -> Transformer:
     else (model.num_layers, 1)
   )
   return Transformer(
-    vocab_size=vocab_size,
+    vocab_size=model.vocab_rows or vocab_size,
     d_model=model.d_model,
     dropout_rate=model.dropout_rate,
-    remat=model.remat,
+    remat_blocks=model.remat == 'block',
     ngrams=functools.partial(
       Ngrams, vocab_size, model.d_model, model.max_ngram, model.ngram_rows
     ),
