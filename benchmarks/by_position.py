@@ -18,9 +18,9 @@ from benchmarks import results
 from nanomoe import experiment
 from nanomoe.config import home
 from nanomoe.data import pipeline as text_lib
+from nanomoe.ops.cross_entropy import cross_entropy
 from nanomoe.run import cli, terminal
 from nanomoe.run import workdir as workdir_lib
-from nanomoe.task import cross_entropy
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(

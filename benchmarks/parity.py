@@ -63,7 +63,7 @@ DISPATCHES = ('dense', 'dropless', 'capacity', 'grouped')
 VARIANTS: dict[str, dict[str, Any]] = {
   'plain': {},
   'dropout': {'model.dropout_rate': 0.1},
-  'remat': {'model.remat': True},
+  'remat': {'model.remat': 'block'},
   'accumulation': {'accumulate_steps': 2},
   'scan': {'model.scan_layers': True},
 }
@@ -189,8 +189,8 @@ def has_same_dropout(sizes: Mapping[str, int]) -> bool:
 
 _SIZES = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'pred': 1, 's8': 1, 'u8': 1}
 _COLLECTIVE = re.compile(
-  r'^\s*(?:ROOT )?%?\S+ = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all'
-  r'|collective-permute)(?:-start)?\(',
+  r'^\s*(?:ROOT )?%?\S+ = (.*?) (all-gather|all-reduce|reduce-scatter'
+  r'|all-to-all|collective-permute)(?:-start)?\(',
   re.MULTILINE,
 )
 

@@ -75,7 +75,9 @@ def adafactor(
   It has the changes of Zhai et al. 2021: a momentum, and updates that are not
   relative to the parameters' size, so that AdamW's learning rates apply. The
   second moment is factored into rows and columns along the two largest axes if
-  both have 128 elements or more. Other second moments are kept whole.
+  both have 128 elements or more. Other second moments are kept whole. Updates
+  are clipped for each array, and the stacked layers of `model.scan_layers` are
+  one array.
 
   Args:
     learning_rate: Learning rate of each update.

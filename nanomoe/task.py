@@ -22,6 +22,7 @@ from nanomoe.moe import objective
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.losses import BALANCE
 from nanomoe.ops.chunks import map_chunks
+from nanomoe.ops.cross_entropy import cross_entropy, prediction_entropy
 from nanomoe.ops.dropout import key_of_rows
 from trainers.errors import UserError
 from trainers.metrics import Mean, Metrics
@@ -60,6 +61,9 @@ class LanguageModel:
     logits_chunk: Number of tokens of each sequence whose logits exist at a time
       in the loss; 0 for all. Others than 0 need a model that takes `finish`, as
       `Transformer` does.
+    num_tokens: Number of tokens of the tokenizer; None for all logits of the
+      model. Later logits are those of padding: the loss includes them, and no
+      sample can draw them.
   """
 
   def __init__(
@@ -75,6 +79,7 @@ class LanguageModel:
     bias_rate: float = 0.0,
     watched: Sequence[int] = (),
     logits_chunk: int = 0,
+    num_tokens: int | None = None,
   ):
     self.model = model
     self.aux_weight = aux_weight
@@ -84,6 +89,7 @@ class LanguageModel:
     self.bias_rate = bias_rate
     self.watched = np.array(watched, np.int32)
     self.logits_chunk = logits_chunk
+    self.num_tokens = num_tokens
     self._num_bytes = self._num_chars = None
     if token_bytes is not None:
       self._num_bytes = np.array([len(b) for b in token_bytes], np.float32)
@@ -117,7 +123,9 @@ class LanguageModel:
     cache: DecodeCache | None = None,
     length: Int[Array, ' batch'] | None = None,
   ) -> tuple[Float[Array, 'batch time vocab'], DecodeCache]:
-    """Returns the logits of an evaluation, and the decode cache.
+    """Returns the logits of the tokenizer's tokens, and the decode cache.
+
+    They are those of an evaluation.
 
     Args:
       trained: Pair of params and model_state.
@@ -139,7 +147,7 @@ class LanguageModel:
       train=False,
     )
     logits, _, new_cache = output
-    return logits, new_cache
+    return logits[..., : self.num_tokens], new_cache
 
   def loss(
     self,
@@ -335,8 +343,8 @@ def build_task(
     mesh: Mesh of the run; None for one device.
 
   Raises:
-    UserError: The router or the attention cannot be built, or gradients cannot
-      be accumulated.
+    UserError: The router or the attention cannot be built, the vocabulary does
+      not fit, or gradients cannot be accumulated.
   """
   moe = config.moe
   router = build_router(config, vocab_size)
@@ -353,6 +361,7 @@ def build_task(
     bias_rate=getattr(router, 'bias_rate', 0.0),
     watched=watched,
     logits_chunk=config.model.logits_chunk,
+    num_tokens=vocab_size if config.model.vocab_rows else None,
   )
 
 
@@ -372,34 +381,3 @@ def _sum_of(
   """Returns the weighted sum of the targets' sizes; None for sizes of 1."""
   size = 1.0 if sizes is None else jnp.asarray(sizes)[targets]
   return jnp.sum(size * weights)
-
-
-def cross_entropy(
-  logits: Float[Array, 'batch time vocab'], targets: Int[Array, 'batch time']
-) -> Float[Array, 'batch time']:
-  """Returns `-log softmax(logits)[target]` of each token, in nats.
-
-  A mask selects the target, because the gradient of indexing is a scatter.
-
-  Args:
-    logits: Logits.
-    targets: Token ids.
-  """
-  vocab = jnp.arange(logits.shape[-1])
-  target = jnp.sum(jnp.where(targets[..., None] == vocab, logits, 0), axis=-1)
-  return jax.nn.logsumexp(logits, axis=-1) - target
-
-
-def prediction_entropy(
-  logits: Float[Array, 'batch time vocab'],
-) -> Float[Array, 'batch time']:
-  """Returns the entropy of `softmax(logits)` of each token, in nats.
-
-  It is the expected cross-entropy of calibrated predictions. Predictions are
-  overconfident if their cross-entropy is larger. Guo et al. 2017.
-
-  Args:
-    logits: Logits.
-  """
-  log_probs = jax.nn.log_softmax(logits)
-  return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

@@ -8,8 +8,8 @@ import pytest
 from benchmarks import products
 from configs import base
 from nanomoe import experiment, optimizers
+from nanomoe.ops.cross_entropy import cross_entropy
 from nanomoe.ops.matmul import PRECISIONS
-from nanomoe.task import cross_entropy
 from tests.routed import QUICKLY
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
