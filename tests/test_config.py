@@ -449,7 +449,7 @@ def test_a_key_that_an_older_run_lacks_gets_its_value(tmp_path):
 
 def test_a_section_that_a_config_lacks_is_still_missing():
   assert older.upgrade({'seed': 1}) == {'seed': 1, 'accumulate_steps': 1}
-  assert older.upgrade({'moe': 3}) == {'moe': 3}
+  assert older.upgrade({'moe': 3}) == {'moe': 3, 'accumulate_steps': 1}
 
 
 def test_a_choice_does_not_offer_old_names():
