@@ -45,8 +45,8 @@ SMALL = {
   'model.num_layers': 2,
   'model.num_heads': 4,
   'model.dropout_rate': 0.0,
-  # Without rotation the gradient of the keys' biases is 0 but for rounding, which
-  # AdamW would divide by itself.
+  # Without rotation the gradient of the keys' biases is 0 but for rounding,
+  # which AdamW would divide by itself.
   'model.position': 'rope',
   'moe.num_experts': 8,
   'moe.d_ff': 64,

@@ -27,12 +27,16 @@ os.environ.setdefault(
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
 )
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import base  # noqa: E402
 from nanomoe.config import overrides as config_lib  # noqa: E402
 from tests.shrunk import ROOT, TINY  # noqa: E402
+
+# Meshes need devices. Processes that tests start have one, as users have.
+jax.config.update('jax_num_cpu_devices', 8)
 
 # Files of pure tests: no processes, and no training. `-m inner` runs them.
 INNER = {
