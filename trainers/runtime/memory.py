@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import ctypes
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,9 @@ from trainers.runtime import host_memory
 
 class StepMemory(NamedTuple):
   """Memory of a training step, in bytes.
+
+  It is that of one device. Devices of a CPU share its memory, so there it is
+  that of all of them.
 
   Attributes:
     state: Memory of the parameters, the optimizer state and the model state.
@@ -51,16 +55,22 @@ def measure(step: jax.stages.Compiled, state: Any) -> StepMemory | None:
   if analysis is None:
     return None
   on_host = jax.default_backend() == 'cpu'
+  leaves = jax.tree.leaves(state)
+  copies = len(leaves[0].sharding.addressable_devices) if on_host else 1
   temporaries = (
     analysis.temp_size_in_bytes
     + analysis.output_size_in_bytes
     - analysis.alias_size_in_bytes
   )
   return StepMemory(
-    state=sum(x.nbytes for x in jax.tree.leaves(state)),
-    temporaries=temporaries,
+    state=copies * sum(map(_bytes_per_device, leaves)),
+    temporaries=copies * temporaries,
     free=_free_on_host() if on_host else _free_on_device(),
   )
+
+
+def _bytes_per_device(x: jax.Array) -> int:
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def trim() -> None:
