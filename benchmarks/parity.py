@@ -252,6 +252,36 @@ def measure(only: str = '') -> list[dict[str, Any]]:
   return rows
 
 
+def table(figures: dict[str, Any]) -> str:
+  """Returns Markdown: a row for each mesh, over dispatches and variants."""
+  lines = [
+    '| mesh | programs | loss, relative | parameters | expert counts | dropout '
+    '| collectives of a dropless step: number, kB |',
+    '|---|---:|---:|---:|---|---|---|',
+  ]
+  for mesh in MESHES:
+    rows = [row for row in figures['rows'] if row['mesh'] == mesh]
+    (plain,) = (
+      row
+      for row in rows
+      if (row['dispatch'], row['variant']) == ('dropless', 'plain')
+    )
+    moved = ', '.join(
+      f'{kind} {entry["count"]}, {entry["bytes"] / 1e3:.0f}'
+      for kind, entry in sorted(plain['collectives'].items())
+    )
+    is_same = {
+      key: 'equal' if all(row[key] for row in rows) else 'DIFFERENT'
+      for key in ('same_load', 'same_dropout')
+    }
+    lines.append(
+      f'| {mesh} | {len(rows)} | {max(row["loss"] for row in rows):.1e} '
+      f'| {max(row["params"] for row in rows):.1e} | {is_same["same_load"]} '
+      f'| {is_same["same_dropout"]} | {moved} |'
+    )
+  return '\n'.join(lines)
+
+
 def main(_) -> int:
   if len(jax.devices()) < NUM_DEVICES:
     raise SystemExit(

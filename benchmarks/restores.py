@@ -130,6 +130,23 @@ def measure(directory: pathlib.Path, names: list[str]) -> list[dict[str, Any]]:
   return rows
 
 
+def table(figures: dict[str, Any]) -> str:
+  """Returns Markdown: the largest difference by saved and resumed mesh."""
+  lines = [
+    f'| saved on | {" | ".join(MESHES)} |',
+    f'|---|{"---:|" * len(MESHES)}',
+  ]
+  found = {(row['saved'], row['resumed']): row for row in figures['rows']}
+  for saved in MESHES:
+    cells = []
+    for resumed in MESHES:
+      row = found[saved, resumed]
+      is_exact = row['same_fingerprints'] and row['same_batch']
+      cells.append(f'{row["loss"]:.0e}' if is_exact else 'DIFFERENT')
+    lines.append(f'| {saved} | {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
 def main(_) -> int:
   with tempfile.TemporaryDirectory() as directory:
     rows = measure(pathlib.Path(directory), list(MESHES))

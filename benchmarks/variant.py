@@ -12,7 +12,9 @@ from configs import base
 from nanomoe import experiment, optimizers
 from nanomoe.config import overrides as config_lib
 from nanomoe.config.schema import Config
+from nanomoe.model import parameters
 from trainers import step as step_lib
+from trainers.mesh import Placement, make_mesh
 from trainers.state import TrainState
 from trainers.task import Task
 
@@ -44,11 +46,19 @@ class Variant:
       config or base.get_config(), list(changes.items())
     )
     self.config = experiment.resolve_auto(config)
-    self.task = experiment.build_task(self.config, VOCAB_SIZE)
-    self.step, create, self.batch = _program(config, self.task, VOCAB_SIZE)
-    self.key = jax.random.key(0)
-    self.state = jax.jit(create)(self.key)
-    self.jitted = jax.jit(self.step, donate_argnums=0)
+    mesh = make_mesh(config.mesh.to_dict())
+    placement = Placement(mesh, parameters.axes)
+    self.task = experiment.build_task(self.config, VOCAB_SIZE, mesh=mesh)
+    self.step, create, batch = _program(config, self.task, VOCAB_SIZE)
+    self.batch = placement.put_batch(batch)
+    self.key = placement.put(jax.random.key(0))
+    shardings = placement.shardings(jax.eval_shape(create, self.key))
+    self.state = jax.jit(create, out_shardings=shardings)(self.key)
+    self.jitted = jax.jit(
+      self.step,
+      donate_argnums=0,
+      out_shardings=(shardings, placement.replicated),
+    )
 
   def __call__(self) -> float:
     """Seconds of one step."""
@@ -71,13 +81,11 @@ def _program(
   )
   shape = (config.batch_size, config.block_size + 1)
   tokens = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
-  batch = jax.device_put(
-    {
-      'inputs': tokens[:, :-1],
-      'targets': tokens[:, 1:],
-      'weights': np.ones((shape[0], shape[1] - 1), np.float32),
-    }
-  )
+  batch = {
+    'inputs': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'weights': np.ones((shape[0], shape[1] - 1), np.float32),
+  }
 
   def create(key: jax.Array) -> TrainState:
     return TrainState.create(*task.init(key, batch), optimizer)

@@ -150,8 +150,18 @@ def _check(changes, num_parts, lengths='uneven', **others):
   ('changes', 'num_parts', 'others'),
   [
     (SWITCH, 4, {}),
-    ({'moe.balance': 'all_choices', **ALL, **SIGMOID, **DENSE}, 2, {}),
-    ({'moe.balance': 'per_sequence', **ALL, **ONE}, 8, {'model_remat': True}),
+    pytest.param(
+      {'moe.balance': 'all_choices', **ALL, **SIGMOID, **DENSE},
+      2,
+      {},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      {'moe.balance': 'per_sequence', **ALL, **ONE},
+      8,
+      {'model_remat': True},
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=['switch_sum', 'all_choices', 'per_sequence'],
 )
@@ -211,6 +221,7 @@ def test_every_part_of_a_model_accumulates(changes, remat):
   check(changes, 4, model_remat=remat)
 
 
+@pytest.mark.slow
 def test_micro_batches_with_loads_of_their_own_differ(monkeypatch):
   """The tolerances would notice: the error is 1000 times as large."""
   expected = _reference(tuple(SWITCH.items()), 'uneven')
@@ -282,6 +293,7 @@ def test_one_micro_batch_is_the_program_without_accumulation():
   assert found == expected
 
 
+@pytest.mark.slow
 def test_ten_steps_equal_those_of_the_batch():
   """Parameters of AdamW, biases of routers and metrics."""
   # Biases of keys have no gradient: AdamW would turn rounding into updates.

@@ -69,9 +69,17 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(
-  'train', [True, pytest.param(False, marks=pytest.mark.slow)]
+  ('choice', 'train'),
+  [
+    pytest.param(
+      choice,
+      train,
+      marks=() if choice == 'biased' and train else pytest.mark.slow,
+    )
+    for choice in CHOICES
+    for train in (True, False)
+  ],
 )
-@pytest.mark.parametrize('choice', CHOICES)
 def test_chunks_change_neither_the_loss_nor_its_gradient(tiny, choice, train):
   changes = {'precision': 'float32', 'confidence_weight': 0.3}
   changes |= {'model.num_layers': 1, 'moe.first_dense_layers': 1}

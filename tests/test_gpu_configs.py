@@ -18,7 +18,10 @@ NUM_TOKENS = 50_257
 
 @pytest.mark.parametrize(
   'name, millions, active',
-  [('gpu_300m', 298, 118), ('gpu_1b', 1013, 264)],
+  [
+    ('gpu_300m', 298, 118),
+    pytest.param('gpu_1b', 1013, 264, marks=pytest.mark.slow),
+  ],
 )
 def test_the_step_of_a_large_config_is_lowered(name, millions, active):
   """No array is allocated: parameters, optimizer and batch are shapes."""

@@ -255,7 +255,7 @@ def _expected(load):
   ('sizes', 'dispatch', 'name'),
   [
     ({'expert': 8}, 'dropless', 'all_to_all'),
-    (WITH_TENSOR, 'dropless', 'all_to_all'),
+    pytest.param(WITH_TENSOR, 'dropless', 'all_to_all', marks=pytest.mark.slow),
     pytest.param(EIGHT, 'dropless', 'all_to_all', marks=pytest.mark.slow),
     ({'expert': 8}, 'dropless', 'tokens'),
     pytest.param(EIGHT, 'dropless', 'tokens', marks=pytest.mark.slow),

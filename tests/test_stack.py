@@ -86,7 +86,7 @@ def _assert_close(one, other, rtol, atol):
 @pytest.mark.parametrize(
   'choice',
   [
-    pytest.param(c, marks=pytest.mark.slow if c in ('base', 'bias') else ())
+    pytest.param(c, marks=() if c == 'dense' else pytest.mark.slow)
     for c in CHOICES
   ],
 )
@@ -114,9 +114,8 @@ def test_a_scan_is_the_unrolled_model(tiny, choice):
   _assert_close(gradient, unstack(of_stacked), 2e-5, 2e-6)
 
 
-@pytest.mark.parametrize(
-  'choice', ['modern', pytest.param('bias', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('choice', ['modern', 'bias'])
 def test_a_scan_generates_with_its_decode_cache(tiny, choice):
   changes = {**CHOICES[choice], 'moe.dispatch': 'dense'}
   unrolled, scanned = (_task(tiny, changes, scan) for scan in (False, True))
@@ -134,6 +133,7 @@ def test_a_scan_generates_with_its_decode_cache(tiny, choice):
   assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.slow
 def test_layers_start_with_numbers_of_their_own(tiny):
   """Variances are those of one layer, whose fan-in has no axis of layers."""
   changes = {'model.num_layers': 3, 'model.d_model': 64, 'moe.d_ff': 64}
@@ -167,6 +167,7 @@ def test_counts_decay_and_hidden_matrices_are_those_of_the_layers(tiny, choice):
     assert unstack({**moved, 'blocks': repeated}) == kind(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['AdamW', 'Muon'])
 def test_an_update_of_a_stack_is_that_of_its_layers(tiny, rng, name):
   unrolled = _task(tiny, CHOICES['modern'], False)
