@@ -36,12 +36,14 @@ def get_config() -> ConfigDict:
 
   config.model = ConfigDict()
   config.model.d_model = 128
+  config.model.vocab_rows = 0  # 0 means a row for each token.
   config.model.num_layers = 4
   config.model.num_heads = 4
   config.model.dropout_rate = 0.1
   config.model.scan_layers = False  # True compiles one layer, not each.
   config.model.logits_chunk = 0  # 0 computes the logits of a batch at once.
-  config.model.remat = False  # True saves memory for a third more work.
+  # 'block' saves the most memory, for a third more work.
+  config.model.remat = 'none'
   config.model.attention = ConfigDict({'type': 'CausalSelfAttention'})
   config.model.norm = 'LayerNorm'
   config.model.position = 'learned'

@@ -60,6 +60,9 @@ class LanguageModel:
     logits_chunk: Number of tokens of each sequence whose logits exist at a time
       in the loss; 0 for all. Others than 0 need a model that takes `finish`, as
       `Transformer` does.
+    num_tokens: Number of tokens of the tokenizer; None for all logits of the
+      model. Later logits are those of padding: the loss includes them, and no
+      sample can draw them.
   """
 
   def __init__(
@@ -75,6 +78,7 @@ class LanguageModel:
     bias_rate: float = 0.0,
     watched: Sequence[int] = (),
     logits_chunk: int = 0,
+    num_tokens: int | None = None,
   ):
     self.model = model
     self.aux_weight = aux_weight
@@ -84,6 +88,7 @@ class LanguageModel:
     self.bias_rate = bias_rate
     self.watched = np.array(watched, np.int32)
     self.logits_chunk = logits_chunk
+    self.num_tokens = num_tokens
     self._num_bytes = self._num_chars = None
     if token_bytes is not None:
       self._num_bytes = np.array([len(b) for b in token_bytes], np.float32)
@@ -117,7 +122,9 @@ class LanguageModel:
     cache: DecodeCache | None = None,
     length: Int[Array, ' batch'] | None = None,
   ) -> tuple[Float[Array, 'batch time vocab'], DecodeCache]:
-    """Returns the logits of an evaluation, and the decode cache.
+    """Returns the logits of the tokenizer's tokens, and the decode cache.
+
+    They are those of an evaluation.
 
     Args:
       trained: Pair of params and model_state.
@@ -139,7 +146,7 @@ class LanguageModel:
       train=False,
     )
     logits, _, new_cache = output
-    return logits, new_cache
+    return logits[..., : self.num_tokens], new_cache
 
   def loss(
     self,
@@ -335,8 +342,8 @@ def build_task(
     mesh: Mesh of the run; None for one device.
 
   Raises:
-    UserError: The router or the attention cannot be built, or gradients cannot
-      be accumulated.
+    UserError: The router or the attention cannot be built, gradients cannot be
+      accumulated, or the vocabulary does not fit.
   """
   moe = config.moe
   router = build_router(config, vocab_size)
@@ -353,6 +360,7 @@ def build_task(
     bias_rate=getattr(router, 'bias_rate', 0.0),
     watched=watched,
     logits_chunk=config.model.logits_chunk,
+    num_tokens=vocab_size if config.model.vocab_rows else None,
   )
 
 

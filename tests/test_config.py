@@ -436,12 +436,29 @@ def test_an_old_name_of_a_value_is_read_and_the_new_one_recorded(
   assert flat(resume.resume_config(recorded, config, [])) == flat(config)
 
 
+@pytest.mark.parametrize(('old', 'new'), [(False, 'none'), (True, 'block')])
+def test_a_key_that_was_a_boolean_is_read(old, new, tmp_path):
+  key = 'model.remat'
+  for text in (str(old), str(old).lower(), new):
+    assert applied((key, text))[key] == new
+  file = base.get_config().to_dict()
+  file['model']['remat'] = old
+  config = config_lib.apply(schema.make(file), [])
+  assert flat(config)[key] == new
+  workdir_lib.write_json(tmp_path / 'config.json', file)
+  recorded = workdir_lib.read_config(tmp_path)
+  assert flat(recorded)[key] == new
+  assert flat(resume.resume_config(recorded, config, [])) == flat(config)
+
+
 def test_a_key_that_an_older_run_lacks_gets_its_value(tmp_path):
   """The older run then resumes without a change."""
   new = decided()
   older = new.to_dict()
   del older['moe']['eval_dispatch'], older['model']['attention']
   del older['accumulate_steps']
+  for key in ('scan_layers', 'logits_chunk', 'vocab_rows'):
+    del older['model'][key]
   workdir_lib.write_json(tmp_path / 'config.json', older)
   recorded = workdir_lib.read_config(tmp_path)
   assert recorded.to_dict() == new.to_dict()
@@ -754,6 +771,8 @@ def test_what_makes_it_another_run_is_refused_with_both_values():
     ('callbacks.early_stopping.patience', '7'),
     ('sample.num_tokens', '7'),
     ('data.fallback', ''),
+    ('model.logits_chunk', '7'),
+    ('model.remat', 'attention'),
   ],
 )
 def test_what_a_run_may_change(key, text):

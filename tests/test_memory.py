@@ -35,20 +35,31 @@ def _gradient(config):
 
 
 @pytest.mark.slow
-def test_remat_changes_the_memory_alone(tiny):
+@pytest.mark.parametrize('scan', [False, True])
+def test_remat_changes_the_memory_alone(tiny, scan):
   """The same parameters and dropout, hence the same loss and gradient."""
-  changes = {'model.num_layers': 3, 'block_size': 64, 'precision': 'float32'}
+  changes = {'model.num_layers': 3, 'block_size': 256, 'precision': 'float32'}
   changes['moe.every'] = 2  # A dense layer has nothing to report.
-  without, with_it = (
-    _gradient(experiment.resolve_auto(tiny({**changes, 'model.remat': remat})))
-    for remat in ('false', 'true')
+  if scan:
+    changes |= {'model.num_layers': 4, 'model.scan_layers': True}
+  results, sizes = zip(
+    *(
+      _gradient(
+        experiment.resolve_auto(tiny({**changes, 'model.remat': remat}))
+      )
+      for remat in ('none', 'attention', 'block')
+    ),
+    strict=True,
   )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-    without[0],
-    with_it[0],
-  )
-  assert with_it[1] < 0.7 * without[1]
+  for other in results[1:]:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+      results[0],
+      other,
+    )
+  none, attention, block = sizes
+  assert attention < 0.8 * none
+  assert block < 0.8 * attention
 
 
 @pytest.mark.slow
@@ -61,7 +72,7 @@ def test_a_step_that_cannot_fit_as_a_process(run, command, tmp_path):
   warning, error = process.stderr.splitlines()
   assert warning.startswith('it may not fit: a step needs ')
   assert error.startswith('error: out of memory after step 0: a step needs ')
-  for word in ('GB are free', 'model.remat=true', 'batch_size='):
+  for word in ('GB are free', 'model.remat=block', 'batch_size='):
     assert word in warning and word in error
 
 
@@ -95,7 +106,7 @@ def test_a_warning_before_the_first_step(monkeypatch, caplog):
   'memory, changes, told, untold',
   [
     # A quarter of the batch fits.
-    (StepMemory(1, 38, 10), {}, ['batch_size=8', 'remat=true'], ['float32']),
+    (StepMemory(1, 38, 10), {}, ['batch_size=8', 'remat=block'], ['float32']),
     (StepMemory(1, 38, None), {}, ['batch_size=16'], []),
     (StepMemory(1, 38, 10), {'precision': 'float32'}, ['bfloat16'], []),
     (StepMemory(1, 38, 10), {'model.remat': 'true'}, ['batch_size'], ['remat']),

@@ -59,4 +59,6 @@ def test_every_config_is_run_by_a_script():
     *(r.config for r in config_runs.RUNS.values()),
     *(r.config for r in recipe.RUNS.values()),
   ]
-  assert {f'configs/{name}' for name in CONFIGS} <= set(commands)
+  # Configs for GPUs have not been trained.
+  trained = {name for name in CONFIGS if not name.startswith('gpu_')}
+  assert {f'configs/{name}' for name in trained} <= set(commands)

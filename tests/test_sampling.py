@@ -11,6 +11,7 @@ from nanomoe.config import overrides as config_lib
 from nanomoe.sampling import Generator, Sampling, draw
 from tests.routed import QUICKLY
 from tests.shrunk import MODERN, TINY
+from trainers.errors import UserError
 
 VOCAB = 11
 BLOCK = 6
@@ -152,3 +153,22 @@ def test_draws_have_the_distribution(sampling, expected):
   deviation = np.sqrt(expected * (1 - expected) / 4000)
   found = _frequencies(LOGITS, sampling)
   assert (np.abs(found - expected) <= 4 * deviation).all(), found
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+  """The model has logits of the padding, and the loss includes them."""
+  logits, (params, state) = _model({'model.vocab_rows': 300})
+  assert params['token_embedding'].shape[0] == 300
+  model = logits, (params, state)
+  assert QUICKLY(logits)(model[1], jnp.zeros((1, 2), jnp.int32))[0].shape == (
+    *(1, 2),
+    VOCAB,
+  )
+  # Nearly uniform: most of 300 rows are padding.
+  tokens = _generate(model, PROMPTS, 20, Sampling(temperature=1e3))
+  assert tokens.max() < VOCAB
+
+
+def test_a_vocabulary_needs_a_row_for_each_token():
+  with pytest.raises(UserError, match=r'model\.vocab_rows=10: .*at least 11'):
+    _model({'model.vocab_rows': VOCAB - 1})

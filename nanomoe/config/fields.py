@@ -43,7 +43,8 @@ class Field(NamedTuple):
     allow: Name in --allow_changed that makes a FIXED key changeable.
     absent: Value of runs of versions that did not have the key; None if every
       version has it.
-    renamed: Values of older versions, by their old name.
+    renamed: Values of older versions, by their old name; a boolean's is 'true'
+      or 'false'.
   """
 
   kind: type

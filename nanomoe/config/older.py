@@ -61,7 +61,13 @@ def renamed(name: str, value: Any) -> Any:
     section = name.removesuffix('.type')
     spec = SPECS.get(section) or SPEC_GROUPS.get(section.split('.')[0])
     table = spec.renamed if spec and name.endswith('.type') else {}
-  return table.get(value, value) if isinstance(value, str) else value
+  if isinstance(value, bool):
+    return table.get(str(value).lower(), value)
+  if not isinstance(value, str):
+    return value
+  # An option may spell a boolean as Python does.
+  is_bool = value.lower() in ('true', 'false')
+  return table.get(value.lower() if is_bool else value, value)
 
 
 def _section(values: dict[str, Any], names: list[str]) -> dict[str, Any] | None:

@@ -43,6 +43,11 @@ class Model(Section):
   """Section of the transformer."""
 
   d_model: int = key('Width of the residual stream', 1)
+  vocab_rows: int = key(
+    'Rows of the embedding and the output layer; 0 means one for each token',
+    0,
+    absent=0,
+  )
   num_layers: int = key('Number of blocks', 1)
   num_heads: int = key('Number of attention heads; must divide d_model', 1)
   dropout_rate: float = key('Rate of every dropout; 0 disables it', 0, 1)
@@ -58,9 +63,12 @@ class Model(Section):
     resume=_FREE,
     absent=0,
   )
-  remat: bool = key(
-    'Recomputation of blocks in the backward pass, which saves memory',
+  remat: str = key(
+    'Part of each block that the backward pass computes again, which saves '
+    'memory',
+    choices=('none', 'attention', 'block'),
     resume=_FREE,
+    renamed={'false': 'none', 'true': 'block'},
   )
   norm: str = key(
     'Normalization of blocks and of the output',

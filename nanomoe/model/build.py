@@ -41,9 +41,15 @@ def build_transformer(
     mesh: Mesh of the run; None for one device.
 
   Raises:
-    UserError: The router or the attention cannot be built.
+    UserError: The router or the attention cannot be built, or the vocabulary
+      has more tokens than `model.vocab_rows`.
   """
   model, moe = config.model, config.moe
+  if 0 < model.vocab_rows < vocab_size:
+    raise UserError(
+      f'model.vocab_rows={model.vocab_rows}: the vocabulary has {vocab_size} '
+      f'tokens; it must be 0 or at least {vocab_size}'
+    )
   norm = NORMS[model.norm]
   zeros = nn.initializers.zeros_init()
   out_init: dict[str, Any] = {'out_init': zeros} if model.zero_outputs else {}
@@ -100,6 +106,7 @@ def build_transformer(
       ),
       dropout_rate=model.dropout_rate,
       constrain=constrain,
+      remat_attention=model.remat == 'attention',
     )
     for i in range(model.num_layers)
   ]
@@ -112,10 +119,10 @@ def build_transformer(
     else (model.num_layers, 1)
   )
   return Transformer(
-    vocab_size=vocab_size,
+    vocab_size=model.vocab_rows or vocab_size,
     d_model=model.d_model,
     dropout_rate=model.dropout_rate,
-    remat=model.remat,
+    remat_blocks=model.remat == 'block',
     ngrams=functools.partial(
       Ngrams, vocab_size, model.d_model, model.max_ngram, model.ngram_rows
     ),

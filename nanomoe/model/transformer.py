@@ -24,8 +24,8 @@ from nanomoe.model.positions import Position
 from nanomoe.model.stack import STACKED, block_name
 from nanomoe.moe.layer import MoEAux
 from nanomoe.moe.routing import RouterInputs
-from nanomoe.ops import remat as remat_lib
 from nanomoe.ops.dropout import Dropout
+from nanomoe.ops.remat import remat
 
 
 class Block(nn.Module):
@@ -41,6 +41,8 @@ class Block(nn.Module):
     feed_forward: Factory of the feed-forward layer.
     dropout_rate: Dropout rate of both branches.
     constrain: Function that keeps the residual stream divided by rows.
+    remat_attention: Whether the gradient computes the attention and what
+      precedes it in its branch again, from the block's input.
   """
 
   norm: NormFactory
@@ -49,6 +51,7 @@ class Block(nn.Module):
   feed_forward: FeedForwardFactory
   dropout_rate: float
   constrain: Callable[[jax.Array], jax.Array]
+  remat_attention: bool = False
 
   @nn.compact
   def __call__(
@@ -80,11 +83,19 @@ class Block(nn.Module):
     attention_cache, conv_caches = cache or (None, (None, None))
     first = jnp.zeros(len(x), jnp.int32) if start is None else start
 
-    y = self.norm(name='attention_norm')(x)
-    convolve = self.convolution(name='attention_convolution')
-    y, attention_conv = convolve(y, conv_caches[0], first)
+    def attend(block, x, attention_inputs, conv_cache, first):
+      y = block.norm(name='attention_norm')(x)
+      convolve = block.convolution(name='attention_convolution')
+      y, conv_cache = convolve(y, conv_cache, first)
+      y, cache = block.attention()(y, attention_inputs, train=train)
+      return y, cache, conv_cache
+
+    if self.remat_attention and train:
+      attend = remat(attend)
     attention_inputs = AttentionInputs(attention_cache, start, length)
-    y, attention_cache = self.attention()(y, attention_inputs, train=train)
+    y, attention_cache, attention_conv = attend(
+      self, x, attention_inputs, conv_caches[0], first
+    )
     x = x + Dropout(self.dropout_rate)(y, train=train)
 
     y = self.norm(name='feed_forward_norm')(x)
@@ -110,11 +121,11 @@ class Period(nn.Module):
 
   Attributes:
     blocks: Factories of the blocks, first block first.
-    remat: As of `Transformer`.
+    remat_blocks: As of `Transformer`.
   """
 
   blocks: Sequence[BlockFactory]
-  remat: bool
+  remat_blocks: bool
 
   @nn.compact
   def __call__(
@@ -148,7 +159,7 @@ class Period(nn.Module):
       caches,
       start,
       length,
-      remat=self.remat,
+      remat_blocks=self.remat_blocks,
       train=train,
     )
     return x, (reports[0] if reports else None, None if train else caches)
@@ -163,7 +174,7 @@ def _run(
   start: jax.Array | None,
   length: jax.Array | None,
   *,
-  remat: bool,
+  remat_blocks: bool,
   train: bool,
 ) -> tuple[jax.Array, list[MoEAux], tuple[BlockCache, ...]]:
   """Returns the output of blocks, their reports and their decode caches."""
@@ -171,8 +182,8 @@ def _run(
   def run(block, x, *args):
     return block(x, *args, train=train)
 
-  if remat and train:
-    run = remat_lib.remat(run)
+  if remat_blocks and train:
+    run = remat(run)
   reports, new_caches = [], []
   for i, block in enumerate(blocks):
     # Row of the next layer of experts; a dense layer ignores it.
@@ -190,12 +201,12 @@ class Transformer(nn.Module):
   """Decoder-only transformer, from tokens to the logits of the next tokens.
 
   Attributes:
-    vocab_size: Number of tokens in the vocabulary.
+    vocab_size: Number of tokens in the vocabulary, with its padding.
     d_model: Width of the residual stream.
     dropout_rate: Dropout rate of the sum of embeddings.
-    remat: Whether the gradient computes each block again from the block's
-      input. This costs a third more work, and activations take a fraction of
-      the memory.
+    remat_blocks: Whether the gradient computes each block again from the
+      block's input. This costs a third more work, and activations take a
+      fraction of the memory.
     ngrams: Factory of the n-gram embeddings.
     position: Position encoding.
     blocks: Factories of the blocks, first block first.
@@ -212,7 +223,7 @@ class Transformer(nn.Module):
   vocab_size: int
   d_model: int
   dropout_rate: float
-  remat: bool
+  remat_blocks: bool
   ngrams: NgramsFactory
   position: Position
   blocks: Sequence[BlockFactory]
@@ -277,7 +288,7 @@ class Transformer(nn.Module):
       None if cache is None else cache.blocks[: len(unrolled)],
       start,
       length,
-      remat=self.remat,
+      remat_blocks=self.remat_blocks,
       train=train,
     )
     aux = _stack(reports) if reports else None
@@ -292,7 +303,7 @@ class Transformer(nn.Module):
       )
       blocks = self.blocks[len(unrolled) :][: self.period]
       x, (aux, stacked) = scan(
-        Period(blocks, self.remat, name=STACKED),
+        Period(blocks, self.remat_blocks, name=STACKED),
         x,
         bias,
         None if cache is None else cache.blocks[len(unrolled) :],

@@ -20,8 +20,8 @@ def hint(config: Config, memory: StepMemory) -> str:
   while halved > 1 and memory.free is not None and needed > memory.free:
     halved, needed = halved // 2, needed / 2
   options = []
-  if not config.model.remat:
-    options.append('--config.model.remat=true')
+  if config.model.remat != 'block':
+    options.append('--config.model.remat=block')
   if config.precision == 'float32':
     options.append('--config.precision=bfloat16')
   if halved:

@@ -62,7 +62,7 @@ def case(injected, words, *parts):
       '0.9,0.99',
     ),
     case('a bool for an int', ['--config.seed=True'], 'seed', 'True'),
-    case('a number for a bool', ['--config.model.remat=1'], 'model.remat'),
+    case('a number for a bool', ['--config.model.bias=1'], 'model.bias'),
     case('nan', ['--config.moe.aux_weight=nan'], 'aux_weight', 'nan'),
     case('infinity', ['--config.moe.aux_weight=-inf'], 'aux_weight', 'inf'),
     case(
@@ -73,8 +73,8 @@ def case(injected, words, *parts):
     case('an override without a value', ['--config.seed'], 'config.seed'),
     case(
       'a flag in place of a value',
-      ['--config.model.remat', '--config.seed=1'],
-      'model.remat',
+      ['--config.model.bias', '--config.seed=1'],
+      'model.bias',
       'true or false',
     ),
     case('a section as a key', ['--config.moe=3'], 'moe', 'section'),
