@@ -7,11 +7,11 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks import products
 from configs import base
 from nanomoe import experiment, optimizers
 from nanomoe.config import overrides as config_lib
 from nanomoe.config.schema import Config
+from nanomoe.planning import products
 from trainers import step as step_lib
 from trainers.state import TrainState
 from trainers.task import Task

@@ -468,8 +468,9 @@ def test_a_key_that_an_older_run_lacks_gets_its_value(tmp_path):
 
 def test_a_section_that_a_config_lacks_is_still_missing():
   mesh = dict.fromkeys(('data', 'fsdp', 'expert', 'tensor'), 1)  # It is new.
-  assert older.upgrade({'seed': 1}) == {'seed': 1, 'mesh': mesh}
-  assert older.upgrade({'moe': 3}) == {'moe': 3, 'mesh': mesh}
+  new = {'accumulate_steps': 1, 'mesh': mesh}
+  assert older.upgrade({'seed': 1}) == {'seed': 1, **new}
+  assert older.upgrade({'moe': 3}) == {'moe': 3, **new}
 
 
 def test_a_choice_does_not_offer_old_names():

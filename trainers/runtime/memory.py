@@ -51,15 +51,23 @@ def measure(step: jax.stages.Compiled, state: Any) -> StepMemory | None:
   if analysis is None:
     return None
   on_host = jax.default_backend() == 'cpu'
-  temporaries = (
+  return StepMemory(
+    state=sum(x.nbytes for x in jax.tree.leaves(state)),
+    temporaries=temporaries(analysis),
+    free=_free_on_host() if on_host else _free_on_device(),
+  )
+
+
+def temporaries(analysis: Any) -> int:
+  """Returns the bytes that a program allocates besides its arguments.
+
+  Args:
+    analysis: Result of `memory_analysis()` of the compiled program.
+  """
+  return (
     analysis.temp_size_in_bytes
     + analysis.output_size_in_bytes
     - analysis.alias_size_in_bytes
-  )
-  return StepMemory(
-    state=sum(x.nbytes for x in jax.tree.leaves(state)),
-    temporaries=temporaries,
-    free=_free_on_host() if on_host else _free_on_device(),
   )
 
 
