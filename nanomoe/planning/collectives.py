@@ -20,6 +20,9 @@ _BRANCHES = re.compile(r'branch_computations=\{(.*?)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 _IOTA = re.compile(r'replica_groups=\[(\d+),(\d+)\]')
+# Axes of a mesh that form a group. A part of an axis has its size behind it.
+_NAMED = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
+_AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 
 
 class Traffic(NamedTuple):
@@ -35,7 +38,7 @@ class Traffic(NamedTuple):
   result_bytes: float
   received_bytes: float
 
-  def plus(self, other: 'Traffic', times: float = 1) -> 'Traffic':
+  def plus(self, other: 'Traffic', times: float | int = 1) -> 'Traffic':
     """Returns self + times * other."""
     return Traffic(*(a + times * b for a, b in zip(self, other, strict=True)))
 
@@ -124,16 +127,27 @@ def _traffic(kind: str, line: hlo.Line) -> Traffic:
 
 
 def _group_size(line: hlo.Line) -> int:
-  """Returns the number of devices that take part together."""
+  """Returns the number of devices that take part together.
+
+  Raises:
+    ValueError: XLA writes the groups in a way that is not known.
+  """
   if listed := _LISTED.search(line.rest):
     return max(len(listed[1].split(',')), 1)
   if iota := _IOTA.search(line.rest):
     return int(iota[2])
-  return 2  # Pairs of a permutation.
+  if named := _NAMED.search(line.rest):
+    sizes = {name: size for name, size, _ in _AXIS.findall(named[1])}
+    return math.prod(
+      int(part or sizes[name]) for name, _, part in _AXIS.findall(named[2])
+    )
+  if 'source_target_pairs' in line.rest:
+    return 2
+  raise ValueError(f'unknown replica groups: {line.rest[:500]}')
 
 
 def extrapolate(
-  first: Collectives, second: Collectives, steps: float
+  first: Collectives, second: Collectives, steps: float | int
 ) -> Collectives:
   """Returns first + steps * (second - first), which grows with the layers.
 

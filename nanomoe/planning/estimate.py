@@ -21,6 +21,9 @@ MAX_VIRTUAL = 2048
 MAX_LAYERS = 8
 
 
+Number = float | int
+
+
 class Target(NamedTuple):
   """Hardware of a plan.
 
@@ -66,7 +69,7 @@ def make(
   depths = _depths(config, max_layers)
   batch_size = config.batch_size
   batch_sizes = [batch_size] + [2 * batch_size] * bool(target.memory)
-  found = _ask(
+  found = ask(
     {
       'config': config.to_dict(),
       'vocab_size': vocab_size,
@@ -80,7 +83,7 @@ def make(
   points = {(p[0], p[1]): p for p in found.pop('points')}
   steps = _steps(config, depths)
 
-  def at_depth(read: Callable[[list], float], batch: int) -> float:
+  def at_depth(read: Callable[[list], Number], batch: int) -> Number:
     values = [read(points[depth, batch]) for depth in depths]
     return values[0] + steps * (values[-1] - values[0])
 
@@ -168,7 +171,7 @@ def _depths(config: Config, max_layers: int) -> list[int]:
   return [first, first + period]
 
 
-def _steps(config: Config, depths: list[int]) -> float:
+def _steps(config: Config, depths: list[int]) -> Number:
   """Returns the number of periods between the first depth and the model's."""
   return (config.model.num_layers - depths[0]) / _repetition(config)[1]
 
@@ -180,8 +183,12 @@ def _repetition(config: Config) -> tuple[int, int]:
   )
 
 
-def _ask(request: dict[str, Any], num_devices: int) -> dict[str, Any]:
-  """Returns the answer of a worker with as many virtual devices.
+def ask(request: dict[str, Any], num_devices: int) -> dict[str, Any]:
+  """Returns the answer of a worker.
+
+  Args:
+    request: Fields of `worker.Request`.
+    num_devices: Number of virtual devices.
 
   Raises:
     UserError: The worker reports mistakes.
@@ -215,8 +222,8 @@ def _ask(request: dict[str, Any], num_devices: int) -> dict[str, Any]:
 
 
 def _memory(
-  found: dict[str, Any], at_depth: Callable[..., float], batch_size: int
-) -> dict[str, float]:
+  found: dict[str, Any], at_depth: Callable[..., Number], batch_size: int
+) -> dict[str, Number]:
   """Returns the bytes on each device by term; `total` is their sum.
 
   XLA places gradients and activations itself. The activations are what remains
@@ -238,8 +245,8 @@ def _memory(
 
 
 def _peak_process_bytes(
-  process: dict[str, int], memory: dict[str, float]
-) -> float:
+  process: dict[str, int], memory: dict[str, Number]
+) -> Number:
   """Returns the peak resident set size of a run on one CPU.
 
   The peak is that of the compiler, beside the state, or that of a step. A
@@ -260,7 +267,7 @@ def _largest_batch(
   sizes: dict[str, int],
   target: Target,
   plan: dict[str, Any],
-  at_depth: Callable[..., float],
+  at_depth: Callable[..., Number],
 ) -> dict[str, Any]:
   """Returns the largest batch that fits the memory of a device.
 

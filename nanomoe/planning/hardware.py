@@ -56,7 +56,7 @@ def parse_bytes(text: str, name: str) -> int:
   return int(value)
 
 
-def shown(num_bytes: float) -> str:
+def shown(num_bytes: float | int) -> str:
   """Returns bytes with a decimal unit and three digits, such as '1.53 GB'."""
   value = float(num_bytes)
   for unit in ('B', 'kB', 'MB', 'GB', 'TB'):

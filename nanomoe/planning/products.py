@@ -16,7 +16,7 @@ def count(fn: Callable[..., Any], *args: Any, trips: int | None = None) -> int:
   ragged product counts each row by its own group's matrix; a backend may
   compute more. The body of a scan counts as often as it runs, and a conditional
   counts as its most expensive branch. The body of a `shard_map` counts for each
-  device of the axes that it makes manual, so that the result is that of the whole mesh.
+  device of the axes that it makes manual: the result is that of the whole mesh.
 
   Args:
     fn: Function that JAX can trace.

@@ -179,7 +179,8 @@ def active_flops_per_token(
     mesh: Mesh of one device.
   """
   values = config.to_dict()
-  values.update(batch_size=1, accumulate_steps=1)
+  # In bfloat16, dense experts compute their hidden layers again.
+  values.update(batch_size=1, accumulate_steps=1, precision='float32')
   values['model'].update(remat='none', logits_chunk=0)
   whole = make(schema.make(values), vocab_size, mesh)
   moe = values['moe']
