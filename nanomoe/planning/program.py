@@ -45,8 +45,8 @@ class Program(NamedTuple):
   step: Any
   placement: Placement
   state: TrainState
-  batch: dict[str, jax.ShapeDtypeStruct]
-  key: jax.ShapeDtypeStruct
+  batch: Any
+  key: Any
 
 
 def make(config: Config, vocab_size: int, mesh: Mesh | AbstractMesh) -> Program:
@@ -72,9 +72,13 @@ def make(config: Config, vocab_size: int, mesh: Mesh | AbstractMesh) -> Program:
     for name, dtype in dtypes.items()
   }
 
+  init: Any = task.init
+
   def create(key, batch):
+    params, model_state = init(key, batch)
     return TrainState.create(
-      *task.init(key, batch),
+      params,
+      model_state,
       optimizer,
       average=options.ema_decay > 0,
       window=spikes.window,
