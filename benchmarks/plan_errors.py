@@ -278,6 +278,7 @@ def main(_: None) -> int:
       print(name, row['error_of_step'], row['error_of_process'], flush=True)
   if 'large' in _PARTS.value:
     figures['large'] = {name: of_large(name) for name in LARGE}
+    results.write('plan', figures)
   if 'exchange' in _PARTS.value:
     figures['exchange'] = {
       exchange: {str(parts): of_exchange(exchange, parts) for parts in AXES}

@@ -19,6 +19,9 @@ from trainers.mesh import BATCH_AXES, mesh_shape
 MAX_VIRTUAL = 2048
 # Layers that are compiled as they are; deeper unrolled models are extrapolated.
 MAX_LAYERS = 8
+# Multiples of the batch that are compiled to find the largest one. Memory bends
+# upwards: with small batches the peak is in the optimizer.
+BATCH_FACTORS = (1, 4, 16)
 
 
 Number = float | int
@@ -68,7 +71,8 @@ def make(
   compiled_sizes = _reduced(sizes)
   depths = _depths(config, max_layers)
   batch_size = config.batch_size
-  batch_sizes = [batch_size] + [2 * batch_size] * bool(target.memory)
+  factors = BATCH_FACTORS if target.memory else (1,)
+  batch_sizes = [factor * batch_size for factor in factors]
   found = ask(
     {
       'config': config.to_dict(),
@@ -274,13 +278,16 @@ def _largest_batch(
   Raises:
     UserError: The smallest batch does not fit.
   """
-  batch_size = config.batch_size
-  total, double = (
-    at_depth(lambda p: p[2] + p[3], batch)
-    for batch in (batch_size, 2 * batch_size)
-  )
-  of_sequence = max((double - total) / batch_size, 1e-9)
   smallest = config.accumulate_steps * math.prod(sizes[a] for a in BATCH_AXES)
+  batches = [factor * config.batch_size for factor in BATCH_FACTORS]
+  totals = [at_depth(lambda p: p[2] + p[3], batch) for batch in batches]
+  # The segment that holds the limit; the first and the last are rays.
+  inner = zip(batches[1:-1], totals[1:-1], strict=True)
+  first = sum(total <= target.memory for _, total in inner)
+  batch_size, total = batches[first], totals[first]
+  of_sequence = max(
+    (totals[first + 1] - total) / (batches[first + 1] - batch_size), 1e-9
+  )
   limit = batch_size + (target.memory - total) / of_sequence
   largest = int(min(limit, 2**31 - 1) // smallest) * smallest
   if largest < smallest:

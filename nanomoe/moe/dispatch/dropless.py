@@ -13,6 +13,7 @@ from nanomoe.moe.dispatch.plan import Plan, make_plan
 from nanomoe.moe.experts import Experts
 from nanomoe.moe.routing import Routing
 from nanomoe.ops import matmul, permute
+from nanomoe.ops.vary import vary, varying_axes
 from trainers.metrics import Mean
 
 
@@ -88,7 +89,7 @@ def _forward(x, weight, experts, plan, precision):
     y.append(rows)
     vjps.append(vjp)
   rows = _concatenate(y) if y else None  # [slots, d_model]
-  y = jnp.zeros(x.shape, weight.dtype)
+  y = vary(jnp.zeros(x.shape, weight.dtype), varying_axes(x))
   if rows is not None:
     y = permute.sum_rows(rows, plan.slot, weight if weigh_output else None)
   y = _add_overflow(y, operands, plan.overflow, precision)
@@ -116,7 +117,10 @@ def _backward(precision, residuals, g):
       jax.tree.map(lambda *g: jnp.concatenate(g), *of_experts),
     )
   else:
-    grads = jax.tree.map(lambda a: jnp.zeros(a.shape, weight.dtype), operands)
+    grads = jax.tree.map(
+      lambda a: vary(jnp.zeros(a.shape, weight.dtype), varying_axes(a)),
+      operands,
+    )
   grads = _add_overflow_grads(grads, g, operands, plan.overflow, precision)
   return *grads, None
 
