@@ -253,9 +253,9 @@ def _against() -> str | None:
   return '\n'.join(lines)
 
 
-def _plan(make: Callable[[dict], str]) -> str | None:
-  figures = results.read('plan')
-  return make(figures) if figures else None
+def _plan(part: str, make: Callable[[dict], str]) -> str | None:
+  figures = results.read('plan') or {}
+  return make(figures) if part in figures else None
 
 
 def _study(module) -> str | None:
@@ -300,9 +300,13 @@ TABLES = {
     'by_position': functools.partial(_study, by_position),
   },
   'docs/guides/planning.md': {
-    'plan_configs': functools.partial(_plan, plan_errors.configs_table),
-    'plan_large': functools.partial(_plan, plan_errors.large_table),
-    'plan_exchange': functools.partial(_plan, plan_errors.exchange_table),
+    'plan_configs': functools.partial(
+      _plan, 'configs', plan_errors.configs_table
+    ),
+    'plan_large': functools.partial(_plan, 'large', plan_errors.large_table),
+    'plan_exchange': functools.partial(
+      _plan, 'exchange', plan_errors.exchange_table
+    ),
   },
   'benchmarks/NOTES.md': {
     'profile': functools.partial(_study, profile),
