@@ -20,8 +20,9 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from benchmarks import hlo, results
+from benchmarks import results
 from benchmarks.variant import Variant
+from nanomoe.planning import hlo
 from nanomoe.run import cli
 
 _FLAGS = flags.FlagValues()

@@ -22,6 +22,7 @@ from benchmarks import (
   generate,
   layer,
   peers,
+  plan_errors,
   precision_curves,
   profile,
   recipe,
@@ -252,6 +253,11 @@ def _against() -> str | None:
   return '\n'.join(lines)
 
 
+def _plan(part: str, make: Callable[[dict], str]) -> str | None:
+  figures = results.read('plan') or {}
+  return make(figures) if part in figures else None
+
+
 def _study(module) -> str | None:
   figures = results.read(module.__name__.rpartition('.')[2])
   return module.table(figures) if figures else None
@@ -292,6 +298,15 @@ TABLES = {
     'ablation': functools.partial(_study, ablation),
     'race': _race,
     'by_position': functools.partial(_study, by_position),
+  },
+  'docs/guides/planning.md': {
+    'plan_configs': functools.partial(
+      _plan, 'configs', plan_errors.configs_table
+    ),
+    'plan_large': functools.partial(_plan, 'large', plan_errors.large_table),
+    'plan_exchange': functools.partial(
+      _plan, 'exchange', plan_errors.exchange_table
+    ),
   },
   'benchmarks/NOTES.md': {
     'profile': functools.partial(_study, profile),

@@ -7,12 +7,12 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks import products
 from configs import base
 from nanomoe import experiment, optimizers
 from nanomoe.config import overrides as config_lib
 from nanomoe.config.schema import Config
 from nanomoe.model import parameters
+from nanomoe.planning import products
 from trainers import step as step_lib
 from trainers.mesh import Placement, make_mesh
 from trainers.state import TrainState

@@ -27,7 +27,12 @@ MODULES = {
   'schema': 'nanomoe.config.schema',
 }
 # Commands with flags of their own; `nanomoe.console` calls them by name.
-COMMANDS = ('nanomoe.main', 'nanomoe.evaluate', 'nanomoe.generate')
+COMMANDS = (
+  'nanomoe.main',
+  'nanomoe.evaluate',
+  'nanomoe.generate',
+  'nanomoe.plan',
+)
 PACKAGES = ('nanomoe', 'trainers')
 # {config key: (module, table of the names that the key accepts)}.
 NAMES = {

@@ -45,6 +45,9 @@ COMMANDS = {
   'generate': Command(
     'nanomoe.generate', 'Prints text that a checkpoint generates.'
   ),
+  'plan': Command(
+    'nanomoe.plan', 'Prints the memory, the work and the time of a run.'
+  ),
 }
 # Kind of part that `nanomoe list` shows: the table of its names.
 TABLES = {
@@ -168,7 +171,7 @@ def completion(shell: str) -> str:
       f'--{flag.name}' + ('' if isinstance(flag, flags.BooleanFlag) else '=')
       for flag in cli.own_flags(values)
     ]
-    words += keys if name == 'train' else []
+    words += keys if name in ('train', 'plan') else []
     cases.append(f'    {name}) words="{" ".join(words)}" ;;')
   names = ' '.join([*COMMANDS, 'list', 'completion', '--version', '--help'])
   start = (

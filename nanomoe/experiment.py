@@ -27,9 +27,12 @@ from nanomoe.data import tokenizers
 from nanomoe.data.pipeline import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.model import checkpoints, parameters
-from nanomoe.model.build import generation_problem, layers_with_experts
+from nanomoe.model.build import (
+  generation_problem,
+  layers_with_experts,
+  resolve_auto,
+)
 from nanomoe.moe.dispatch import exchange, registry
-from nanomoe.ops import matmul
 from nanomoe.ops.activations import ACTIVATIONS
 from nanomoe.run import (
   charts,
@@ -231,16 +234,6 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
     meta['step'],
     meta['identity'],
   )
-
-
-def resolve_auto(config: Config) -> Config:
-  """Returns a copy with 'auto' resolved, which a resumed run keeps."""
-  config = config.copy_and_resolve_references()
-  config.precision = matmul.resolve_precision(config.precision)
-  moe = config.moe
-  moe.dispatch = registry.resolve_dispatch(moe.dispatch)
-  moe.eval_dispatch = registry.resolve_dispatch(moe.eval_dispatch)
-  return config
 
 
 def _exchange(config: Config, mesh: Mesh) -> str:

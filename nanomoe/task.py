@@ -7,7 +7,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 import numpy as np
 
@@ -331,7 +331,7 @@ def build_task(
   vocab_size: int,
   token_bytes: Sequence[bytes] | None = None,
   watched: Sequence[int] = (),
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
 ) -> LanguageModel:
   """Returns the task of a config.
 

@@ -44,10 +44,16 @@ ARROWS = {
   'optimizers': ('schedules', 'model', 'config'),
   'sampling': ('model',),
   'task': ('model', 'moe', 'ops', 'config'),
+  'planning': (
+    *('task', 'optimizers', 'model', 'moe', 'ops', 'data', 'run', 'config'),
+  ),
   'callbacks': ('task', 'sampling', 'model', 'moe', 'ops', 'data', 'run'),
 }
 # They may import every room; no room imports them.
-DOORS = ('__main__', 'console', 'main', 'evaluate', 'generate', 'experiment')
+DOORS = (
+  *('__main__', 'console', 'main', 'evaluate', 'generate', 'plan'),
+  'experiment',
+)
 MAX_ENTRIES = 20  # In a folder.
 
 
@@ -169,9 +175,10 @@ def test_every_package_is_listed_for_installation():
       assert any(fnmatch.fnmatch(name, pattern) for pattern in include), name
 
 
-def test_main_is_light_and_answers_before_jax():
+@pytest.mark.parametrize('name', ['main', 'plan'])
+def test_a_command_is_light_and_answers_before_jax(name):
   code = (
-    'import sys, nanomoe.main\n'
+    f'import sys, nanomoe.{name}\n'
     'print([m for m in ("jax", "flax", "orbax", "rich") if m in sys.modules])'
   )
   out = subprocess.run(

@@ -85,6 +85,8 @@ def test_the_command_as_a_process(run, words, code, shown):
     (['list', 'rou'], 'routers'),
     (['train', '--config.moe.top'], '--config.moe.top_k='),
     (['evaluate', '--sp'], '--split='),
+    (['plan', '--config.moe.top'], '--config.moe.top_k='),
+    (['plan', '--mf'], '--mfu='),
     (['train', '--qu'], '--quiet'),
   ],
 )

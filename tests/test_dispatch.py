@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import products
 from nanomoe import experiment
 from nanomoe.config import schema
 from nanomoe.moe import experts as experts_lib
@@ -17,6 +16,7 @@ from nanomoe.moe.dispatch import plan as plan_lib
 from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.routers import Routing
 from nanomoe.ops.activations import ACTIVATIONS
+from nanomoe.planning import products
 
 SPARSE = [name for name in DISPATCH if name != 'dense']
 NUM_EXPERTS, D_MODEL, D_FF = 5, 8, 12

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from benchmarks import hlo
+from nanomoe.planning import hlo
 
 # As XLA writes a product that it fused and left without a name.
 _UNNAMED = """

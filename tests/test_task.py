@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import products
+from benchmarks.products import ideal
 from configs import base
 from nanomoe import experiment, optimizers
 from nanomoe.ops.cross_entropy import cross_entropy
 from nanomoe.ops.matmul import PRECISIONS
+from nanomoe.planning import products
 from tests.routed import QUICKLY
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
@@ -200,8 +201,8 @@ def test_products_of_a_documented_step_are_near_the_sparse_ideal(precision):
     num_experts=config.moe.num_experts,
     d_ff=config.moe.d_ff,
   )
-  sparse = products.ideal(**sizes, experts_per_token=config.moe.top_k)
-  every = products.ideal(**sizes, experts_per_token=config.moe.num_experts)
+  sparse = ideal(**sizes, experts_per_token=config.moe.top_k)
+  every = ideal(**sizes, experts_per_token=config.moe.num_experts)
   assert round(sparse / 1e9, 1) == 35.7
   assert round(every / 1e9, 1) == 61.5
   hidden = 2 * sizes['num_tokens'] * config.moe.top_k * sizes['num_layers']

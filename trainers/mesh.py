@@ -5,14 +5,20 @@ The engine is JAX's own: arrays have shardings, and XLA's partitioner divides
 the program.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import logging
 import math
 import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 import numpy as np
 
 from trainers.checkpoint import arrays as arrays_lib
@@ -38,6 +44,41 @@ LARGE_BYTES = 1 << 20
 AxesOf = Callable[[str, tuple[int, ...]], tuple[str | None, ...]]
 
 
+def mesh_shape(
+  sizes: Mapping[str, int] | None, num_devices: int
+) -> tuple[int, ...]:
+  """Returns the size of each axis of `AXES`, with -1 replaced.
+
+  Args:
+    sizes: As of `make_mesh`.
+    num_devices: Number of devices, which -1 uses.
+
+  Raises:
+    UserError: Several axes are -1, or -1 does not fit.
+  """
+  shape = [(sizes or {}).get(axis, 1) for axis in AXES]
+  given = _shown(shape)
+  if shape.count(-1) > 1:
+    raise UserError(f'{given}: only one axis may be -1')
+  if -1 in shape:
+    others = -math.prod(shape)
+    if num_devices % others:
+      raise UserError(
+        f'{given}: the product of the other axes is {others}; it must divide '
+        f'the number of devices, {num_devices}'
+      )
+    shape[shape.index(-1)] = num_devices // others
+  return tuple(shape)
+
+
+def _shown(shape: Sequence[int]) -> str:
+  return ' '.join(
+    f'mesh.{axis}={size}'
+    for axis, size in zip(AXES, shape, strict=True)
+    if size != 1
+  )
+
+
 def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
   """Returns a mesh over the first devices, sorted by process.
 
@@ -49,29 +90,14 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     UserError: There are not as many devices, or -1 does not fit.
   """
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-  shape = [(sizes or {}).get(axis, 1) for axis in AXES]
-  given = ' '.join(
-    f'mesh.{axis}={size}'
-    for axis, size in zip(AXES, shape, strict=True)
-    if size != 1
-  )
-  if shape.count(-1) > 1:
-    raise UserError(f'{given}: only one axis may be -1')
-  if -1 in shape:
-    others = -math.prod(shape)
-    if len(devices) % others:
-      raise UserError(
-        f'{given}: the product of the other axes is {others}; it must divide '
-        f'the number of devices, {len(devices)}'
-      )
-    shape[shape.index(-1)] = len(devices) // others
+  shape = mesh_shape(sizes, len(devices))
   size = math.prod(shape)
   if size > len(devices):
     on_cpu = jax.default_backend() == 'cpu'
     hint = f'; JAX_NUM_CPU_DEVICES={size} makes as many on a CPU'
     raise UserError(
-      f'{given}: the mesh has {size} places, and there are {len(devices)} '
-      f'devices{hint if on_cpu else ""}'
+      f'{_shown(shape)}: the mesh has {size} places, and there are '
+      f'{len(devices)} devices{hint if on_cpu else ""}'
     )
   return Mesh(
     np.array(devices[:size]).reshape(shape),
@@ -80,12 +106,27 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
   )
 
 
-def num_batch_parts(mesh: Mesh) -> int:
+def make_abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+  """Returns a mesh without devices, for shapes and traces of any size.
+
+  Args:
+    sizes: Size of each axis of `AXES`, none of them -1; missing ones are 1.
+  """
+  return AbstractMesh(
+    tuple(sizes.get(axis, 1) for axis in AXES),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
+
+
+def num_batch_parts(mesh: Mesh | AbstractMesh) -> int:
   """Returns the number of parts into which a batch's rows are divided."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def row_constraint(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:
+def row_constraint(
+  mesh: Mesh | AbstractMesh | None,
+) -> Callable[[jax.Array], jax.Array]:
   """Returns a function that keeps activations divided by rows alone.
 
   Without it, activations may take on the sharding of a parameter, and the
@@ -114,7 +155,8 @@ class Placement:
   """Shardings of a run's arrays.
 
   Args:
-    mesh: Mesh of the run; None makes one of a single device.
+    mesh: Mesh of the run; None makes one of a single device. An abstract mesh
+      serves shapes alone.
     axes_of: Mesh axes of a parameter. Axes that do not divide the array are
       dropped. None replicates all parameters.
 
@@ -124,7 +166,11 @@ class Placement:
     batch: Sharding of a batch's arrays.
   """
 
-  def __init__(self, mesh: Mesh | None = None, axes_of: AxesOf | None = None):
+  def __init__(
+    self,
+    mesh: Mesh | AbstractMesh | None = None,
+    axes_of: AxesOf | None = None,
+  ):
     self.mesh = mesh or make_mesh()
     self.replicated = NamedSharding(self.mesh, PartitionSpec())
     self.batch = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))

@@ -89,17 +89,8 @@ class StepRunner:
       self._update = futures.Future()
       self._update.set_result(self._debugged)
       return
-    replicated = self._placement.replicated
-    update = jax.jit(
-      functools.partial(_accumulate, self._step_fn),
-      donate_argnums=0,
-      # XLA would choose others, which the next step would refuse.
-      out_shardings=(
-        jax.tree.map(lambda x: x.sharding, state),
-        replicated,
-        replicated,
-      ),
-    ).lower(state, self._zeros, batch, self._key)
+    arguments = state, self._zeros, batch, self._key
+    update = lower(self._step_fn, self._placement, *arguments)
     pool = futures.ThreadPoolExecutor(1)
     self._update = pool.submit(update.compile)
     pool.shutdown(wait=False)
@@ -155,6 +146,39 @@ class StepRunner:
     self.memory = memory = memory_lib.measure(update, state)
     if memory and not memory.fits:
       log.warning('it may not fit: %s; %s', memory, self._hint(memory))
+
+
+def lower(
+  step_fn: StepFn,
+  placement: Placement,
+  state: TrainState,
+  running: Metrics,
+  batch: Batch,
+  key: jax.Array,
+) -> jax.stages.Lowered:
+  """Returns the lowered step of a run, which also accumulates metrics.
+
+  The arguments are arrays, or shapes with their shardings.
+
+  Args:
+    step_fn: Training step.
+    placement: Shardings of the run's arrays.
+    state: State, which the step donates.
+    running: Metrics to add to.
+    batch: Batch.
+    key: Random key of the run.
+  """
+  replicated = placement.replicated
+  return jax.jit(
+    functools.partial(_accumulate, step_fn),
+    donate_argnums=0,
+    # XLA would choose others, which the next step would refuse.
+    out_shardings=(
+      jax.tree.map(lambda x: x.sharding, state),
+      replicated,
+      replicated,
+    ),
+  ).lower(state, running, batch, key)
 
 
 def _accumulate(step_fn, state, running, batch, key):

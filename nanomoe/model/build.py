@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nanomoe.config import layers
 from nanomoe.config.schema import Config
@@ -25,13 +25,24 @@ from nanomoe.moe import experts as experts_lib
 from nanomoe.moe.dispatch import registry
 from nanomoe.moe.layer import FeedForward, MoE, RoutedAndShared
 from nanomoe.moe.routers import ROUTERS, interface_problem
+from nanomoe.ops import matmul
 from trainers import spec
 from trainers.errors import UserError
 from trainers.mesh import row_constraint
 
 
+def resolve_auto(config: Config) -> Config:
+  """Returns a copy with 'auto' resolved, which a resumed run keeps."""
+  config = config.copy_and_resolve_references()
+  config.precision = matmul.resolve_precision(config.precision)
+  moe = config.moe
+  moe.dispatch = registry.resolve_dispatch(moe.dispatch)
+  moe.eval_dispatch = registry.resolve_dispatch(moe.eval_dispatch)
+  return config
+
+
 def build_transformer(
-  config: Config, vocab_size: int, mesh: Mesh | None = None
+  config: Config, vocab_size: int, mesh: Mesh | AbstractMesh | None = None
 ) -> Transformer:
   """Returns the transformer of a config.
 

@@ -57,15 +57,23 @@ def measure(step: jax.stages.Compiled, state: Any) -> StepMemory | None:
   on_host = jax.default_backend() == 'cpu'
   leaves = jax.tree.leaves(state)
   copies = len(leaves[0].sharding.addressable_devices) if on_host else 1
-  temporaries = (
+  return StepMemory(
+    state=copies * sum(map(_bytes_per_device, leaves)),
+    temporaries=copies * temporaries(analysis),
+    free=_free_on_host() if on_host else _free_on_device(),
+  )
+
+
+def temporaries(analysis: Any) -> int:
+  """Returns the bytes that a device allocates besides the program's arguments.
+
+  Args:
+    analysis: Result of `memory_analysis()` of the compiled program.
+  """
+  return (
     analysis.temp_size_in_bytes
     + analysis.output_size_in_bytes
     - analysis.alias_size_in_bytes
-  )
-  return StepMemory(
-    state=copies * sum(map(_bytes_per_device, leaves)),
-    temporaries=copies * temporaries,
-    free=_free_on_host() if on_host else _free_on_device(),
   )
 
 

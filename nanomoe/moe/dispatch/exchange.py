@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from nanomoe.moe.dispatch.interface import DispatchFn, dispatch_metrics
@@ -32,7 +32,11 @@ LocalFn = Callable[..., jax.Array]
 
 
 def divided(
-  dispatch: DispatchFn, mesh: Mesh, exchange: str, *, expects: bool
+  dispatch: DispatchFn,
+  mesh: Mesh | AbstractMesh,
+  exchange: str,
+  *,
+  expects: bool,
 ) -> DispatchFn:
   """Returns a dispatch of rows that are divided over a mesh.
 

@@ -5,7 +5,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nanomoe.config import schema
 from nanomoe.moe.dispatch import exchange
@@ -47,7 +47,7 @@ DISPATCH = {
 
 
 def build(
-  name: str, moe: Mapping[str, Any], mesh: Mesh | None = None
+  name: str, moe: Mapping[str, Any], mesh: Mesh | AbstractMesh | None = None
 ) -> DispatchFn:
   """Returns the dispatch `name` with its arguments from the config.
 

@@ -1,4 +1,4 @@
-"""What XLA's text of a compiled program says of its operations."""
+"""Reader of XLA's text of a compiled program."""
 
 from collections.abc import Iterator
 import math
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class Op(NamedTuple):
-  """An instruction that runs by itself.
+  """Instruction that runs by itself.
 
   Attributes:
-    source: the traced operation that it is named for, by module and transform;
-      that of an operand where XLA gave it no name.
-    flops: 2 * multiply-adds of the products in it.
-    bytes: of its operands and results.
-    code: its name in HLO: fusion, while, copy, ...
+    source: Traced operation that the instruction is named for, by module and
+      transform; that of an operand where XLA gave it no name.
+    flops: Floating-point operations of its products, 2 * multiply-adds.
+    bytes: Bytes of its operands and results.
+    code: Name of the instruction in HLO: fusion, while, copy, ...
   """
 
   source: str
@@ -23,7 +23,16 @@ class Op(NamedTuple):
   code: str
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
+  """Line of a computation.
+
+  Attributes:
+    name: Name of the result.
+    type: Type of the result, a tuple in parentheses.
+    code: Name of the instruction in HLO.
+    rest: Operands, attributes and metadata.
+  """
+
   name: str
   type: str
   code: str
@@ -31,7 +40,7 @@ class _Line(NamedTuple):
 
 
 _COMPUTATION = re.compile(
-  r'^(?:ENTRY )?%?(\S+) \(.*?\{\n(.*?)^\}', re.MULTILINE | re.DOTALL
+  r'^(ENTRY )?%?(\S+) \(.*?\{\n(.*?)^\}', re.MULTILINE | re.DOTALL
 )
 _LINE = re.compile(
   r'^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$', re.MULTILINE
@@ -39,12 +48,33 @@ _LINE = re.compile(
 _SHAPE = re.compile(r'(pred|[a-z]+\d+)\[([\d,]*)\]')
 
 
+class Computations(NamedTuple):
+  """Computations of a program.
+
+  Attributes:
+    entry: Name of the computation that runs first.
+    lines: Lines by name, by the name of their computation.
+  """
+
+  entry: str
+  lines: dict[str, dict[str, Line]]
+
+
+def read(text: str) -> Computations:
+  """Returns the computations of a compiled program."""
+  found = _COMPUTATION.findall(text)
+  return Computations(
+    entry=next(name for mark, name, _ in found if mark),
+    lines={
+      name: {line.name: line for line in _lines(body)}
+      for _, name, body in found
+    },
+  )
+
+
 def parse(text: str) -> dict[str, Op]:
-  """Operations by name, those inside fusions joined to the fusion."""
-  computations = {
-    name: {line.name: line for line in _lines(body)}
-    for name, body in _COMPUTATION.findall(text)
-  }
+  """Returns operations by name, those inside fusions joined to the fusion."""
+  computations = read(text).lines
   ops = {}
   for lines in computations.values():
     for line in lines.values():
@@ -57,19 +87,19 @@ def parse(text: str) -> dict[str, Op]:
       ops[line.name] = Op(
         source=source,
         flops=sum(_flops(x, scope) for x in inner.values()),
-        bytes=_bytes(line.type)
-        + sum(_bytes(lines[x].type) for x in _operands(line) if x in lines),
+        bytes=num_bytes(line.type)
+        + sum(num_bytes(lines[x].type) for x in _operands(line) if x in lines),
         code=line.code,
       )
   return ops
 
 
-def _lines(body: str) -> Iterator[_Line]:
+def _lines(body: str) -> Iterator[Line]:
   for match in _LINE.finditer(body):
-    yield _Line(*match.groups())
+    yield Line(*match.groups())
 
 
-def _operands(line: _Line) -> list[str]:
+def _operands(line: Line) -> list[str]:
   return re.findall(r'%([\w.\-]+)', line.rest.partition(')')[0])
 
 
@@ -77,7 +107,8 @@ def _dimensions(shape: str) -> list[int]:
   return [int(n) for n in shape.split(',') if n]
 
 
-def _bytes(type_: str) -> int:
+def num_bytes(type_: str) -> int:
+  """Returns the bytes of a type, of all parts of a tuple."""
   return sum(
     math.prod(_dimensions(shape))
     * (1 if name == 'pred' else int(re.sub(r'\D', '', name)) // 8)
@@ -85,7 +116,7 @@ def _bytes(type_: str) -> int:
   )
 
 
-def _flops(line: _Line, scope: dict[str, _Line]) -> int:
+def _flops(line: Line, scope: dict[str, Line]) -> int:
   if line.code != 'dot':
     return 0
   contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', line.rest)

@@ -1,0 +1,1 @@
+"""Plans of a training run: its work, memory and traffic, before it runs."""
