@@ -1,4 +1,4 @@
-"""Steps of configs, lowered from shapes alone for platforms without a device."""
+"""Steps of configs, lowered from shapes for platforms without a device."""
 
 import importlib
 import re
