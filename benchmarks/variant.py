@@ -37,18 +37,24 @@ class Variant:
   Args:
     changes: Values of config keys that replace those of the config.
     config: The config; None for configs/base.py.
+    vocab_size: Number of tokens.
   """
 
-  def __init__(self, changes: dict[str, str], config: ConfigDict | None = None):
+  def __init__(
+    self,
+    changes: dict[str, str],
+    config: ConfigDict | None = None,
+    vocab_size: int = VOCAB_SIZE,
+  ):
     config = config_lib.apply(
       config or base.get_config(), list(changes.items())
     )
     self.config = experiment.resolve_auto(config)
-    self.task = experiment.build_task(self.config, VOCAB_SIZE)
-    self.step, create, self.batch = _program(config, self.task, VOCAB_SIZE)
+    self.task = experiment.build_task(self.config, vocab_size)
+    self.step, create, self.batch = _program(config, self.task, vocab_size)
     self.key = jax.random.key(0)
     self.state = jax.jit(create)(self.key)
-    self.jitted = jax.jit(self.step, donate_argnums=0)
+    self.jitted: Any = jax.jit(self.step, donate_argnums=0)
 
   def __call__(self) -> float:
     """Seconds of one step."""
@@ -56,6 +62,15 @@ class Variant:
     self.state, _ = self.jitted(self.state, self.batch, self.key)
     jax.block_until_ready(self.state)
     return time.perf_counter() - start
+
+  def compile(self) -> jax.stages.Compiled:
+    """Returns the compiled step, which later calls run.
+
+    The step donates the state.
+    """
+    compiled = self.jitted.lower(self.state, self.batch, self.key).compile()
+    self.jitted = compiled
+    return compiled
 
   def flops(self) -> int:
     """As of the function."""
