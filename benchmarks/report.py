@@ -21,6 +21,7 @@ from benchmarks import (
   config_runs,
   generate,
   layer,
+  memory,
   peers,
   plan_errors,
   precision_curves,
@@ -268,6 +269,11 @@ def _recipe(make: Callable[[dict], str]) -> str | None:
   return make(figures) if figures else None
 
 
+def _memory(part: str) -> str | None:
+  figures = results.read('memory') or {}
+  return memory.TABLES[part](figures) if part in figures else None
+
+
 def _race() -> str | None:
   figures = results.read('time_to_loss-nano-moe-jax')
   return time_to_loss.table(figures) if figures else None
@@ -285,8 +291,14 @@ TABLES = {
     'against': _against,
     'step_time': _variants,
     'scaling': _scaling,
+    'accumulation': functools.partial(_memory, 'accumulation'),
+    'compilation': functools.partial(_memory, 'compilation'),
     'layer': functools.partial(_layer, 'bfloat16'),
     'layer_float32': functools.partial(_layer, 'float32'),
+  },
+  'docs/guides/configuration.md': {
+    'remat': functools.partial(_memory, 'remat'),
+    'logits_chunk': functools.partial(_memory, 'logits_chunk'),
   },
   'docs/routing.md': {
     'routing_study': functools.partial(_study, routing_study),

@@ -30,15 +30,23 @@ _KEPT = (
 )
 
 
-def write(name: str, figures: dict[str, Any]) -> None:
-  """results/<name>.json: the figures and the machine."""
-  DIRECTORY.mkdir(exist_ok=True)
+def write(
+  name: str, figures: dict[str, Any], directory: pathlib.Path = DIRECTORY
+) -> None:
+  """Writes the figures and the machine to <directory>/<name>.json."""
+  directory.mkdir(parents=True, exist_ok=True)
   text = json.dumps({'machine': machine(), **figures}, indent=1)
-  (DIRECTORY / f'{name}.json').write_text(text + '\n')
+  # A reader never finds half a file, even if the process is killed.
+  part = directory / f'{name}.json.part'
+  part.write_text(text + '\n')
+  part.replace(directory / f'{name}.json')
 
 
-def read(name: str) -> dict[str, Any] | None:
-  path = DIRECTORY / f'{name}.json'
+def read(
+  name: str, directory: pathlib.Path = DIRECTORY
+) -> dict[str, Any] | None:
+  """Returns the figures of <directory>/<name>.json; None if it is missing."""
+  path = directory / f'{name}.json'
   return json.loads(path.read_text()) if path.exists() else None
 
 

@@ -39,22 +39,28 @@ class Variant:
   Args:
     changes: Values of config keys that replace those of the config.
     config: The config; None for configs/base.py.
+    vocab_size: Number of tokens.
   """
 
-  def __init__(self, changes: dict[str, str], config: ConfigDict | None = None):
+  def __init__(
+    self,
+    changes: dict[str, str],
+    config: ConfigDict | None = None,
+    vocab_size: int = VOCAB_SIZE,
+  ):
     config = config_lib.apply(
       config or base.get_config(), list(changes.items())
     )
     self.config = experiment.resolve_auto(config)
     mesh = make_mesh(config.mesh.to_dict())
     placement = Placement(mesh, parameters.axes)
-    self.task = experiment.build_task(self.config, VOCAB_SIZE, mesh=mesh)
-    self.step, create, batch = _program(config, self.task, VOCAB_SIZE)
+    self.task = experiment.build_task(self.config, vocab_size, mesh=mesh)
+    self.step, create, batch = _program(config, self.task, vocab_size)
     self.batch = placement.put_batch(batch)
     self.key = placement.put(jax.random.key(0))
     shardings = placement.shardings(jax.eval_shape(create, self.key))
     self.state = jax.jit(create, out_shardings=shardings)(self.key)
-    self.jitted = jax.jit(
+    self.jitted: Any = jax.jit(
       self.step,
       donate_argnums=0,
       out_shardings=(shardings, placement.replicated),
@@ -66,6 +72,15 @@ class Variant:
     self.state, _ = self.jitted(self.state, self.batch, self.key)
     jax.block_until_ready(self.state)
     return time.perf_counter() - start
+
+  def compile(self) -> jax.stages.Compiled:
+    """Returns the compiled step, which later calls run.
+
+    The step donates the state.
+    """
+    compiled = self.jitted.lower(self.state, self.batch, self.key).compile()
+    self.jitted = compiled
+    return compiled
 
   def flops(self) -> int:
     """As of the function."""

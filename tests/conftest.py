@@ -105,7 +105,7 @@ def run():
       cwd=kwargs.pop('cwd', ROOT),
       capture_output=True,
       text=True,
-      timeout=120,
+      timeout=kwargs.pop('timeout', 120),
       **kwargs,
     )
 

@@ -1,5 +1,7 @@
 """What a step needs is told before, and when memory runs out; remat."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,3 +134,15 @@ def test_any_command_says_it_in_a_line(capsys, error):
     command_lib._guarded(main)(None)
   assert left.value.code == 2
   assert capsys.readouterr().err == f'error: out of memory: {error}\n'
+
+
+@pytest.mark.slow
+def test_the_script_that_measures_memory_as_a_process(run):
+  words = [sys.executable, '-m', 'benchmarks.memory', '--tiny']
+  process = run([*words, '--only=logits_chunk,remat'])
+  assert process.returncode == 0, process.stderr
+  for name in ('none', 'attention', 'block'):
+    assert f"'remat': '{name}'" in process.stdout
+  process = run([*words, '--only=other'])
+  assert process.returncode == 2
+  assert process.stderr.splitlines()[-1].startswith('error: --only=other: ')
