@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -431,7 +432,8 @@ def test_the_plan_is_the_compiled_step_of_a_run(tiny, tmp_path):
   config = tiny({'num_train_steps': 1, 'optimizer.ema_decay': 0.9})
   trainer = experiment.build(config, tmp_path)
   trainer.fit()
-  analysis = trainer._step_runner._update.result().memory_analysis()
+  update: Any = trainer._step_runner._update
+  analysis = update.result().memory_analysis()
   plan = estimate.make(config, VOCAB_SIZE, estimate.Target())
   assert plan['memory']['total'] == pytest.approx(
     analysis.argument_size_in_bytes + analysis.temp_size_in_bytes, rel=0.01

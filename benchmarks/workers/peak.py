@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 from nanomoe import experiment
 from nanomoe.config import overrides
@@ -23,7 +24,8 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as directory:
     trainer = experiment.build(config, pathlib.Path(directory))
     trainer.fit()
-  analysis = trainer._step_runner._update.result().memory_analysis()
+  update: Any = trainer._step_runner._update
+  analysis = update.result().memory_analysis()
   print()
   print(
     json.dumps(
