@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import peers, products
+from benchmarks import peers
 from nanomoe.moe import experts as experts_lib
 from nanomoe.moe.dispatch import registry
 from nanomoe.moe.routing import Routing
+from nanomoe.planning import products
 
 LOADS = ('random', 'skewed', 'empty')
 # Share of tokens whose first choice is expert 0, of skewed loads.
