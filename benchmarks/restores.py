@@ -8,13 +8,13 @@ benchmarks/results/restores.json.
 
 import itertools
 import json
-import os
 import pathlib
 import shutil
 import tempfile
 from typing import Any
 
 from absl import flags
+import jax
 import numpy as np
 
 from benchmarks import results
@@ -155,5 +155,5 @@ def main(_) -> int:
 
 
 if __name__ == '__main__':
-  os.environ.setdefault('JAX_NUM_CPU_DEVICES', str(NUM_DEVICES))
+  jax.config.update('jax_num_cpu_devices', NUM_DEVICES)
   cli.run(main, lambda argv: cli.parse_flags(argv, _FLAGS, __doc__ or ''))
