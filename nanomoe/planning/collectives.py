@@ -153,8 +153,8 @@ def extrapolate(
 
   Args:
     first: Collectives of the program with fewer layers.
-    second: Collectives of the program with one period of layers more.
-    steps: Number of periods to add.
+    second: Collectives of the program with more layers.
+    steps: Layers to add, over the difference of the two.
   """
   names = {**first.kinds, **second.kinds}
   kinds = {}

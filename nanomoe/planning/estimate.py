@@ -172,12 +172,15 @@ def _depths(config: Config, max_layers: int) -> list[int]:
   first = unrolled + period + (num_layers - unrolled) % period
   if config.model.scan_layers or num_layers <= max(max_layers, first + period):
     return [num_layers]
-  return [first, first + period]
+  # With few layers the peak may be in the head, so the deeper pair is taken.
+  periods = max((max_layers - first) // period, 1)
+  return [first + periods // 2 * period, first + periods * period]
 
 
 def _steps(config: Config, depths: list[int]) -> Number:
-  """Returns the number of periods between the first depth and the model's."""
-  return (config.model.num_layers - depths[0]) / _repetition(config)[1]
+  """Returns how often the second depth's growth is in the model's layers."""
+  distance = config.model.num_layers - depths[0]
+  return distance / (depths[-1] - depths[0]) if distance else 0
 
 
 def _repetition(config: Config) -> tuple[int, int]:
