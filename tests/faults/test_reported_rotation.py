@@ -13,6 +13,7 @@ import pytest
 from faults.conftest import fault, steps_of
 from nanomoe import experiment
 from nanomoe.evaluate import evaluate
+from nanomoe.run import workdir as workdir_lib
 from trainers.checkpoint import reader
 from trainers.checkpoint.checkpointer import Checkpointer
 from trainers.errors import UserError
@@ -272,7 +273,10 @@ def test_everything_is_deleted(tmp_path, meanwhile, happened):
   '--init_from a run in progress, whose best checkpoint is replaced',
   'training starts from the new best one',
 )
-def test_init_from_a_run_in_progress(job, meanwhile, caplog, happened):
+def test_init_from_a_run_in_progress(job, meanwhile, tiny, happened):
+  config = tiny({'init_from': str(job.directory.parent)})
+  workdir_lib.write_json(job.directory.parent / 'config.json', config.to_dict())
+
   def save(step):
     job.checkpointer.save(
       step,
@@ -284,9 +288,7 @@ def test_init_from_a_run_in_progress(job, meanwhile, caplog, happened):
 
   save(1)
   meanwhile(lambda: save(2))
-  params, _ = experiment._weights_of(
-    job.directory.parent, {'w': jnp.zeros(3, int)}, {}
-  )
+  params, _ = experiment._initial_weights(config, {'w': jnp.zeros(3, int)}, {})
   np.testing.assert_array_equal(params['w'], [2, 2, 2])
   happened('the weights are those of step 2')
 

@@ -149,7 +149,7 @@ def test_marks_of_no_text(tmp_path, sized, happened, raw, part):
 def test_marks_in_json(tmp_path, happened):
   path = tmp_path / 'config.json'
   path.write_bytes(MARK + b'{"seed": 1}')
-  assert dict(workdir_lib.read_config(tmp_path) or {}) == {'seed': 1}
+  assert dict(workdir_lib.read_config(tmp_path) or {})['seed'] == 1
   path = tmp_path / text_lib.VOCABULARY
   path.write_bytes(MARK + b'{"corpus": "x", "corpus_sha256": "y"}')
   assert tokenizers.read(path)['corpus'] == 'x'
