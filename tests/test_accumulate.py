@@ -262,6 +262,7 @@ def test_loads_take_a_forward_pass_if_the_loss_needs_them(
   assert len(calls) == num_forwards
 
 
+@pytest.mark.slow
 def test_the_forward_pass_is_skipped_while_the_weight_is_0():
   """A callback may raise the weight of a compiled step."""
   task, batch, key = _task({}), _batch(), jax.random.key(1)
@@ -276,6 +277,7 @@ def test_the_forward_pass_is_skipped_while_the_weight_is_0():
   assert not survey({**state, 'aux_weight': jnp.float32(0)}).load.any()
 
 
+@pytest.mark.slow
 def test_one_micro_batch_is_the_program_without_accumulation():
   task, batch, key = _task({}), _batch(), jax.random.key(1)
   shapes = jax.eval_shape(task.init, key, batch)
@@ -338,6 +340,7 @@ def test_ten_steps_equal_those_of_the_batch():
     )
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_number_of_micro_batches():
   changes = {'block_size': 64, 'model.d_model': 32, 'model.num_layers': 1}
   task = _task({**changes, 'moe.first_dense_layers': 1})

@@ -552,7 +552,7 @@ _texts = st.one_of(
 _odd_keys = st.text(st.sampled_from('.abcdemort_ksi'), max_size=20)
 
 
-@settings(deadline=None, max_examples=250, derandomize=True, database=None)
+@settings(deadline=None, max_examples=150, derandomize=True, database=None)
 @given(st.lists(st.tuples(_keys | _odd_keys, _texts), max_size=4))
 @example([('batch_size', '1_0')])
 @example([('batch_size', '٣')])

@@ -64,6 +64,7 @@ def planned(corpus):
   return json.loads(process.stdout)
 
 
+@pytest.mark.slow
 def test_a_plan_is_json_and_its_terms_sum_up(planned):
   assert planned['mesh'] == {'data': 2, 'fsdp': 2, 'expert': 2, 'tensor': 1}
   assert planned['vocab_size'] == VOCAB_SIZE
@@ -76,6 +77,7 @@ def test_a_plan_is_json_and_its_terms_sum_up(planned):
   assert all(x['received_bytes'] > 0 for x in kinds.values())
 
 
+@pytest.mark.slow
 def test_the_state_from_shapes_is_what_the_compiled_program_takes(planned):
   """The batch, the key and the metrics are the only other arguments."""
   of_batch = 3 * 4 * 16 * TINY['block_size'] // 8
@@ -83,6 +85,7 @@ def test_the_state_from_shapes_is_what_the_compiled_program_takes(planned):
   assert 8 <= rest < 4000  # Metrics that are summed, such as loads.
 
 
+@pytest.mark.slow
 def test_the_time_is_that_of_active_products(planned):
   tokens = 16 * TINY['block_size']
   seconds = planned['active_flops_per_token'] * tokens / (0.4 * 1e12 * 8)
@@ -90,6 +93,7 @@ def test_the_time_is_that_of_active_products(planned):
   assert planned['train_seconds'] == pytest.approx(12 * seconds)
 
 
+@pytest.mark.slow
 def test_the_text_has_every_term(planned):
   text = report.text(planned)
   for word in (*TERMS, 'total', 'all-gather', 'step', 'training'):

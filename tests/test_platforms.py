@@ -120,13 +120,8 @@ def test_the_step_of_a_config_is_lowered(name, backend, corpus, on_backend):
     assert not _custom_calls(traced, platform)
 
 
-@pytest.mark.parametrize(
-  'dispatch',
-  [
-    pytest.param(d, marks=[] if d == 'grouped' else pytest.mark.slow)
-    for d in DISPATCH
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('dispatch', DISPATCH)
 def test_the_step_of_a_dispatch_is_lowered(dispatch, tiny, on_backend):
   """Layouts are constrained on CPUs alone; others round to bfloat16."""
   for backend in PLATFORMS if dispatch == 'dropless' else DEVICES:

@@ -204,6 +204,7 @@ def _program(make, num_layers, changes):
   return jax.jit(step).lower(state, _batch(), jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [

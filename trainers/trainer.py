@@ -189,6 +189,7 @@ class Trainer(Loop):
 
     # XLA compiles for longer than this program runs, and it runs once.
     options = {'xla_backend_optimization_level': 0}
+    make = jax.jit(make)  # Traced once, for shapes and program.
     abstract = jax.eval_shape(make, self._init_key, None)
     self._shardings = self.placement.shardings(abstract)
     self.placement.report(abstract.params)
