@@ -186,9 +186,10 @@ def _check_doubles(changes, num_parts, lengths='uneven', **others):
 @pytest.mark.parametrize(
   ('lengths', 'sizes'), [('full', (2, 8)), ('uneven', (4,))]
 )
-@pytest.mark.parametrize('router', [{}, SIGMOID], ids=['TopK', 'Sigmoid'])
 @pytest.mark.parametrize(
-  ('z_weight', 'entropy_weight'), [(0.0, 0.0), (0.1, -0.2)]
+  ('router', 'z_weight', 'entropy_weight'),
+  [({}, 0.0, 0.0), (SIGMOID, 0.1, -0.2)],
+  ids=['TopK', 'Sigmoid'],
 )
 @pytest.mark.parametrize('balance', BALANCE)
 def test_every_loss_equals_that_of_the_batch(
