@@ -56,7 +56,7 @@ def _ours(peer):
       'attention_norm': norm(f'block_{i}/LayerNorm_0/'),
       'attention': {
         'qkv': {
-          name: group_features(x, 4, 4)
+          name: group_features(jnp.asarray(x), 4, 4)
           for name, x in of(f'{attention}Dense_0/').items()
         },
         'out': of(f'{attention}Dense_1/'),
