@@ -230,7 +230,7 @@ def measure(part: str, limit_sec: float) -> None:
       try:
         row = {'name': name, **run()}
         rows.append({**row, 'wall_sec': time.perf_counter() - start})
-      except Exception:
+      except Exception:  # Whatever fails on a GPU, other figures are kept.
         errors[name] = traceback.format_exc(limit=-3)
         traceback.print_exc()
     seconds = time.perf_counter() - start

@@ -17,7 +17,9 @@ from nanomoe.config.schema import (
 )
 from trainers.spec import did_you_mean
 
-MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+MESH_AXES = tuple(
+  name.removeprefix('mesh.') for name in FIELDS if name.startswith('mesh.')
+)
 
 # Names of other trainers, by their last part, in any section.
 SYNONYMS = {
