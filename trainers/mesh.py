@@ -96,8 +96,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     on_cpu = jax.default_backend() == 'cpu'
     hint = f'; JAX_NUM_CPU_DEVICES={size} makes as many on a CPU'
     raise UserError(
-      f'{_shown(shape)}: the mesh has {size} places, and there are '
-      f'{len(devices)} devices{hint if on_cpu else ""}'
+      f'{_shown(shape)}: the mesh has {size} places, but the number of devices '
+      f'is {len(devices)}{hint if on_cpu else ""}'
     )
   return Mesh(
     np.array(devices[:size]).reshape(shape),
