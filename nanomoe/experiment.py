@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 import functools
+import hashlib
+import json
 import logging
 import pathlib
 from typing import Any, NamedTuple
@@ -38,6 +40,7 @@ from nanomoe.run import (
   charts,
   jax_settings,
   memory_hint,
+  peers,
   provenance,
   trusted_imports,
   workdir,
@@ -49,7 +52,7 @@ from trainers.checkpoint import arrays as arrays_lib
 from trainers.checkpoint import checkpointer, reader
 from trainers.errors import UserError
 from trainers.mesh import Placement, make_mesh, num_batch_parts
-from trainers.runtime import keys
+from trainers.runtime import keys, processes
 from trainers.step import Spikes
 from trainers.trainer import Trainer
 
@@ -86,12 +89,28 @@ def build(
   if lines := validation.problems(config.to_dict()):
     raise UserError(lines)
   jax_settings.pin()
-  config = resolve_auto(config)
+  peers.check_equal(
+    {
+      'allow_changed': sorted(allow_changed),
+      'versions': provenance.versions(),
+      # A process that does not see the files of the run would start a new one.
+      'resumes': workdir.read_config(directory) is not None,
+      **dict(schema.flatten(config.to_dict())),
+    }
+  )
+  config = _resolved(config)
   mesh = make_mesh(config.mesh.to_dict())
   flat = dict(schema.flatten(config.to_dict()))
   if lines := [*validation.mesh_problems(flat, mesh.shape)]:
     raise UserError(lines)
   corpus, tokenizer, dataset = text_lib.read(config, directory, allow_changed)
+  peers.check_equal(
+    {
+      'corpus_sha256': corpus.fingerprint,
+      'data': dataset.fingerprint,
+      'vocabulary_sha256': _sha256(tokenizer.state_dict()),
+    }
+  )
   token_bytes = tokenizer.token_bytes()
   watched = text_lib.frequent(dataset, token_bytes, MAX_WATCHED)
   task = build_task(config, tokenizer.vocab_size, token_bytes, watched, mesh)
@@ -153,7 +172,9 @@ def build(
     initial=functools.partial(_initial_weights, config)
     if config.init_from
     else None,
-    writers=build_writers(config, directory),
+    writers=build_writers(config, directory)
+    if processes.group('writers').is_first
+    else [],
     workdir=directory,
     board=charts.of(config),
     memory_hint=functools.partial(memory_hint.hint, config),
@@ -234,6 +255,22 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
     meta['step'],
     meta['identity'],
   )
+
+
+def _sha256(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _resolved(config: Config) -> Config:
+  """Returns `config` with 'auto' resolved by process 0, for all processes."""
+  group = processes.group('auto')
+  values = group.first(
+    lambda: dict(schema.flatten(resolve_auto(config).to_dict()))
+  )
+  config = config.copy_and_resolve_references()
+  for key in ('precision', 'moe.dispatch', 'moe.eval_dispatch'):
+    config.update_from_flattened_dict({key: values[key]})
+  return config
 
 
 def _exchange(config: Config, mesh: Mesh) -> str:

@@ -51,8 +51,18 @@ class Loop(Protocol):
   def writer(self) -> metric_writers.MetricWriter:
     """CLU MetricWriter to TensorBoard and to the writers that were given.
 
+    On processes other than the first it ignores all calls.
     TensorBoard shows '<split>/<name>' on one chart with <name> of the other
     splits.
+    """
+    ...
+
+  @property
+  def is_first(self) -> bool:
+    """Whether this process is the first of a run, which alone writes files.
+
+    Every process calls every hook in the same order. A hook of another process
+    must make the same calls of the loop, and may leave out its own files.
     """
     ...
 

@@ -87,7 +87,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
       which uses all devices. None makes a mesh of one device.
 
   Raises:
-    UserError: There are not as many devices, or -1 does not fit.
+    UserError: There are not as many devices, -1 does not fit, or a mesh of
+      several processes leaves out devices.
   """
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   shape = mesh_shape(sizes, len(devices))
@@ -98,6 +99,12 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     raise UserError(
       f'{_shown(shape)}: the mesh has {size} places, but the number of devices '
       f'is {len(devices)}{hint if on_cpu else ""}'
+    )
+  if size < len(devices) and jax.process_count() > 1:
+    raise UserError(
+      f'{_shown(shape) or "mesh.data=1"}: the mesh has {size} places, but the '
+      f'{jax.process_count()} processes have {len(devices)} devices; the mesh '
+      'must have all of them, as with mesh.data=-1'
     )
   return Mesh(
     np.array(devices[:size]).reshape(shape),
@@ -231,20 +238,53 @@ class Placement:
       shardings,
     )
 
+  def rows(self, batch_size: int) -> slice:
+    """Returns the rows of a global batch that this process reads.
+
+    Processes that hold parts of the same matrices read the same rows.
+
+    Args:
+      batch_size: Number of rows of the global batch.
+    """
+    if jax.process_count() == 1:
+      return slice(0, batch_size)
+    parts = self.batch.addressable_devices_indices_map((batch_size,))
+    bounds = [part[0].indices(batch_size) for part in parts.values() if part]
+    # Devices are sorted by process, so the rows of a process are neighbours.
+    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+
   def put(self, tree: Any, shardings: Any = None) -> Any:
     """Returns arrays on the mesh.
 
     Args:
-      tree: Tree of arrays.
+      tree: Tree of arrays, equal on all processes.
       shardings: Tree like `tree` of shardings; None replicates all arrays.
     """
-    return jax.device_put(
-      tree, self.replicated if shardings is None else shardings
-    )
+    if jax.process_count() == 1:
+      return jax.device_put(
+        tree, self.replicated if shardings is None else shardings
+      )
+    if shardings is None:
+      shardings = jax.tree.map(lambda _: self.replicated, tree)
+    return jax.tree.map(_put_globally, tree, shardings)
 
   def put_batch(self, batch: Batch) -> Batch:
-    """Returns a batch on the mesh, its rows divided over the batch axes."""
-    return jax.device_put(dict(batch), self.batch)
+    """Returns a batch on the mesh, its rows divided over the batch axes.
+
+    Args:
+      batch: Rows that `rows` gives to this process.
+    """
+    if jax.process_count() == 1:
+      return jax.device_put(dict(batch), self.batch)
+    num_parts = num_batch_parts(self.mesh)
+    own = self.batch.addressable_devices_indices_map((num_parts,))
+    num_own = len({part[0].indices(num_parts) for part in own.values() if part})
+    return {
+      name: jax.make_array_from_process_local_data(
+        self.batch, x, (len(x) * num_parts // num_own, *x.shape[1:])
+      )
+      for name, x in jax.tree.map(np.asarray, dict(batch)).items()
+    }
 
   def report(self, params: Any) -> None:
     """Logs the mesh, axes that were dropped, and large replicated arrays.
@@ -284,6 +324,29 @@ class Placement:
         log.warning(
           '%s, %.1f MB, is on every device whole', path, num_bytes / 1e6
         )
+
+
+def _put_globally(x: Any, sharding: NamedSharding) -> jax.Array:
+  """Returns an array on devices of several processes.
+
+  `jax.device_put` would refuse keys, and compare other values on all processes
+  each time.
+
+  Args:
+    x: Array on the devices of all processes, or value that all processes have.
+    sharding: Sharding of the result.
+  """
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if x.sharding.is_equivalent_to(sharding, x.ndim):
+      return x
+    return jax.jit(lambda x: x, out_shardings=sharding)(x)
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    data = _put_globally(jax.random.key_data(x), sharding)
+    return jax.random.wrap_key_data(data, impl=str(jax.random.key_impl(x)))
+  values = np.asarray(x)
+  return jax.make_array_from_callback(
+    values.shape, sharding, lambda index: values[index]
+  )
 
 
 def _without_reduced_axis(

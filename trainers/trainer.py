@@ -26,8 +26,9 @@ from trainers.loop import Loop
 from trainers.mesh import Placement
 from trainers.metrics import Metrics, Score
 from trainers.recovery import Recovery
-from trainers.runtime import debugging, keys
+from trainers.runtime import debugging, keys, processes, watchdog
 from trainers.runtime import memory as memory_lib
+from trainers.runtime import stop as stop_lib
 from trainers.runtime.clock import Clock
 from trainers.runtime.prefetch import prefetched
 from trainers.signals import Interrupt
@@ -116,6 +117,7 @@ class Trainer(Loop):
     self.placement = placement or Placement()
     self.clock = Clock()
     self.interrupt = Interrupt()
+    self._stop = stop_lib.of_run(self.interrupt)
     self.step, self.num_timed_steps, self.num_rollbacks = 0, 0, 0
     self.status, self.stop_reason = 'running', ''
     self.score: Score | None = None
@@ -127,7 +129,11 @@ class Trainer(Loop):
     self._eval_weights = eval_weights
     self._spikes = spikes
     self._evaluator = Evaluator(task, self.placement)
-    self._writers = Writers(workdir, writers, board)
+    self._group = processes.group('trainer')
+    self._rows = self.placement.rows(batch_size)
+    self._writers = (
+      Writers(workdir, writers, board) if self.is_first else Writers(None)
+    )
     self._unlogged: Metrics | None = None
     self._next_hook = 0
     self._may_save = False
@@ -139,7 +145,8 @@ class Trainer(Loop):
       on_saved=lambda step: self._emit('on_checkpoint', step),
     )
     with keys.pinned():
-      self._init_key, step_key = jax.random.split(keys.make(seed))
+      init_key, step_key = jax.random.split(keys.make(seed))
+    self._init_key = self.placement.put(init_key)
     step_fn = step_lib.make_train_step(
       task, optimizer, schedule, ema_decay, spikes, accumulate_steps
     )
@@ -177,7 +184,7 @@ class Trainer(Loop):
     self._next_hook = len(self.callbacks)  # Step 0 has no hooks.
     batch = self._batch(0)
 
-    def make(key, initial):
+    def make(key, initial, batch):
       params, model_state = initial or self.task.init(key, batch)
       return TrainState.create(
         params,
@@ -190,7 +197,7 @@ class Trainer(Loop):
     # XLA compiles for longer than this program runs, and it runs once.
     options = {'xla_backend_optimization_level': 0}
     make = jax.jit(make)  # Traced once, for shapes and program.
-    abstract = jax.eval_shape(make, self._init_key, None)
+    abstract = jax.eval_shape(make, self._init_key, None, batch)
     self._shardings = self.placement.shardings(abstract)
     self.placement.report(abstract.params)
     abstract = self.placement.abstract(abstract, self._shardings)
@@ -210,12 +217,13 @@ class Trainer(Loop):
       # Compiles in the background, while the parameters are created.
       self._step_runner.compile(abstract, batch)
     if not saved:
-      initial = self._initial and self._initial(
-        abstract.params, abstract.model_state
+      initial = self._initial and self.placement.put(
+        self._initial(abstract.params, abstract.model_state),
+        (self._shardings.params, self._shardings.model_state),
       )
       # Operation by operation, making parameters takes a minute.
       with jax.disable_jit(False):
-        self.state = create(self._init_key, initial)
+        self.state = create(self._init_key, initial, batch)
       self._writers.start(self.step, 0)
 
   def _train(self) -> None:
@@ -274,6 +282,10 @@ class Trainer(Loop):
     return self._writers.clu
 
   @property
+  def is_first(self) -> bool:
+    return self._group.is_first
+
+  @property
   def eval_params(self) -> Params:
     return getattr(self.state, self._eval_weights)
 
@@ -282,11 +294,12 @@ class Trainer(Loop):
     self._writers.splits.add(split)
     jax.block_until_ready(self.state)
     with self.clock.phase('evaluate'):
-      batches = self.dataset.eval_batches(split, slice(0, self.batch_size))
+      batches = self.dataset.eval_batches(split, self._rows)
       metrics = self._evaluator(
         self.eval_params, self.state.model_state, batches, self.poll
       )
-      metrics = metrics_lib.prefixed(split, metrics)
+      # Hooks decide by them: all processes must see the same.
+      metrics = self._group.first(lambda: metrics_lib.prefixed(split, metrics))
     self._emit('on_eval_end', split, metrics)
     self._writers.write(self.step, metrics)
     return metrics
@@ -297,7 +310,8 @@ class Trainer(Loop):
     self._save(self._next_hook + 1)
 
   def poll(self) -> None:
-    if self.interrupt:
+    watchdog.beat()
+    if self._stop.poll():
       raise Interrupted
 
   def roll_back(self, reason: str) -> None:
@@ -316,7 +330,8 @@ class Trainer(Loop):
     """Reports the metrics since the previous log, if a log is due."""
     if self._unlogged is None:
       return
-    metrics, self._unlogged = metrics_lib.compute(self._unlogged), None
+    unlogged, self._unlogged = self._unlogged, None
+    metrics = self._group.first(lambda: metrics_lib.compute(unlogged))
     self._emit('on_log', metrics)
     self._writers.write(self.step, metrics)
 
@@ -413,7 +428,7 @@ class Trainer(Loop):
       self.status, self.stop_reason = 'unsaved', str(error)
 
   def _fail(self, error: BaseException) -> BaseException:
-    error = self._step_runner.explained(error, self.step)
+    error = self._step_runner.explained(processes.explained(error), self.step)
     self.status = 'failed'
     self.callbacks.on_exception(self, error)
     return error
@@ -448,5 +463,5 @@ class Trainer(Loop):
     self._may_save = may_save
 
   def _batch(self, index: int) -> Batch:
-    rows = slice(0, self.batch_size)
-    return self.placement.put_batch(self.dataset.train_batch(index, rows))
+    batch = self.dataset.train_batch(index, self._rows)
+    return self.placement.put_batch(batch)

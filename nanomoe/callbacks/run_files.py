@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+import jax
+
 from nanomoe.run import workdir
 from trainers.callbacks import Callback
 
@@ -25,6 +27,12 @@ class Records(Callback):
     self.write()
 
   def write(self) -> None:
-    """Writes all files; raises UserError if one cannot be written."""
+    """Writes all files, on process 0.
+
+    Raises:
+      UserError: A file cannot be written.
+    """
+    if jax.process_index():
+      return
     for path, value in self.values.items():
       workdir.write_json(path, value)

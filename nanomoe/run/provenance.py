@@ -25,14 +25,19 @@ _PACKAGES = (
 def facts() -> dict[str, Any]:
   """Returns versions, devices, argv, environment and revision as JSON."""
   return {
-    'versions': {
-      'python': platform.python_version(),
-      **{name: _version(name) for name in _PACKAGES},
-    },
+    'versions': versions(),
     'devices': [f'{d.device_kind} {d.id}' for d in jax.devices()],
     'argv': sys.argv,
     'environment': _environment(),
     'revision': _revision(),
+  }
+
+
+def versions() -> dict[str, str | None]:
+  """Returns the versions of Python and of the packages that a run uses."""
+  return {
+    'python': platform.python_version(),
+    **{name: _version(name) for name in _PACKAGES},
   }
 
 

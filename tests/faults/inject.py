@@ -17,7 +17,7 @@ from typing import Any
 from nanomoe import experiment
 from nanomoe.callbacks import text_sample
 from trainers import evaluator, step_runner, trainer
-from trainers.checkpoint import checkpointer
+from trainers.checkpoint import checkpointer, saver
 
 
 def replace(owner: Any, name: str, make: Callable) -> None:
@@ -96,24 +96,19 @@ def evaluating(act: Callable) -> None:
 
 def collecting(act: Callable) -> None:
   """A place: where a checkpoint that is too old is half deleted."""
-  # Orbax's own, which the checkpointer makes.
-  from orbax.checkpoint._src.path import deleter  # noqa: PLC0415
 
   def make(original):
-    def call(self, step):
-      files = [
-        path
-        for path in pathlib.Path(self._directory, str(step)).rglob('*')
-        if path.is_file()
-      ]
-      for path in files[::2]:
+    def call(directory, step):
+      old = pathlib.Path(directory, str(step))
+      gone = old.rename(old.with_name(f'{step}.deleted{saver.UNFINISHED}'))
+      for path in [path for path in gone.rglob('*') if path.is_file()][::2]:
         path.unlink()
       act()
-      return original(self, step)
+      return original(directory, step)
 
     return call
 
-  replace(deleter.StandardCheckpointDeleter, 'delete', make)
+  replace(saver, 'delete', make)
 
 
 PLACES: dict[str, Callable] = {

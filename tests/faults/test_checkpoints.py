@@ -432,7 +432,8 @@ def full_disk():
 
   def saved(loop):
     """What is being saved is a matter of the disk as it was."""
-    while loop and loop.checkpointer._manager.is_saving_in_progress():
+    saving = loop and loop.checkpointer._saver._saving
+    while saving and not saving.done():
       time.sleep(0.01)
 
   def fill(loop=None):

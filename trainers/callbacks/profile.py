@@ -14,7 +14,8 @@ class Profile(Callback):
   """Callback that traces a few steps, once in each start of the run.
 
   CLU's periodic Profile, in contrast, may trace nothing in a resumed or a short
-  run. If no trace can be taken, a warning is logged and training continues.
+  run. If no trace can be taken, a warning is logged and training continues. Of
+  several processes the first traces its own devices.
 
   Args:
     num_steps: Number of steps to trace; 0 disables it.
@@ -37,6 +38,8 @@ class Profile(Callback):
   def on_fit_start(self, loop):
     remaining = loop.num_train_steps - loop.step
     if not self.num_steps or remaining <= 0 or loop.workdir is None:
+      return
+    if not loop.is_first:  # The traces of one host would have the same name.
       return
     delay = max(min(self.delay, remaining - self.num_steps), 0)
     self._first = loop.step + delay

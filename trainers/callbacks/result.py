@@ -82,6 +82,8 @@ class Result(Callback):
     return {'steps': steps, 'seconds_by_phase': seconds}
 
   def _write(self, loop) -> None:
+    if not loop.is_first:
+      return
     timing = self._timing(loop)
     seconds = timing['seconds_by_phase'].get('train', 0.0)
     rate = timing['steps'] / seconds if timing['steps'] else None

@@ -3,7 +3,7 @@
 A trainer has a Checkpointer, with save, wait, restore, undo and close.
 """
 
-import contextlib
+import functools
 import json
 import logging
 import pathlib
@@ -11,14 +11,15 @@ import shutil
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from trainers.checkpoint import arrays as arrays_lib
-from trainers.checkpoint import reader
+from trainers.checkpoint import reader, saver
 from trainers.checkpoint.reader import Layout, Saved
+from trainers.checkpoint.saver import Saver
 from trainers.errors import UserError, first_line
 from trainers.files import to_json, write_atomically
+from trainers.runtime import processes
+from trainers.runtime.processes import PeerError
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,10 @@ class Checkpointer:
     self._layout = layout or Layout()
     self._superseded = reader.superseded(directory)
     self._manifest = directory.with_name('checkpoints.json')
-    self._policy = _Policy(keep_latest)
-    self._kept = self._policy.kept  # Value after the last completed save.
+    self._keep_latest = keep_latest
+    self._group = processes.group('checkpoint')
+    self._kept = _Kept()  # Value after the last completed save.
+    self._next_kept = self._kept
     self._saving: int | None = None
     self.newest: int | None = None
     if wildcards := set(str(directory)) & set('*?['):
@@ -70,34 +73,16 @@ class Checkpointer:
         f'{" and ".join(sorted(wildcards))}; choose a --workdir without *, ? '
         'and ['
       )
+    self._saver = Saver(directory, self._write_manifest)
     try:
-      directory.mkdir(parents=True, exist_ok=True)
-      self._restore_superseded()
-      self._manager = self._open()
+      self._group.first(self._open)
     except OSError as error:
       raise UserError(f'{directory}: {error.strerror}') from error
 
-  def _open(self) -> ocp.CheckpointManager:
-    self._delete_unfinished()
-    return ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy,
-        # Asynchronous creation would leave threads, after a failed save, that
-        # wait 20 minutes for a directory and delay the end of the process.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        step_name_format=ocp.path.step.standard_name_format(),
-      ),
-    )
-
-  def _delete_unfinished(self) -> None:
-    """Deletes the directories of unfinished saves.
-
-    Orbax deletes them only when a manager is created. Its writers may outlive a
-    failed save and create their directory again.
-    """
-    for unfinished in self._directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*'):
-      shutil.rmtree(unfinished, ignore_errors=True)
+  def _open(self) -> None:
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._restore_superseded()
+    saver.delete_unfinished(self._directory)
 
   def _restore_superseded(self) -> None:
     """Moves back the checkpoints that an unfinished save superseded."""
@@ -131,7 +116,6 @@ class Checkpointer:
       SaveError: The previous save failed, or this save cannot start.
     """
     self.wait()
-    self._delete_unfinished()
     try:
       arrays = arrays_lib.flatten_by_name(tree)
       meta = {
@@ -145,31 +129,38 @@ class Checkpointer:
       # JSON changes tuples and keys: the digest is of the values read back.
       meta = json.loads(json.dumps(meta))
       meta['digest'] = reader.digest(meta)
-      if step in self._manager.all_steps():
-        # The old checkpoint is kept until the new one is on the disk.
-        self._superseded.mkdir(exist_ok=True)
-        path = self._directory / str(step)
-        path.rename(self._superseded / str(step))
-        self._manager.reload()
-      existing = {step, *self._manager.all_steps()}
-      best = best if best in existing else self._kept.best
-      self._policy.kept = (
-        _Kept(best, step, best)
-        if standing == 'good'
-        else self._kept._replace(best=best)
-      )
-      self._manager.save(
+      self._next_kept = kept = self._kept_after(step, best, standing)
+      self._saver.start(
         step,
-        args=ocp.args.Composite(
-          arrays=ocp.args.StandardSave(arrays),  # pyright: ignore
-          meta=ocp.args.JsonSave(meta),  # pyright: ignore
-        ),
-        force=True,
+        arrays,
+        meta,
+        prepare=lambda: self._make_room(step),
+        obsolete=lambda: self._obsolete(kept),
       )
     except Exception as error:  # Storage backends of Orbax may raise anything.
       self._reset()
       raise SaveError(f'step {step}: {first_line(error)}') from error
     self.newest = self._saving = step
+
+  def _kept_after(self, step: int, best: int | None, standing: str) -> '_Kept':
+    existing = {step, *reader.steps_in(self._directory)}
+    best = best if best in existing else self._kept.best
+    if standing == 'good':
+      return _Kept(best, step, best)
+    return self._kept._replace(best=best)
+
+  def _make_room(self, step: int) -> None:
+    """Moves an old checkpoint of `step` aside, until the new one is saved."""
+    saver.delete_unfinished(self._directory)
+    if (path := self._directory / str(step)).exists():
+      self._superseded.mkdir(exist_ok=True)
+      path.rename(self._superseded / str(step))
+
+  def _obsolete(self, kept: '_Kept') -> list[int]:
+    """Returns the steps to delete, once the newest checkpoint is saved."""
+    shutil.rmtree(self._superseded, ignore_errors=True)
+    old = reader.steps_in(self._directory)[: -self._keep_latest]
+    return [step for step in old if step not in kept]
 
   def wait(self) -> int | None:
     """Waits until the last save is on the disk.
@@ -182,29 +173,20 @@ class Checkpointer:
     """
     step, self._saving = self._saving, None
     try:
-      self._manager.wait_until_finished()
-      if step is not None:
-        self._write_manifest()
-        shutil.rmtree(self._superseded, ignore_errors=True)
-        self._kept = self._policy.kept
+      self._saver.wait()
     except Exception as error:  # Storage backends of Orbax may raise anything.
       self._reset()
       raise SaveError(f'step {step}: {first_line(error)}') from error
+    if step is not None:
+      self._kept = self._next_kept
     return step
 
   def _reset(self) -> None:
-    """Restores the directory and the manager as before a failed save."""
+    """Restores the directory as before a failed save."""
     self.newest = None
-    self._policy.kept = self._kept
-    # The manager skips waiting for the arrays if its own file failed.
-    with contextlib.suppress(Exception):
-      self._manager._checkpointer.wait_until_finished()  # pyright: ignore
     try:
-      self._restore_superseded()
-      # The manager of the failed save counts an unsaved step, has lost its
-      # pending deletions, and would raise the same error at the next call.
-      self._manager = self._open()
-    except OSError as error:
+      self._group.first(self._open)
+    except (OSError, PeerError) as error:
       log.error('%s: %s', self._directory, error)
 
   def restore(self, abstract: Any) -> Saved | None:
@@ -220,10 +202,11 @@ class Checkpointer:
       UserError: The checkpoints are of another architecture, none is intact,
         or those that were saved are missing.
     """
-    steps = reader.steps_in(self._directory)
+    steps = self._group.first(lambda: reader.steps_in(self._directory))
+    recorded = self._group.first(lambda: self._recorded(steps))
     failures = {
       step: f'checkpoint {step} is missing'
-      for step in self._recorded(steps)
+      for step in recorded
       if step not in steps
     }
     mismatch = None
@@ -242,14 +225,8 @@ class Checkpointer:
           log.warning('%s; using %d', failures[newer], step)
         self._set_aside([s for s in steps if s > step], 'damaged')
         self.newest = step
-        good = (
-          (s, meta)
-          for s in reversed(steps)
-          if s <= step and (meta := self._meta(s))['standing'] == 'good'
-        )
-        good, meta = next(good, (None, {}))
-        best = meta.get('best')
-        self._kept = _Kept(good=good, best_then=best and best[0])
+        kept = functools.partial(self._kept_until, step)
+        self._kept = _Kept(*self._group.first(kept))
         return found
     if mismatch:
       raise mismatch
@@ -263,12 +240,31 @@ class Checkpointer:
       )
     return None
 
+  def _kept_until(self, step: int) -> list[int | None]:
+    """Returns the fields of `_Kept` after the save of `step`."""
+    for good in reversed(reader.steps_in(self._directory)):
+      if good <= step and (meta := self._meta(good))['standing'] == 'good':
+        best = meta.get('best')
+        return [None, good, best and best[0]]
+    return [None, None, None]
+
   def _restore(self, step: int, abstract: Any) -> Saved:
     wanted = arrays_lib.flatten_by_name(abstract)
-    meta = reader.read_meta(self._directory, step)
-    arrays_lib.check_signatures(meta['leaves'], arrays_lib.signatures(wanted))
-    is_older = self._layout.needs_upgrade(meta)
-    arrays = reader.read_arrays(self._directory, step, meta, wanted)
+    meta, arrays, is_older, error = {}, {}, False, None
+    try:
+      meta = reader.read_meta(self._directory, step)
+      arrays_lib.check_signatures(meta['leaves'], arrays_lib.signatures(wanted))
+      is_older = self._layout.needs_upgrade(meta)
+      arrays = reader.read_arrays(self._directory, step, meta, wanted)
+    except Exception as raised:  # Decoders of damaged data raise anything.
+      error = raised
+    # Verification needs the parts of all processes.
+    self._group.check(error)
+    try:
+      reader.verify(arrays, meta)
+    except ValueError as raised:
+      error = raised
+    self._group.check(error)
     if is_older:
       shardings = {name: x.sharding for name, x in wanted.items()}
       arrays = jax.jit(self._layout.upgrade, out_shardings=shardings)(arrays)
@@ -291,24 +287,29 @@ class Checkpointer:
     Returns:
       Whether there is a good checkpoint.
     """
-    steps, good = reader.steps_in(self._directory), self._kept.good
-    if good is None:
-      bad = [s for s in steps if self._meta(s)['standing'] == 'refused']
-    else:
-      bad = [s for s in steps if s > good]
-    self._set_aside(bad, 'undone')
+    good = self._kept.good
+    steps = self._group.first(lambda: self._after(good))
+    self._set_aside(steps, 'undone')
     return good is not None
 
+  def _after(self, good: int | None) -> list[int]:
+    steps = reader.steps_in(self._directory)
+    if good is None:
+      return [s for s in steps if self._meta(s)['standing'] == 'refused']
+    return [s for s in steps if s > good]
+
   def _set_aside(self, steps: list[int], reason: str) -> None:
+    if steps:
+      self._group.first(lambda: self._move(steps, reason))
+
+  def _move(self, steps: list[int], reason: str) -> None:
     for step in steps:
       target = self._directory.with_name(f'{reason}_checkpoints') / str(step)
       shutil.rmtree(target, ignore_errors=True)
       target.parent.mkdir(exist_ok=True)
       (self._directory / str(step)).rename(target)
       log.info('checkpoint %d was moved to %s', step, target)
-    if steps:
-      self._manager.reload()
-      self._write_manifest()
+    self._write_manifest()
 
   def _write_manifest(self) -> None:
     text = to_json({'steps': reader.steps_in(self._directory)})
@@ -335,12 +336,11 @@ class Checkpointer:
       return steps
 
   def close(self) -> None:
-    """Closes the manager. A save that fails meanwhile is logged."""
+    """Waits for the last save. A failure is logged."""
     try:
-      self._manager.close()
+      self._saver.wait()
     except Exception as error:  # Storage backends of Orbax may raise anything.
-      if self._saving is not None:
-        log.error('step %d could not be saved: %s', self._saving, error)
+      log.error('step %d could not be saved: %s', self._saving, error)
 
 
 class _Kept(NamedTuple):
@@ -356,20 +356,3 @@ class _Kept(NamedTuple):
   best: int | None = None
   good: int | None = None
   best_then: int | None = None
-
-
-class _Policy(checkpoint_managers.PreservationPolicy):
-  """Policy that keeps the newest checkpoints, the best and the newest good one.
-
-  Scores that Orbax stores are not used: it reads all of them when a manager is
-  created, and fails on a damaged one.
-  """
-
-  def __init__(self, num_latest: int):
-    self.num_latest = num_latest
-    self.kept = _Kept()
-
-  def should_preserve(self, checkpoints, *, context):
-    del context
-    newest = sorted(c.step for c in checkpoints)[-self.num_latest :]
-    return [c.step in newest or c.step in self.kept for c in checkpoints]

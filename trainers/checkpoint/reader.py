@@ -9,6 +9,7 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
+from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
@@ -250,7 +251,9 @@ def steps_in(directory: pathlib.Path) -> list[int]:
 
 def _read(directory, step):
   meta = read_meta(directory, step)
-  return read_arrays(directory, step, meta), meta
+  arrays = read_arrays(directory, step, meta)
+  verify(arrays, meta)
+  return arrays, meta
 
 
 def read_meta(directory: pathlib.Path, step: int) -> dict[str, Any]:
@@ -281,7 +284,7 @@ def read_arrays(
   meta: dict[str, Any],
   wanted: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Reads the arrays of a checkpoint and verifies their fingerprints.
+  """Reads the arrays of a checkpoint; `verify` compares them.
 
   Args:
     directory: Directory of the checkpoint's directory.
@@ -294,7 +297,7 @@ def read_arrays(
     The arrays by name.
 
   Raises:
-    ValueError: Arrays are not those that were saved. One is named.
+    ValueError: The arrays were saved under JAX_ENABLE_X64.
     Exception: The decoder failed on damaged data.
   """
   if not jax.config.values[
@@ -308,14 +311,25 @@ def read_arrays(
       )
   wanted = wanted or arrays_lib.on_one_device(meta['leaves'])
   args = ocp.args.StandardRestore(wanted)  # pyright: ignore
-  arrays = _read_item(directory, step, 'arrays', args)
+  return _read_item(directory, step, 'arrays', args)
+
+
+def verify(arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+  """Compares arrays with the fingerprints of their checkpoint.
+
+  Args:
+    arrays: Arrays by name, of all processes together.
+    meta: JSON values of the checkpoint, with the fingerprints.
+
+  Raises:
+    ValueError: Arrays are not those that were saved. One is named.
+  """
   recorded = meta.get('content', {})  # Checkpoints of old versions lack it.
   found = arrays_lib.fingerprints(arrays)
   changed = [name for name in recorded if recorded[name] != found.get(name)]
   if changed:
     more = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
     raise ValueError(f'{changed[0]}{more} changed on the disk')
-  return arrays
 
 
 def _read_item(directory, step, name, args):
@@ -323,10 +337,9 @@ def _read_item(directory, step, name, args):
     'arrays': ocp.StandardCheckpointHandler,
     'meta': ocp.JsonCheckpointHandler,
   }[name]
-  with ocp.Checkpointer(handler()) as checkpointer:
-    return checkpointer.restore(
-      directory.absolute() / str(step) / name, args=args
-    )
+  # A process waits for no other one here, so that each may fail.
+  path = epath.Path(directory.absolute() / str(step) / name)
+  return handler().restore(path, args=args)
 
 
 def digest(meta: dict[str, Any]) -> str:
