@@ -13,7 +13,7 @@ from absl import flags
 from nanomoe.config import help, home, resume, schema
 from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus
-from nanomoe.run import backend, cli, terminal, trusted_imports
+from nanomoe.run import backend, cli, cluster, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
 from nanomoe.run.terminal import RESULT
 from trainers.errors import UserError
@@ -66,6 +66,8 @@ _ALLOW_CHANGED = flags.DEFINE_list(
   'is resumed.',
   flag_values=_FLAGS,
 )
+
+_CLUSTER = cluster.define_flags(_FLAGS)
 
 STOPPED = 3
 EXIT_CODES = {
@@ -143,6 +145,9 @@ def main(overrides: list[config_lib.Override]) -> int:
   config, old = requested_config(overrides)
   workdir = _workdir()
   console = terminal.log_to_terminal(quiet=_QUIET.value)
+  if processes := _CLUSTER.resolve():
+    log.info('%s', processes)
+    cluster.connect(processes, _CLUSTER.start_timeout.value)
   if not old:
     backend.start()  # Reports mistakes before a directory is made.
   is_made = workdir is None or not workdir.exists()

@@ -40,8 +40,17 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 # Files of pure tests: no processes, and no training. `-m inner` runs them.
 INNER = {
-  *('activations', 'attention', 'causal_blocks', 'config', 'convolution'),
-  *('dropout', 'event_files', 'heads', 'hlo', 'language', 'losses', 'metrics'),
+  *('activations', 'attention', 'causal_blocks', 'cluster', 'config'),
+  *(
+    'convolution',
+    'dropout',
+    'event_files',
+    'heads',
+    'hlo',
+    'language',
+    'losses',
+    'metrics',
+  ),
   *('ngrams', 'norms', 'numerics', 'optimizers', 'parameters', 'pictures'),
   *('positions', 'prefetch', 'report', 'spec', 'statistics', 'tokenizers'),
   *('windows', 'writers'),

@@ -20,20 +20,17 @@ _OF_DEVICES = (
 )
 
 
-def start() -> None:
-  """Imports JAX and initializes its devices.
-
-  Commands call it before they make a directory.
+def import_jax() -> None:
+  """Imports JAX, without its devices.
 
   Raises:
-    UserError: An environment variable of JAX or XLA has a bad value, or there
-      is no such device.
+    UserError: An environment variable of JAX or XLA has a bad value.
   """
   if 'jax' not in sys.modules:
     _check_xla_flags()
   _check_cache()
   try:
-    import jax  # noqa: PLC0415 (it takes seconds)
+    import jax  # noqa: F401, PLC0415 (it takes seconds)
   except ValueError as error:  # JAX reads its variables when it is imported.
     text = first_line(error)
     flags = text.lower().replace('jax.', 'jax_')
@@ -45,6 +42,20 @@ def start() -> None:
     if not names:
       raise
     raise UserError(f'{_shown(names)}: {text}') from error
+
+
+def start() -> None:
+  """Imports JAX and initializes its devices.
+
+  Commands call it before they make a directory.
+
+  Raises:
+    UserError: An environment variable of JAX or XLA has a bad value, or there
+      is no such device.
+  """
+  import_jax()
+  import jax  # noqa: PLC0415 (it takes seconds)
+
   try:
     jax.devices()
     jax.device_put(0)

@@ -55,6 +55,21 @@ class Output:
     except OSError as error:
       self.error = error
 
+  def leave_to_python(self) -> None:
+    """Gives the descriptor of a library's lines, those of C++, to /dev/null.
+
+    Gloo prints a line on standard output for each group of processes.
+    """
+    self.flush()
+    old = self._stream
+    kept = os.dup(old.fileno())
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, old.fileno())
+    os.close(null)
+    self._stream = open(  # noqa: SIM115 (It lives as long as the process.)
+      kept, 'w', encoding=old.encoding, errors=old.errors, buffering=1
+    )
+
   def close_quietly(self) -> None:
     """Leaves nothing in the buffer that the interpreter would fail to write."""
     try:
