@@ -13,10 +13,17 @@ from absl import flags
 from nanomoe.config import help, home, resume, schema
 from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus
-from nanomoe.run import backend, cli, cluster, terminal, trusted_imports
+from nanomoe.run import (
+  backend,
+  cli,
+  cluster,
+  peers,
+  terminal,
+  trusted_imports,
+)
 from nanomoe.run import workdir as workdir_lib
 from nanomoe.run.terminal import RESULT
-from trainers.errors import UserError
+from trainers.errors import PeerError, UserError
 
 log = logging.getLogger('nanomoe.main')
 
@@ -143,18 +150,22 @@ def requested_config(
 def main(overrides: list[config_lib.Override]) -> int:
   """Trains; returns the exit code."""
   config, old = requested_config(overrides)
-  workdir = _workdir()
-  console = terminal.log_to_terminal(quiet=_QUIET.value)
-  if processes := _CLUSTER.resolve():
-    log.info('%s', processes)
-    cluster.connect(processes, _CLUSTER.start_timeout.value)
+  place = _CLUSTER.resolve()
+  is_first = place is None or place.process_id == 0
+  console = terminal.log_to_terminal(quiet=_QUIET.value or not is_first)
+  if place:
+    log.info('%s', place)
+    cluster.connect(place, _CLUSTER.start_timeout.value)
+    peers.watch(_CLUSTER.hang_timeout.value)
   if not old:
     backend.start()  # Reports mistakes before a directory is made.
-  is_made = workdir is None or not workdir.exists()
-  workdir = workdir or workdir_lib.make_default(str(_CONFIG.value))
-  watch = str(workdir.parent)
-  workdir_lib.log_to(workdir)
+  workdir, is_made = peers.first(_open_workdir) if place else _open_workdir()
+  workdir = pathlib.Path(workdir)
   try:
+    if place:
+      peers.check_shared(workdir)
+    if place and not is_first:
+      workdir_lib.log_warnings_to(workdir, place.process_id)
     if old:
       names = [key for key, _ in overrides]
       config = resume.resume_config(old, config, names, _ALLOW_CHANGED.value)
@@ -163,19 +174,32 @@ def main(overrides: list[config_lib.Override]) -> int:
     from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
 
     trainer = experiment.build(config, workdir, _ALLOW_CHANGED.value)
-  except (UserError, KeyboardInterrupt):
-    if is_made:
+  except (UserError, PeerError, KeyboardInterrupt):
+    if is_made and is_first:
       workdir_lib.discard(workdir)
     raise
+  watch = shlex.join(['tensorboard', '--logdir', str(workdir.parent)])
   log.info('workdir: %s', workdir)
-  log.info('watch it with: %s', shlex.join(['tensorboard', '--logdir', watch]))
-  if console and not _QUIET.value:
+  log.info('watch it with: %s', watch)
+  if console and is_first and not _QUIET.value:
     from trainers.callbacks.live_progress import LiveProgress  # noqa: PLC0415
 
     trainer.callbacks.append(LiveProgress(console))
-  status = trainer.fit()
-  _report(trainer, workdir, trusted_imports.paths(config.to_dict()))
-  return exit_code(status)
+  code = exit_code(trainer.fit())
+  if is_first:
+    _report(trainer, workdir, trusted_imports.paths(config.to_dict()))
+  if place:
+    peers.finish(code)
+  return code
+
+
+def _open_workdir() -> tuple[str, bool]:
+  """Makes and locks the workdir; returns its path, and whether it is new."""
+  given = _workdir()
+  is_made = given is None or not given.exists()
+  workdir = given or workdir_lib.make_default(str(_CONFIG.value))
+  workdir_lib.log_to(workdir)
+  return str(workdir), is_made
 
 
 def exit_code(status: str) -> int:

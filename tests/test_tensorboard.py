@@ -165,6 +165,7 @@ class Texts(types.SimpleNamespace):
   def __init__(self):
     state = types.SimpleNamespace(model_state={})
     super().__init__(step=0, num_train_steps=9, status='running', state=state)
+    self.is_first = True
     self.eval_params = jnp.ones(())
     self.writer, self.clock, self.steps = self, Clock(), []
 

@@ -19,6 +19,19 @@ class UserError(Exception):
     super().__init__('\n'.join(self.problems))
 
 
+class PeerError(Exception):
+  """Error: another process of the run failed.
+
+  Args:
+    text: Message, which names the process.
+    code: Exit code of this process.
+  """
+
+  def __init__(self, text: str, code: int = 1):
+    self.code = code
+    super().__init__(text)
+
+
 class Interrupted(Exception):
   """Exception of a long action that polls after SIGTERM or Ctrl-C arrived."""
 

@@ -59,7 +59,7 @@ class Loop(Protocol):
 
   @property
   def is_first(self) -> bool:
-    """Whether this process is the first of a run, which alone writes files.
+    """True on the first process of a run, which alone writes files.
 
     Every process calls every hook in the same order. A hook of another process
     must make the same calls of the loop, and may leave out its own files.

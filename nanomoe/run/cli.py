@@ -12,8 +12,13 @@ from absl import app, flags
 
 import nanomoe
 from nanomoe.config import help
-from nanomoe.run import cache, process, terminal
-from trainers.errors import NotFinite, UserError, is_out_of_memory
+from nanomoe.run import cache, peers, process, terminal
+from trainers.errors import (
+  NotFinite,
+  PeerError,
+  UserError,
+  is_out_of_memory,
+)
 from trainers.signals import RaisingInterrupt
 
 log = logging.getLogger(__name__)
@@ -142,6 +147,9 @@ def run(
   try:
     with RaisingInterrupt().listening():  # Until a trainer listens.
       app.run(_guarded(whole), flags_parser=parser)
+  except BaseException as error:
+    peers.leave(error)
+    raise
   finally:
     for output in outputs:
       output.close_quietly()
@@ -200,6 +208,9 @@ def _guarded(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         print(f'error: {line}', file=sys.stderr)
         log.debug('error: %s', line)
       sys.exit(USER_ERROR)
+    except PeerError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(error.code)
     except KeyboardInterrupt as error:
       print(f'interrupted by {str(error) or "Ctrl-C"}', file=sys.stderr)
       sys.exit(INTERRUPTED)

@@ -1,5 +1,6 @@
 """Other processes of a run: what all must share, and how one of them ends."""
 
+from collections.abc import Callable
 import logging
 import os
 import pathlib
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, TypeVar
 import uuid
 
 from trainers.errors import UserError
@@ -20,7 +21,10 @@ GRACE_SECONDS = 5.0
 _VISIBLE_SECONDS = 5.0
 _MAX_DIFFERENCES = 5
 
+T = TypeVar('T')
+
 _is_leaving = threading.Event()
+_codes: list[int] = []  # Exit code of a run that ended on all processes.
 
 
 def check_equal(facts: dict[str, Any]) -> None:
@@ -83,15 +87,34 @@ def check_shared(workdir: pathlib.Path) -> None:
     )
 
 
-def watch() -> None:
-  """Starts a thread that ends this process after another one reports a failure.
+def first(make: Callable[[], T]) -> T:
+  """Returns make() of process 0, which alone calls it, on all processes.
 
-  The main thread may wait for the other process inside a collective operation,
-  where no exception reaches it.
+  Args:
+    make: Returns a JSON value.
+
+  Raises:
+    PeerError: `make` raised, on the other processes.
   """
   from trainers.runtime import processes  # noqa: PLC0415 (JAX takes seconds)
 
+  return processes.group('first').first(make)
+
+
+def watch(hang_timeout: float) -> None:
+  """Starts threads that end this process after others fail or hang.
+
+  The main thread may wait for another process inside a collective operation,
+  where no exception reaches it.
+
+  Args:
+    hang_timeout: Seconds without progress that end the process; 0 disables it.
+  """
+  from trainers.runtime import processes, watchdog  # noqa: PLC0415 (JAX)
+
   store = processes.store()
+  if hang_timeout:
+    watchdog.start(hang_timeout, lambda code: _end(store, code))
 
   def listen():
     try:
@@ -118,34 +141,42 @@ def leave(error: BaseException) -> None:
     return
   from trainers.runtime import processes  # noqa: PLC0415 (JAX takes seconds)
 
+  if _codes:
+    _exit(_codes[0])
   store = processes.store()
   if store is None:
     return
   _is_leaving.set()
-  code = error.code if isinstance(error, SystemExit) else 1
-  if not isinstance(error, SystemExit):
+  shown = isinstance(error, SystemExit)
+  code = error.code if shown and isinstance(error.code, int) else 1
+  if not shown:
     traceback.print_exception(error)
+  cause = (error.__context__ if shown else error) or error
+  text = ' '.join(str(cause).split()) or type(cause).__name__
   try:
     if not processes.peer_failure(store):
-      cause = error.__context__ if isinstance(error, SystemExit) else error
-      text = ' '.join(str(cause or error).split()) or type(cause).__name__
-      processes.report_failure(store, text, int(code or 0))
+      processes.report_failure(store, text, code)
   except Exception as failed:
     log.debug('the failure could not be reported: %r', failed)
-  _end(store, int(code or 0))
+  _end(store, code)
 
 
 def _end(store: Any, code: int) -> None:
   """Exits; process 0, whose end would abort the others, leaves last."""
   from trainers.runtime import processes  # noqa: PLC0415 (JAX takes seconds)
 
-  logging.shutdown()
-  for stream in (sys.stdout, sys.stderr):
-    stream.flush()
   try:
     processes.leave_in_order(store, GRACE_SECONDS + 2)
   finally:
-    os._exit(code)
+    _exit(code)
+
+
+def _exit(code: int) -> None:
+  """Exits without the handlers of the interpreter: threads wait inside JAX."""
+  logging.shutdown()
+  for stream in (sys.stdout, sys.stderr):
+    stream.flush()
+  os._exit(code)
 
 
 def finish(code: int) -> None:
@@ -156,14 +187,9 @@ def finish(code: int) -> None:
   """
   import jax  # noqa: PLC0415 (it takes seconds)
 
-  from trainers.runtime import processes  # noqa: PLC0415 (JAX takes seconds)
-
-  if processes.store() is None:
-    return
   _is_leaving.set()
+  _codes.append(code)
   try:
     jax.distributed.shutdown()
   except Exception as error:  # The run is saved: this is no failure of it.
     log.warning('another process ended early: %s', str(error).splitlines()[0])
-    logging.shutdown()
-    os._exit(code)

@@ -19,6 +19,8 @@ from trainers.files import to_json, write_atomically
 
 log = logging.getLogger(__name__)
 
+_FORMAT = logging.Formatter('%(asctime)s %(levelname)s %(message)s')
+
 
 def make_default(config_path: str) -> pathlib.Path:
   """Makes and returns runs/<config>-<date>-<time>, a new directory.
@@ -97,7 +99,8 @@ def discard(workdir: pathlib.Path) -> None:
   """Removes the workdir of a failed start if it contains only a log."""
   made = {path.name for path in workdir.iterdir()}
   begun = any((workdir / 'checkpoints').glob('*'))
-  if made <= {'log.txt', 'checkpoints'} and not begun:
+  logs = {name for name in made if name.startswith('log.')}
+  if made - logs <= {'checkpoints'} and not begun:
     shutil.rmtree(workdir, ignore_errors=True)
 
 
@@ -209,8 +212,25 @@ def log_to(workdir: pathlib.Path) -> None:
     raise UserError(
       f'--workdir={workdir}: the directory cannot be written ({error.strerror})'
     ) from error
-  handler.setFormatter(
-    logging.Formatter('%(asctime)s %(levelname)s %(message)s')
-  )
+  handler.setFormatter(_FORMAT)
   for name in terminal.LOGGERS:
     logging.getLogger(name).addHandler(handler)
+
+
+def log_warnings_to(workdir: pathlib.Path, process_id: int) -> None:
+  """Makes warnings in log.<process_id>.txt the only log of this process.
+
+  Args:
+    workdir: Directory of the run.
+    process_id: Index of the process, which is not the first.
+  """
+  handler = logging.FileHandler(
+    workdir / f'log.{process_id}.txt',
+    encoding='utf-8',
+    errors='backslashreplace',
+    delay=True,  # A process without warnings makes no file.
+  )
+  handler.setLevel(logging.WARNING)
+  handler.setFormatter(_FORMAT)
+  for name in terminal.LOGGERS:
+    logging.getLogger(name).handlers = [handler]

@@ -16,10 +16,9 @@ from trainers.checkpoint import arrays as arrays_lib
 from trainers.checkpoint import reader, saver
 from trainers.checkpoint.reader import Layout, Saved
 from trainers.checkpoint.saver import Saver
-from trainers.errors import UserError, first_line
+from trainers.errors import PeerError, UserError, first_line
 from trainers.files import to_json, write_atomically
 from trainers.runtime import processes
-from trainers.runtime.processes import PeerError
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 from jax._src import distributed
 
+from trainers.errors import PeerError, UserError
 from trainers.runtime import watchdog
 
 log = logging.getLogger(__name__)
@@ -35,19 +36,6 @@ class Store(Protocol):
   def blocking_key_value_get(self, key: str, timeout_ms: int, /) -> str: ...
   def key_value_try_get(self, key: str, /) -> str: ...
   def key_value_delete(self, key: str, /) -> None: ...
-
-
-class PeerError(Exception):
-  """Error: another process failed. The message names it.
-
-  Args:
-    text: Message.
-    code: Exit code of this process.
-  """
-
-  def __init__(self, text: str, code: int = 1):
-    self.code = code
-    super().__init__(text)
 
 
 class Group:
@@ -78,7 +66,7 @@ class Group:
 
   @property
   def is_first(self) -> bool:
-    """Whether this is process 0, which alone writes files and logs."""
+    """True on process 0, which alone writes files."""
     return self.index == 0
 
   def gather(self, value: Any) -> list[Any]:
@@ -119,13 +107,11 @@ class Group:
       if error:
         raise error
       return
-    text = None if error is None else _line(error)
-    errors = self.gather(text)
+    errors = self.gather(_report(error))
     if error:
       raise error
-    for index, text in enumerate(errors):
-      if text is not None:
-        raise PeerError(f'process {index}: {text}')
+    for index, report in enumerate(errors):
+      _raise(index, report)
 
   def first(self, make: Callable[[], T]) -> T:
     """Returns make() of process 0, which alone calls it.
@@ -144,11 +130,10 @@ class Group:
         value = make()
       except Exception as raised:
         error = raised
-    value, text = self.gather([value, error and _line(error)])[0]
+    value, report = self.gather([value, _report(error)])[0]
     if error:
       raise error
-    if text is not None:
-      raise PeerError(f'process 0: {text}')
+    _raise(0, report)
     return value
 
 
@@ -288,6 +273,16 @@ def explained(error: BaseException) -> BaseException:
   died = PeerError(f'another process of the run died: {text}')
   died.__cause__ = error
   return died
+
+
+def _report(error: BaseException | None) -> list[Any] | None:
+  """Returns the message of an error and the exit code that it deserves."""
+  return error and [_line(error), 2 if isinstance(error, UserError) else 1]
+
+
+def _raise(index: int, report: list[Any] | None) -> None:
+  if report:
+    raise PeerError(f'process {index}: {report[0]}', report[1])
 
 
 def _line(error: BaseException) -> str:
