@@ -236,6 +236,8 @@ def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
 
 def _report(trainer, workdir: pathlib.Path, named: set[str]) -> None:
   """Logs the end of the run, and the command that resumes it."""
+  import jax  # noqa: PLC0415 (it takes seconds)
+
   status, step = trainer.status, f'{trainer.step}/{trainer.num_train_steps}'
   best = trainer.best
   if status == 'done':
@@ -259,7 +261,10 @@ def _report(trainer, workdir: pathlib.Path, named: set[str]) -> None:
       step,
       extra=RESULT,
     )
-    log.info('resume with: %s', shlex.join(words), extra=RESULT)
+    command = shlex.join(words)
+    if jax.process_count() > 1:
+      command += ', with the flags of the processes'
+    log.info('resume with: %s', command, extra=RESULT)
   else:
     log.error('%s at step %s: %s', status, step, trainer.stop_reason)
 

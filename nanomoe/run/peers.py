@@ -1,6 +1,7 @@
 """Other processes of a run: what all must share, and how one of them ends."""
 
 from collections.abc import Callable
+import faulthandler
 import logging
 import os
 import pathlib
@@ -113,6 +114,8 @@ def watch(hang_timeout: float) -> None:
   from trainers.runtime import processes, watchdog  # noqa: PLC0415 (JAX)
 
   store = processes.store()
+  # JAX aborts this process if another one dies: the stack would say nothing.
+  faulthandler.disable()
   if hang_timeout:
     watchdog.start(hang_timeout, lambda code: _end(store, code))
 
@@ -153,6 +156,8 @@ def leave(error: BaseException) -> None:
     traceback.print_exception(error)
   cause = (error.__context__ if shown else error) or error
   text = ' '.join(str(cause).split()) or type(cause).__name__
+  if isinstance(cause, KeyboardInterrupt):
+    text = f'interrupted by {cause or "Ctrl-C"}'
   try:
     if not processes.peer_failure(store):
       processes.report_failure(store, text, code)
