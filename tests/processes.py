@@ -171,6 +171,10 @@ class Job:
       self.start(i, fault=fault if i == at else '')
     return self
 
+  def proceed(self, name) -> None:
+    """Ends the wait of a process with the fault 'wait'."""
+    self.note(name).with_name(f'fault.{name}.continue').touch()
+
   def _output(self, name) -> pathlib.Path:
     return self.folder / f'output.{name}.txt'
 
@@ -220,6 +224,16 @@ class Job:
         os.killpg(self._group, signal.SIGKILL)
     for process in self.processes.values():
       process.wait()
+
+
+def ends_like(job: Job, launch, workdir, wanted) -> None:
+  """The same command again: it ends where the undisturbed run did."""
+  again = launch(workdir, port=job.port)
+  again.words = job.words
+  gone = again.start_all().gone()
+  assert gone.codes == [0, 0], again.outputs()
+  assert 'Traceback' not in again.outputs()
+  same_end(workdir, wanted)
 
 
 def steps_of(workdir: pathlib.Path) -> list[int]:

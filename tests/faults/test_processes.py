@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.processes import LAST, alive, same_end, steps_of
+from tests.processes import LAST, alive, ends_like, same_end, steps_of
 from tests.runs import result_of
 
 pytestmark = pytest.mark.slow
@@ -40,16 +40,6 @@ def sent(name, to, place, often=False):
   process = 1 if to == 'all' else int(to)
   injected = f'SIG{name.replace(",", ", SIG")} to {TO[to]} {text}'
   return case(injected, f'{where} {what}', process, often=often)
-
-
-def ends_like(job, launch, workdir, wanted):
-  """The same command again: it ends where the undisturbed run did."""
-  again = launch(workdir, words=job.words, port=job.port)
-  again.words = job.words
-  gone = again.start_all().gone()
-  assert gone.codes == [0, 0], again.outputs()
-  assert 'Traceback' not in again.outputs()
-  same_end(workdir, wanted)
 
 
 @pytest.mark.parametrize(
@@ -301,4 +291,4 @@ def test_a_callback_raises(launch, tmp_path, undisturbed, happened, at):
 )
 def test_none_is_left(happened):
   assert alive() == []
-  happened('none')
+  happened('none', 0.0)
