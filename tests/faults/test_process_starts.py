@@ -212,13 +212,19 @@ def test_a_workdir_of_process_0(launch, tmp_path, happened):
   happened(f'{gone}; process 1 is named', gone.seconds)
 
 
-@pytest.mark.fault(
-  injected='a --workdir on a disk of process 0 alone',
-  promised='exit 2 everywhere, in a line with the process; no workdir is left',
+@pytest.mark.parametrize(
+  'is_new',
+  [
+    case('a new --workdir on a disk of process 0 alone', True, often=True),
+    case('the --workdir of a run, on a disk of process 0 alone', False),
+  ],
 )
-def test_a_disk_of_process_0(launch, tmp_path, happened):
+@pytest.mark.fault(promised='exit 2 everywhere, in a line with the process')
+def test_a_disk_of_process_0(launch, tmp_path, undisturbed, happened, is_new):
   disk = tmp_path / 'disk'
   disk.mkdir()
+  if not is_new:
+    shutil.copytree(undisturbed(), disk / 'run')
   mount = 'mount -t tmpfs none "$0" && exec "$@"'
   prefix = ['unshare', '-rm', 'sh', '-c', mount, str(disk)]
   if subprocess.run([*prefix, 'true'], capture_output=True).returncode:
@@ -228,7 +234,8 @@ def test_a_disk_of_process_0(launch, tmp_path, happened):
   assert gone.codes == [2, 2], job.outputs()
   for name in (0, 1):
     one_line(job, name, 'process 1')
-  assert list(disk.iterdir()) == []
+  left = [] if is_new else ['run']
+  assert [path.name for path in disk.iterdir()] == left
   happened(f'{gone}; process 1 is named', gone.seconds)
 
 
