@@ -297,6 +297,7 @@ def test_a_watchdog_ends_a_process_without_progress(monkeypatch, num_beats):
 
   clock = types.SimpleNamespace(monotonic=lambda: now, sleep=sleep)
   monkeypatch.setattr(watchdog, 'time', clock)
+  monkeypatch.setattr(watchdog, '_last', -100.0)
   monkeypatch.setattr(watchdog.faulthandler, 'dump_traceback', lambda _: None)
   watchdog.start(10.0, codes.append).join(60)
   assert codes == [watchdog.EXIT_CODE]

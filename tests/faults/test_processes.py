@@ -53,7 +53,7 @@ def sent(name, to, place, often=False):
     sent('TERM', '1', 'save'),
     sent('TERM', 'all', 'step'),
     sent('TERM', 'all', 'evaluation'),
-    sent('TERM', 'all', 'save', often=True),
+    sent('TERM', 'all', 'save'),
     sent('INT', '0', 'step'),
     sent('INT', '1', 'evaluation'),
     sent('INT', 'all', 'save'),
@@ -137,7 +137,7 @@ def test_interrupted_while_waiting(launch, tmp_path, happened, target):
   ('fault', 'at'),
   [
     sent('TERM', '0', 'end'),
-    sent('TERM', '1', 'end', often=True),
+    sent('TERM', '1', 'end'),
     sent('INT', 'all', 'end'),
     sent('HUP', '0', 'end'),
     sent('USR1', '1', 'end'),
