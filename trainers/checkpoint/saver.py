@@ -101,7 +101,14 @@ class Saver:
       (temporary / 'arrays').mkdir(parents=True)
 
     self._group.first(make_directory)
-    writes = self._gathered_error(lambda: self._copy(temporary, arrays)) or []
+    writes: list[Any] = []
+    try:
+      self._gathered_error(lambda: writes.extend(self._copy(temporary, arrays)))
+    except BaseException:
+      # The next save uses this directory: no writer may outlive a failed one.
+      for write in writes:
+        _error_of(write)
+      raise
     copied.set_result(None)
 
     def finish_writing():
@@ -134,7 +141,7 @@ class Saver:
     """Starts to write the arrays; their memory may change after this call."""
     args = ocp.args.StandardSave(arrays)  # pyright: ignore
     path = epath.Path(temporary / 'arrays')
-    return asyncio.run(self._handler.async_save(path, args=args))
+    return asyncio.run(self._handler.async_save(path, args=args)) or []
 
   def _gathered_error(self, call: Callable[[], Any]) -> Any:
     """Returns call(), unless it raises on one of the processes."""
