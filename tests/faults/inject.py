@@ -177,7 +177,8 @@ def change_version() -> None:
 
 def limit_files(kilobytes: str) -> None:
   """No file can grow beyond: as if the disk were full."""
-  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  # Python ignores SIGXFSZ; another thread than the first could not.
+  assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
   size = int(kilobytes) * 1000
   hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

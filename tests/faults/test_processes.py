@@ -121,8 +121,7 @@ def test_interrupted_while_starting(
 def test_interrupted_while_waiting(launch, tmp_path, happened, target):
   workdir = tmp_path / 'run'
   job = launch(workdir, size=3).start(0).start(1)
-  job.until(lambda: all('process ' in job.output(i) for i in (0, 1)))
-  time.sleep(2)
+  job.until(lambda: job.num_connections() == 2)
   job.note(target).write_text(str(time.monotonic()))
   job.processes[target].send_signal(signal.SIGTERM)
   gone = job.gone()
