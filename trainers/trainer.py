@@ -429,6 +429,8 @@ class Trainer(Loop):
 
   def _fail(self, error: BaseException) -> BaseException:
     error = self._step_runner.explained(processes.explained(error), self.step)
+    # Others may wait for this process, which waits for them when it closes.
+    processes.report(error)
     self.status = 'failed'
     self.callbacks.on_exception(self, error)
     return error
@@ -443,7 +445,8 @@ class Trainer(Loop):
       functools.partial(c.on_fit_end, self) for c in self.callbacks
     ]
     closers.append(lambda: self._writers.close(self.status))
-    closers.append(self._recovery.close)
+    if not error or self._group.size == 1:
+      closers.append(self._recovery.close)
     with self.clock.phase('end'):
       for close in closers:
         try:

@@ -154,15 +154,8 @@ def leave(error: BaseException) -> None:
   code = error.code if shown and isinstance(error.code, int) else 1
   if not shown:
     traceback.print_exception(error)
-  cause = (error.__context__ if shown else error) or error
-  text = ' '.join(str(cause).split()) or type(cause).__name__
-  if isinstance(cause, KeyboardInterrupt):
-    text = f'interrupted by {cause or "Ctrl-C"}'
-  try:
-    if not processes.peer_failure(store):
-      processes.report_failure(store, text, code)
-  except Exception as failed:
-    log.debug('the failure could not be reported: %r', failed)
+  cause = error.__context__ if shown else error
+  processes.report(cause or error)
   _end(store, code)
 
 

@@ -6,6 +6,7 @@ alone, at once.
 """
 
 from collections.abc import Callable
+import contextlib
 import itertools
 import json
 import logging
@@ -146,14 +147,15 @@ def group(name: str) -> Group:
   Args:
     name: Name of the group, which may be used again.
   """
-  if jax.process_count() == 1:
+  state = distributed.global_state
+  if state.client is None:
     return Group(name)
   number = next(_numbers.setdefault(name, itertools.count()))
   return Group(
     f'nanomoe/{name}/{number}',
-    store(),
-    jax.process_index(),
-    jax.process_count(),
+    state.client,
+    state.process_id,
+    state.num_processes,
   )
 
 
@@ -195,16 +197,21 @@ def set_once(store: Store, key: str, value: str) -> None:
       raise
 
 
-def report_failure(store: Store, text: str, code: int) -> None:
+def report(error: BaseException) -> None:
   """Tells the other processes that this one ends. The first report counts.
 
   Args:
-    store: Store of the run.
-    text: Reason, in one line.
-    code: Exit code of all processes.
+    error: Reason. That of another process is not reported again.
   """
-  report = {'process': jax.process_index(), 'text': text, 'code': code}
-  set_once(store, _FAILURE, json.dumps(report))
+  state = distributed.global_state
+  if state.client is None or isinstance(error, PeerError):
+    return
+  text, code = _report(error) or ('', 0)
+  if isinstance(error, KeyboardInterrupt):
+    text, code = f'interrupted by {error or "Ctrl-C"}', 75
+  value = {'process': state.process_id, 'text': text, 'code': code}
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # The run has ended.
+    set_once(state.client, _FAILURE, json.dumps(value))
 
 
 def peer_failure(store: Store) -> PeerError | None:
@@ -213,7 +220,7 @@ def peer_failure(store: Store) -> PeerError | None:
     report = json.loads(store.key_value_try_get(_FAILURE))
   except jax.errors.JaxRuntimeError:
     return None
-  if report['process'] == jax.process_index():
+  if report['process'] == distributed.global_state.process_id:
     return None
   return PeerError(
     f'process {report["process"]} ended the run: {report["text"]}',
@@ -242,11 +249,12 @@ def leave_in_order(store: Store, seconds: float) -> None:
     store: Store of the run.
     seconds: Bound of the wait.
   """
-  if index := jax.process_index():
+  state = distributed.global_state
+  if index := state.process_id:
     store.key_value_set(f'nanomoe/left/{index}', '')
     return
   end = time.monotonic() + seconds
-  for other in range(1, jax.process_count()):
+  for other in range(1, state.num_processes):
     left = max(round(1000 * (end - time.monotonic())), 1)
     try:
       store.blocking_key_value_get(f'nanomoe/left/{other}', left)
