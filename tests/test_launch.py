@@ -145,6 +145,7 @@ def test_a_signal_reaches_every_process_once(number):
   with _ready(WAITS, WAITS, WAITS) as (process, _):
     process.send_signal(number)
     if number == signal.SIGHUP:  # As a login shell does.
+      time.sleep(0.1)
       process.send_signal(number)
     out, err = process.communicate(timeout=20)
   assert process.returncode == 75
