@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from trainers.errors import PeerError, UserError
-from trainers.runtime import processes, watchdog
+from trainers.runtime import failures, processes, watchdog
 from trainers.runtime.processes import Group
 from trainers.runtime.stop import Stop
 from trainers.signals import Interrupt
@@ -51,7 +51,7 @@ class Memory:
 
   def fail(self, process=1, code=1):
     report = {'process': process, 'text': 'boom', 'code': code}
-    self.key_value_set(processes._FAILURE, json.dumps(report))
+    self.key_value_set(failures.KEY, json.dumps(report))
 
 
 @pytest.fixture
@@ -202,18 +202,18 @@ def test_none_waits_for_a_process_that_failed(quick_switches, i):
 
 def test_the_first_report_of_a_failure_counts():
   store = Memory()
-  assert processes.peer_failure(store) is None
+  assert failures.of_peer(store) is None
   store.fail(code=3)
-  processes.report_failure(store, 'later', 1)
-  failure = processes.peer_failure(store)
+  failures.report(store, ValueError('later'))
+  failure = failures.of_peer(store)
   assert failure is not None
   assert failure.code == 3
 
 
 def test_own_failures_are_not_those_of_peers():
   store = Memory()
-  processes.report_failure(store, 'mine', 1)  # This is process 0.
-  assert processes.peer_failure(store) is None
+  failures.report(store, ValueError('mine'))  # This is process 0.
+  assert failures.of_peer(store) is None
 
 
 NUM_POLLS = 40
@@ -275,7 +275,7 @@ def test_a_stop_does_not_wait_for_a_process_that_failed(quick_switches):
     while True:  # Until its thread has seen the signal.
       stop.poll()
       time.sleep(0.001)
-      if 'stop/0' in store.values and processes._FAILURE not in store.values:
+      if 'stop/0' in store.values and failures.KEY not in store.values:
         store.fail(code=5)
 
   (found,) = together(1, lambda i: outcome(lambda: act(i)))
