@@ -163,9 +163,13 @@ def main(overrides: list[config_lib.Override]) -> int:
     peers.check_equal({'--workdir': _WORKDIR.value, 'resumes': bool(old)})
   if not old:
     backend.start()  # Reports mistakes before a directory is made.
-  workdir, is_made = peers.first(_open_workdir) if place else _open_workdir()
-  workdir = pathlib.Path(workdir)
+  made: list[pathlib.Path] = []
   try:
+    if place:
+      workdir = peers.first(lambda: _open_workdir(made))
+    else:
+      workdir = _open_workdir(made)
+    workdir = pathlib.Path(workdir)
     if place:
       peers.check_shared(workdir)
     if place and not is_first:
@@ -179,8 +183,8 @@ def main(overrides: list[config_lib.Override]) -> int:
 
     trainer = experiment.build(config, workdir, _ALLOW_CHANGED.value)
   except (UserError, PeerError, KeyboardInterrupt):
-    if is_made and is_first:
-      workdir_lib.discard(workdir)
+    for path in made:
+      workdir_lib.discard(path)
     raise
   watch = shlex.join(['tensorboard', '--logdir', str(workdir.parent)])
   log.info('workdir: %s', workdir)
@@ -197,13 +201,20 @@ def main(overrides: list[config_lib.Override]) -> int:
   return code
 
 
-def _open_workdir() -> tuple[str, bool]:
-  """Makes and locks the workdir; returns its path, and whether it is new."""
+def _open_workdir(made: list[pathlib.Path]) -> str:
+  """Makes and locks the workdir; returns its path.
+
+  Args:
+    made: Receives the path of a new directory. The caller removes the directory
+      if a signal comes while other processes still start.
+  """
   given = _workdir()
   is_made = given is None or not given.exists()
   workdir = given or workdir_lib.make_default(str(_CONFIG.value))
   workdir_lib.log_to(workdir)
-  return str(workdir), is_made
+  if is_made:
+    made.append(workdir)
+  return str(workdir)
 
 
 def exit_code(status: str) -> int:

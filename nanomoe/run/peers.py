@@ -68,18 +68,16 @@ def check_shared(workdir: pathlib.Path) -> None:
   if group.size == 1:
     return
 
-  def mark() -> str:
-    path = workdir / f'.shared-{uuid.uuid4().hex}'
-    path.touch()
-    return path.name
-
-  path = workdir / group.first(mark)
-  end = time.monotonic() + _VISIBLE_SECONDS
-  while not (is_seen := path.exists()) and time.monotonic() < end:
-    time.sleep(0.1)
-  hidden = [i for i, seen in enumerate(group.gather(is_seen)) if not seen]
-  if group.is_first:
-    path.unlink(missing_ok=True)
+  path = workdir / group.first(lambda: f'.shared-{uuid.uuid4().hex}')
+  try:
+    group.first(path.touch)
+    end = time.monotonic() + _VISIBLE_SECONDS
+    while not (is_seen := path.exists()) and time.monotonic() < end:
+      time.sleep(0.1)
+    hidden = [i for i, seen in enumerate(group.gather(is_seen)) if not seen]
+  finally:  # A signal may interrupt the wait.
+    if group.is_first:
+      path.unlink(missing_ok=True)
   if hidden:
     raise UserError(
       f'--workdir={workdir}: process {", ".join(map(str, hidden))} does not '
