@@ -13,6 +13,7 @@ import time
 import uuid
 
 import numpy as np
+import pytest
 
 from tests.faults.inject import NOTE
 from tests.runs import metrics_of, result_of
@@ -42,6 +43,13 @@ _MARK = 'NANOMOE_TEST_PROCESSES'
 SESSION = uuid.uuid4().hex
 # Ports that no system gives to a program that asks for any.
 _PORTS = 20_000, 32_000
+
+
+def case(what, *arguments, often=False):
+  """A row of the table; without `often`, CI leaves it to the benchmark."""
+  marks = [pytest.mark.fault(injected=what)]
+  marks += [] if often else [pytest.mark.full]
+  return pytest.param(*arguments, marks=marks)
 
 
 def alive() -> list[int]:

@@ -10,6 +10,7 @@ import types
 import jax
 import pytest
 
+from trainers.checkpoint.saver import Saver
 from trainers.errors import PeerError, UserError
 from trainers.runtime import failures, processes, watchdog
 from trainers.runtime.processes import Group
@@ -281,6 +282,30 @@ def test_a_stop_does_not_wait_for_a_process_that_failed(quick_switches):
   (found,) = together(1, lambda i: outcome(lambda: act(i)))
   assert found[0] is PeerError
   assert found[2] == 5
+
+
+def test_no_writer_outlives_a_save_that_another_process_failed(
+  tmp_path, monkeypatch
+):
+  """The next save uses the directory in which it writes."""
+
+  class Failing(Group):
+    def check(self, error):
+      raise PeerError('process 1: no room')
+
+  class Write:
+    is_done = False
+
+    def result(self):
+      time.sleep(0.1)
+      self.is_done = True
+
+  saver, write = Saver(tmp_path, lambda: None), Write()
+  saver._group = Failing('save')
+  monkeypatch.setattr(saver, '_copy', lambda *_: [write])
+  with pytest.raises(PeerError):
+    saver.start(1, {}, {}, lambda: None, lambda: [])
+  assert write.is_done
 
 
 @pytest.mark.parametrize('num_beats', [0, 1, 4])

@@ -7,6 +7,7 @@ replaced: no product code knows of faults.
 """
 
 from collections.abc import Callable
+import errno
 import functools
 import os
 import pathlib
@@ -157,6 +158,11 @@ def send(names: str) -> None:
     os.kill(os.getpid(), signal.Signals[f'SIG{name}'])
 
 
+def fail() -> None:
+  """What the process does fails, as if the disk were full this once."""
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def hang() -> None:
   """The main thread sleeps, and the process lives."""
   while True:
@@ -185,6 +191,7 @@ def limit_files(kilobytes: str) -> None:
 
 
 ACTIONS: dict[str, Callable[[], None]] = {
+  'fail': fail,
   'hang': hang,
   'wait': wait,
   'change_version': change_version,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.processes import LAST, alive, ends_like, same_end, steps_of
+from tests.processes import LAST, alive, case, ends_like, same_end, steps_of
 from tests.runs import result_of
 
 pytestmark = pytest.mark.slow
@@ -17,13 +17,6 @@ pytestmark = pytest.mark.slow
 SOON = '--start_timeout=4'
 # The start of two processes, beside the time that they wait.
 SECONDS = 60
-
-
-def case(what, *arguments, often=False):
-  """A row of the table; without `often`, CI leaves it to the benchmark."""
-  marks = [pytest.mark.fault(injected=what)]
-  marks += [] if often else [pytest.mark.full]
-  return pytest.param(*arguments, marks=marks)
 
 
 def one_line(job, name, word):
@@ -305,6 +298,26 @@ def test_a_full_disk(launch, tmp_path, undisturbed, happened, fault, at, left):
   assert not others.exists() or 'could not be' not in others.read_text()
   ends_like(job, launch, workdir, undisturbed())
   happened(f'{gone}, checkpoints {left} are left; equal', gone.seconds)
+
+
+@pytest.mark.parametrize(
+  'at',
+  [
+    case('a save cannot start on process 0, once', 0),
+    case('a save cannot start on process 1, once', 1),
+  ],
+)
+@pytest.mark.fault(promised='it fails on all, in one line; the next succeeds')
+def test_a_save_fails_once(launch, tmp_path, undisturbed, happened, at):
+  workdir = tmp_path / 'run'
+  job = launch(workdir).start_all(fault='copy 2 fail', at=at)
+  gone = job.gone()
+  assert gone.codes == [0, 0], job.outputs()
+  told = [x for x in job.outputs().splitlines() if 'could not be saved' in x]
+  assert len(told) == 1, told
+  assert steps_of(workdir) == [4, LAST]
+  same_end(workdir, undisturbed())
+  happened(f'{gone}, checkpoints [4, {LAST}]; equal', gone.seconds)
 
 
 def parts(workdir: pathlib.Path, step: int, process: int) -> list[pathlib.Path]:

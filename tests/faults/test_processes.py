@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.processes import LAST, alive, ends_like, same_end, steps_of
+from tests.processes import LAST, alive, case, ends_like, same_end, steps_of
 from tests.runs import result_of
 
 pytestmark = pytest.mark.slow
@@ -24,13 +24,6 @@ IN = {
   'copy': ('copy 2', 'while it copies the arrays of a save'),
   'manifest': ('manifest 1', 'between a commit and its manifest'),
 }
-
-
-def case(what, *arguments, often=False):
-  """A row of the table; without `often`, CI leaves it to the benchmark."""
-  marks = [pytest.mark.fault(injected=what)]
-  marks += [] if often else [pytest.mark.full]
-  return pytest.param(*arguments, marks=marks)
 
 
 def sent(name, to, place, often=False):
