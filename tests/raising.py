@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from tests.faults import inject
 from trainers.callbacks import Callback
 
 
@@ -21,4 +22,5 @@ class Raises(Callback):
 
   def on_train_step_end(self, loop):
     if loop.step == self.step and jax.process_index() == self.process:
+      inject.note_time()
       raise ZeroDivisionError('in the plug-in')

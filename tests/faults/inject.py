@@ -200,9 +200,14 @@ ACTIONS: dict[str, Callable[[], None]] = {
 NOTE = 'NANOMOE_TEST_FAULT'
 
 
-def act(what: str) -> None:
+def note_time() -> None:
+  """The fault is now."""
   if note := os.environ.get(NOTE):
     pathlib.Path(note).write_text(str(time.monotonic()))
+
+
+def act(what: str) -> None:
+  note_time()
   if what in ACTIONS:
     ACTIONS[what]()
   elif what.isdecimal():

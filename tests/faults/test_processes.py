@@ -204,6 +204,8 @@ def test_killed(launch, tmp_path, undisturbed, happened, fault, at):
   assert is_saved or gone.codes[1 - at] != 0, job.outputs()
   assert gone.seconds < SECONDS
   left = steps_of(workdir) if (workdir / 'checkpoints').exists() else []
+  if gone.codes[0] == 1:  # It could still write.
+    assert result_of(workdir)['status'] == 'failed'
   assert not is_saved or left[-1] == LAST
   ends_like(job, launch, workdir, undisturbed())
   happened(f'{gone}, checkpoints {left} were left; equal', gone.seconds)
@@ -274,8 +276,9 @@ def test_a_callback_raises(launch, tmp_path, undisturbed, happened, at):
   assert 'Traceback' not in job.output(1 - at)
   assert f'process {at}' in job.output(1 - at)
   assert result_of(workdir)['status'] == 'failed'
-  assert steps_of(workdir) == [4]
-  happened(f'{gone}; step 4 is saved')
+  left = steps_of(workdir)  # Without 4 if its save had not ended.
+  assert left in ([4], [])
+  happened(f'{gone}, checkpoints {left} were left', gone.seconds)
 
 
 @pytest.mark.fault(
