@@ -1,6 +1,7 @@
 """base.py on four processes, killed ten times, against an undisturbed run."""
 
 from collections.abc import Collection, Iterator
+import json
 import pathlib
 import shutil
 import time
@@ -14,18 +15,23 @@ from trainers.checkpoint import reader
 SEED = 0
 NUM_KILLS = 10
 NUM_PROCESSES = 4
-# Range of the seconds from a start to its kill; a start takes a third of it.
-SPAN_SECONDS = 60.0
+# Fraction of the kills whose moment is drawn from the time of a start. The
+# moments of the others are in a part of the training time after the first step,
+# so short that the run cannot end before the last kill.
+START_FRACTION = 0.3
+PART = 1 / 8
 GONE_SECONDS = 60.0
+_POLL_SECONDS = 0.02
 VALUES = {
-  'num_train_steps': 300,
-  'eval_interval': 10,
+  'num_train_steps': 120,
+  'eval_interval': 5,
   'eval_iters': 2,
   'log_interval': 1,
-  'sample.every_steps': 50,
+  'sample.every_steps': 40,
   'sample.num_tokens': 50,
   **process_parity.on_mesh({'fsdp': 2, 'expert': 2}),
 }
+WHOLE, END = 'undisturbed', 'end'
 
 
 def measure(
@@ -35,57 +41,94 @@ def measure(
 
   Args:
     directory: Directory of the runs.
-    done: Names of the rows that are left out, if their run still exists.
+    done: Names of rows; nothing is left to do if the last one is among them.
 
   Raises:
-    RuntimeError: The run ended before its last kill.
+    RuntimeError: A process ended before its kill.
   """
-  if 'end' in done:
+  path = directory / 'rows.json'
+  rows = json.loads(path.read_text()) if path.exists() else {}
+  if END in done:
     return
-  whole, killed = directory / 'whole', directory / 'killed'
-  if not (whole / 'result.json').exists():
-    process_group.train(whole, VALUES, NUM_PROCESSES)
-  if not done:
-    shutil.rmtree(killed, ignore_errors=True)
-  for index in range(NUM_KILLS):
-    name = name_of(index)
-    if name not in done or not killed.exists():
-      yield name, kill(killed, index)
-  started = time.monotonic()
-  process_group.train(killed, VALUES, NUM_PROCESSES)
-  seconds = time.monotonic() - started
-  yield 'end', {'seconds': seconds, **same_ends(killed, whole)}
+  whole, killed = directory / WHOLE, directory / 'killed'
+  if WHOLE not in rows:
+    shutil.rmtree(directory)
+    directory.mkdir()
+  names = [WHOLE, *map(name_of, range(NUM_KILLS)), END]
+  for index, name in enumerate(names):
+    if name not in rows:
+      if name == WHOLE:
+        rows[name] = undisturbed(whole)
+      elif name == END:
+        process_group.train(killed, VALUES, NUM_PROCESSES)
+        rows[name] = same_ends(killed, whole)
+      else:
+        rows[name] = kill(killed, index - 1, rows[WHOLE])
+      path.write_text(json.dumps(rows))
+    yield name, rows[name]
 
 
-def kill(workdir: pathlib.Path, index: int) -> dict[str, Any]:
+def undisturbed(workdir: pathlib.Path) -> dict[str, float]:
+  """Trains without kills; returns the seconds of the start and of the rest.
+
+  Args:
+    workdir: Directory of the run.
+  """
+  with _start(workdir, WHOLE) as group:
+    while 'step ' not in group.output() and group.alive():
+      time.sleep(_POLL_SECONDS)
+    first = time.monotonic()
+    group.check()
+    return {
+      'start_sec': first - group.started,
+      'training_sec': time.monotonic() - first,
+    }
+
+
+def _start(workdir: pathlib.Path, name: str) -> process_group.ProcessGroup:
+  words = process_group.arguments_of(workdir, VALUES)
+  outputs = workdir.with_name(f'{name}.outputs')
+  return process_group.ProcessGroup(words, outputs, NUM_PROCESSES)
+
+
+def kill(
+  workdir: pathlib.Path, index: int, took: dict[str, float]
+) -> dict[str, Any]:
   """Starts the processes and kills one of them at a random moment.
 
   Args:
     workdir: Directory of the run.
     index: Number of the kill, from which process and moment are drawn.
+    took: Seconds of the undisturbed run.
 
   Raises:
-    RuntimeError: The run ended before the kill.
+    RuntimeError: A process ended before the kill.
   """
   rng = np.random.default_rng([SEED, index])
   target = int(rng.integers(NUM_PROCESSES))
-  delay = float(rng.uniform(0, SPAN_SECONDS))
-  words = process_group.arguments_of(workdir, VALUES)
-  outputs = workdir.with_name(f'{name_of(index)}.outputs')
-  with process_group.ProcessGroup(words, outputs, NUM_PROCESSES) as group:
-    while time.monotonic() < group.started + delay:
+  is_start = bool(rng.uniform() < START_FRACTION)
+  fraction = float(rng.uniform())
+  delay = fraction * (
+    took['start_sec'] if is_start else took['training_sec'] * PART
+  )
+  with _start(workdir, name_of(index)) as group:
+    begin = group.started if is_start else None
+    while begin is None or time.monotonic() < begin + delay:
       if len(group.alive()) < NUM_PROCESSES:
         raise RuntimeError(f'ended before {name_of(index)}:\n{group.output()}')
-      time.sleep(0.02)
+      if begin is None and 'step ' in group.output():
+        begin = time.monotonic()
+      time.sleep(_POLL_SECONDS)
     group.kill(target)
-    begin = time.monotonic()
+    killed = time.monotonic()
     is_training = 'step ' in group.output()
     step = last_step(workdir)
     codes = group.wait(GONE_SECONDS)
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - killed
   return {
     'process': target,
-    'delay': delay,
+    'fraction': fraction,
+    'sec_after_start': killed - group.started,
     'phase': 'training' if is_training else 'start',
     'step': step,
     'gone_sec': None if None in codes else seconds,
@@ -152,14 +195,14 @@ def table(rows: dict[str, Any]) -> str:
     '|---|---:|---|---:|---:|',
   ]
   for name, row in rows.items():
-    if name != 'end':
+    if name not in (WHOLE, END):
       seconds = row['gone_sec']
       shown = 'NEVER' if seconds is None else f'{seconds:.1f}'
       lines.append(
         f'| {name} | {row["process"]} | {row["phase"]} | {row["step"]} '
         f'| {shown} |'
       )
-  if end := rows.get('end'):
+  if end := rows.get(END):
     parts = ('arrays', 'metrics', 'sample')
     shown = ', '.join(
       f'{part} {"equal" if end[f"same_{part}"] else "DIFFERENT"}'

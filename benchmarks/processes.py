@@ -8,11 +8,12 @@ Runs of several real processes on this machine, over loopback:
   kills     base.py on 4 processes, killed ten times, against the same run
 
 Writes benchmarks/results/processes.json after each row. A row in that file is
-kept unless --again is given. Runs in --workdir are resumed.
+kept unless --again is given. A later call continues with the runs in --workdir.
 """
 
 import os
 import pathlib
+import shutil
 import tempfile
 from typing import Any
 
@@ -64,7 +65,11 @@ def measure(part: str, directory: pathlib.Path) -> None:
     directory: Directory of the runs.
   """
   figures = results.read('processes') or {}
-  rows: dict[str, Any] = {} if _AGAIN.value else figures.get(part, {})
+  figures.pop('machine', None)
+  rows: dict[str, Any] = figures.get(part, {})
+  if _AGAIN.value:
+    rows = {}
+    shutil.rmtree(directory, ignore_errors=True)
   directory.mkdir(parents=True, exist_ok=True)
   for name, row in PARTS[part](directory, rows.keys()):
     print(part, name, row, flush=True)
