@@ -20,6 +20,10 @@ _ONLY = flags.DEFINE_string(
   'only', '', "Files or tests, as pytest's -k; the others stay as they were."
 )
 
+_WORKERS = flags.DEFINE_integer(
+  'workers', 2, 'Processes of pytest; 0 runs one test after the other.'
+)
+
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / 'docs' / 'faults.md'
 CELL = 100  # Characters; markup and a number of cases come on top.
@@ -37,6 +41,8 @@ SECTIONS = {
   'test_config_misuse': 'Config',
   'test_strangers': 'Runs of other people',
   'test_determinism': 'Determinism and leaks',
+  'test_processes': 'Processes of one run',
+  'test_process_starts': 'Processes that start, and what they share',
   'test_reported_tokenizers': 'Tokenizer files and long words',
   'test_reported_texts': 'Byte order marks and short texts',
   'test_reported_paths': 'Paths, links and directories',
@@ -69,6 +75,8 @@ class Collector:
     case['seconds'] = round(case['seconds'] + report.duration, 2)
     case.update({k: words.get(k, '') for k in ('injected', 'promised')})
     case['happened'] = lasting(words.get('happened', ''))
+    if 'gone' in words:
+      case['gone'] = words['gone']
     if 'reported' in words:
       case['reported'] = words['reported']
     if report.outcome != 'passed':
@@ -83,7 +91,8 @@ def lasting(text: str) -> str:
 def run(only: str) -> dict[str, dict[str, Any]]:
   """The cases, by the name of their test."""
   collector = Collector()
-  words = ['-o', 'addopts=', '-q', '-n', '2', '--dist', 'loadfile']
+  words = ['-o', 'addopts=', '-q', '-n', str(_WORKERS.value)]
+  words += ['--dist', 'loadfile'] if _WORKERS.value else []
   words += ['-p', 'no:cacheprovider']
   words += ['-k', only] if only else []
   pytest.main([*words, str(ROOT / 'tests' / 'faults')], plugins=[collector])
@@ -103,12 +112,18 @@ def table(figures: dict[str, Any]) -> str:
     own = [case for name, case in cases.items() if f'/{file}.py::' in name]
     if not own:
       continue
-    parts += [f'### {title}', '\n'.join([*_HEAD, *_rows(own)])]
+    head = _GONE if any('gone' in case for case in own) else _HEAD
+    parts += [f'### {title}', '\n'.join([*head, *_rows(own)])]
   return '\n\n'.join(parts)
 
 
 _HEAD = (
   '| injected | promised | happened | s |',
+  '|---|---|---|---:|',
+)
+# Tables of several processes.
+_GONE = (
+  '| injected | promised | happened | s until all were gone |',
   '|---|---|---|---:|',
 )
 
@@ -123,10 +138,16 @@ def _rows(cases: list[dict[str, Any]]) -> list[str]:
     groups.setdefault(key, []).append(case)
   return [
     f'| {" | ".join(map(_cell, key))}'
-    f'{f" ({len(same)} cases)" if len(same) > 1 else ""} | '
-    f'{sum(case["seconds"] for case in same):.1f} |'
+    f'{f" ({len(same)} cases)" if len(same) > 1 else ""} | {_seconds(same)} |'
     for key, same in groups.items()
   ]
+
+
+def _seconds(cases: list[dict[str, Any]]) -> str:
+  """Returns the sum of the tests, or the longest until all were gone."""
+  if any('gone' in case for case in cases):
+    return f'{max(case.get("gone", 0.0) for case in cases):.1f}'
+  return f'{sum(case["seconds"] for case in cases):.1f}'
 
 
 def _cell(text: str) -> str:

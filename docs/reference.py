@@ -29,6 +29,7 @@ MODULES = {
 # Commands with flags of their own; `nanomoe.console` calls them by name.
 COMMANDS = (
   'nanomoe.main',
+  'nanomoe.launch',
   'nanomoe.evaluate',
   'nanomoe.generate',
   'nanomoe.plan',

@@ -39,6 +39,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
   'train': Command('nanomoe.main', 'Trains a model, or resumes a run.'),
+  'launch': Command(
+    'nanomoe.launch', 'Trains in several processes of this machine.'
+  ),
   'evaluate': Command(
     'nanomoe.evaluate', 'Prints the exact loss of a checkpoint as JSON.'
   ),
@@ -171,7 +174,7 @@ def completion(shell: str) -> str:
       f'--{flag.name}' + ('' if isinstance(flag, flags.BooleanFlag) else '=')
       for flag in cli.own_flags(values)
     ]
-    words += keys if name in ('train', 'plan') else []
+    words += keys if name in ('train', 'launch', 'plan') else []
     cases.append(f'    {name}) words="{" ".join(words)}" ;;')
   names = ' '.join([*COMMANDS, 'list', 'completion', '--version', '--help'])
   start = (

@@ -157,6 +157,10 @@ def main(overrides: list[config_lib.Override]) -> int:
     log.info('%s', place)
     cluster.connect(place, _CLUSTER.start_timeout.value)
     peers.watch(_CLUSTER.hang_timeout.value)
+  if place:
+    # Devices wait for all processes: a process that starts a new run must not
+    # wait for one that resumes.
+    peers.check_equal({'--workdir': _WORKDIR.value, 'resumes': bool(old)})
   if not old:
     backend.start()  # Reports mistakes before a directory is made.
   workdir, is_made = peers.first(_open_workdir) if place else _open_workdir()

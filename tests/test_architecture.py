@@ -51,7 +51,7 @@ ARROWS = {
 }
 # They may import every room; no room imports them.
 DOORS = (
-  *('__main__', 'console', 'main', 'evaluate', 'generate', 'plan'),
+  *('__main__', 'console', 'main', 'launch', 'evaluate', 'generate', 'plan'),
   'experiment',
 )
 MAX_ENTRIES = 20  # In a folder.
@@ -175,7 +175,7 @@ def test_every_package_is_listed_for_installation():
       assert any(fnmatch.fnmatch(name, pattern) for pattern in include), name
 
 
-@pytest.mark.parametrize('name', ['main', 'plan'])
+@pytest.mark.parametrize('name', ['main', 'launch', 'plan'])
 def test_a_command_is_light_and_answers_before_jax(name):
   code = (
     f'import sys, nanomoe.{name}\n'

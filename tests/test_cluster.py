@@ -280,6 +280,18 @@ def test_all_report_the_same_mistake(monkeypatch, hellos, named):
     assert named in str(error)
 
 
+def test_a_late_process_hears_of_the_mistake():
+  port = _free_port()
+  early = threading.Thread(
+    target=_call, args=([Hello(0, 3), Hello(1, 2)],), kwargs={'port': port}
+  )
+  early.start()
+  time.sleep(0.5)
+  (error,) = _call([Hello(2, 3)], port=port, timeout=1.0)
+  early.join()
+  assert 'process 1' in str(error)
+
+
 def test_a_signal_to_one_process_reaches_all(monkeypatch):
   monkeypatch.setattr(roll_call, '_LATE_SECONDS', 0.3)
   goodbye = json.dumps((1, 3)) + '\n' + '"SIGTERM"\n'
@@ -308,7 +320,7 @@ def test_a_port_in_use_is_named():
 
 
 def test_an_unknown_host_is_named():
-  with pytest.raises(UserError, match='unknown|Temporary'):
+  with pytest.raises(UserError, match=r'unknown|Temporary'):
     roll_call.wait_for_all(
       Hello(1, 2), ('no-such-host.invalid', 1), timeout=1.0, label='here'
     )

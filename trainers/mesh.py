@@ -105,9 +105,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     )
   if size < len(devices) and jax.process_count() > 1:
     raise UserError(
-      f'{_shown(shape) or "mesh.data=1"}: the mesh has {size} places, but the '
-      f'{jax.process_count()} processes have {len(devices)} devices; the mesh '
-      'must have all of them, as with mesh.data=-1'
+      f'{_shown(shape) or "mesh.data=1"}: the size of the mesh is {size}, but '
+      f'the {jax.process_count()} processes have {len(devices)} devices; it '
+      'must use all of them, as mesh.data=-1 does'
     )
   mesh = Mesh(
     np.array(devices[:size]).reshape(shape),

@@ -106,7 +106,7 @@ class Recovery:
       with self._clock.phase('checkpoint'):
         step = self._checkpointer.wait()
     except SaveError as error:
-      log.error('a checkpoint could not be saved: %s', error)
+      self._log(error)
       return error
     if step is not None:
       self._on_saved(step)
@@ -152,9 +152,13 @@ class Recovery:
         save()
         error = self.wait_for_save()
       except SaveError as raised:
-        log.error('a checkpoint could not be saved: %s', raised)
+        self._log(raised)
         error = raised
     return None if self._checkpointer.newest == step else error
+
+  def _log(self, error: SaveError) -> None:
+    if self._checkpointer and self._checkpointer.is_first:
+      log.error('a checkpoint could not be saved: %s', error)
 
   def close(self) -> None:
     """Closes the checkpointer."""

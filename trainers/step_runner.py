@@ -12,7 +12,7 @@ import jax
 from trainers import metrics as metrics_lib
 from trainers.mesh import Placement
 from trainers.metrics import Metrics
-from trainers.runtime import debugging
+from trainers.runtime import debugging, watchdog
 from trainers.runtime import memory as memory_lib
 from trainers.state import TrainState
 from trainers.step import StepFn
@@ -100,6 +100,9 @@ class StepRunner:
   ) -> tuple[TrainState, Metrics]:
     if not self._update:
       raise ValueError('call compile() first')
+    # This process compiles alone, however long that takes.
+    while not self.compiled and not futures.wait([self._update], 1).done:
+      watchdog.beat()
     update = self._update.result()
     if not self.compiled:
       memory_lib.trim()

@@ -26,7 +26,14 @@ from trainers.loop import Loop
 from trainers.mesh import Placement
 from trainers.metrics import Metrics, Score
 from trainers.recovery import Recovery
-from trainers.runtime import debugging, keys, processes, watchdog
+from trainers.runtime import (
+  debugging,
+  failures,
+  keys,
+  processes,
+  store,
+  watchdog,
+)
 from trainers.runtime import memory as memory_lib
 from trainers.runtime import stop as stop_lib
 from trainers.runtime.clock import Clock
@@ -428,7 +435,9 @@ class Trainer(Loop):
       self.status, self.stop_reason = 'unsaved', str(error)
 
   def _fail(self, error: BaseException) -> BaseException:
-    error = self._step_runner.explained(processes.explained(error), self.step)
+    error = self._step_runner.explained(failures.explained(error), self.step)
+    # Others may wait for this process, which waits for them when it closes.
+    failures.report(store.of_run(), error)
     self.status = 'failed'
     self.callbacks.on_exception(self, error)
     return error
@@ -443,7 +452,8 @@ class Trainer(Loop):
       functools.partial(c.on_fit_end, self) for c in self.callbacks
     ]
     closers.append(lambda: self._writers.close(self.status))
-    closers.append(self._recovery.close)
+    if not error or self._group.size == 1:
+      closers.append(self._recovery.close)
     with self.clock.phase('end'):
       for close in closers:
         try:

@@ -15,6 +15,7 @@ from jaxtyping import Int, Integer
 import numpy as np
 
 from trainers.errors import UserError
+from trainers.runtime import watchdog
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class LargeText:
       for end in ends:
         end = min(end, self._stop.byte)
         if end > position:
+          watchdog.beat()  # A pass over a large text takes minutes.
           yield file.read(end - position).decode(errors='replace')
         position = end
 

@@ -111,22 +111,22 @@ def watch(hang_timeout: float) -> None:
   Args:
     hang_timeout: Seconds without progress that end the process; 0 disables it.
   """
-  from trainers.runtime import processes, watchdog  # noqa: PLC0415 (JAX)
+  from trainers.runtime import failures, store, watchdog  # noqa: PLC0415 (JAX)
 
-  store = processes.store()
+  shared = store.of_run()
   # JAX aborts this process if another one dies: the stack would say nothing.
   faulthandler.disable()
   if hang_timeout:
-    watchdog.start(hang_timeout, lambda code: _end(store, code))
+    watchdog.start(hang_timeout, lambda code: _end(shared, code))
 
   def listen():
     try:
-      failure = processes.wait_for_failure(store)
+      failure = failures.wait_for_peer(shared)
     except Exception:  # The run has ended.
       return
-    if not _is_leaving.wait(GRACE_SECONDS):
+    if failure and not _is_leaving.wait(GRACE_SECONDS):
       log.error('%s', failure)
-      _end(store, failure.code)
+      _end(shared, failure.code)
 
   threading.Thread(target=listen, daemon=True, name='peers').start()
 
@@ -142,36 +142,29 @@ def leave(error: BaseException) -> None:
   """
   if 'jax' not in sys.modules:
     return
-  from trainers.runtime import processes  # noqa: PLC0415 (JAX takes seconds)
+  from trainers.runtime import failures, store  # noqa: PLC0415 (JAX)
 
   if _codes:
     _exit(_codes[0])
-  store = processes.store()
-  if store is None:
+  shared = store.of_run()
+  if shared is None:
     return
   _is_leaving.set()
   shown = isinstance(error, SystemExit)
   code = error.code if shown and isinstance(error.code, int) else 1
   if not shown:
     traceback.print_exception(error)
-  cause = (error.__context__ if shown else error) or error
-  text = ' '.join(str(cause).split()) or type(cause).__name__
-  if isinstance(cause, KeyboardInterrupt):
-    text = f'interrupted by {cause or "Ctrl-C"}'
-  try:
-    if not processes.peer_failure(store):
-      processes.report_failure(store, text, code)
-  except Exception as failed:
-    log.debug('the failure could not be reported: %r', failed)
-  _end(store, code)
+  cause = error.__context__ if shown else error
+  failures.report(shared, cause or error)
+  _end(shared, code)
 
 
 def _end(store: Any, code: int) -> None:
   """Exits; process 0, whose end would abort the others, leaves last."""
-  from trainers.runtime import processes  # noqa: PLC0415 (JAX takes seconds)
+  from trainers.runtime import failures  # noqa: PLC0415 (JAX takes seconds)
 
   try:
-    processes.leave_in_order(store, GRACE_SECONDS + 2)
+    failures.leave_in_order(store, GRACE_SECONDS + 2)
   finally:
     _exit(code)
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.processes import Job
 from tests.runs import metrics_of, result_of
 from tests.shrunk import ROOT, TINY
 from trainers.checkpoint import reader
@@ -39,9 +40,19 @@ def _fault(request, record_property):
 
 
 @pytest.fixture
-def happened(record_property) -> Callable[[str], None]:
-  """happened(sentence): what the table of faults says of this test."""
-  return lambda sentence: record_property('happened', sentence)
+def happened(record_property) -> Callable[..., None]:
+  """happened(sentence, seconds=None): what the table says of this test.
+
+  `seconds`: until all processes were gone; else the table has those of the
+  test.
+  """
+
+  def say(sentence, seconds=None):
+    record_property('happened', sentence)
+    if seconds is not None:
+      record_property('gone', round(seconds, 1))
+
+  return say
 
 
 @pytest.fixture
@@ -120,6 +131,39 @@ def start(corpus, tmp_path):
   for one in started:
     one.process.kill()
     one.process.wait()
+
+
+@pytest.fixture
+def launch(corpus, tmp_path):
+  """launch(workdir, size=2, ...) -> Job, which ends with the test."""
+  jobs = []
+
+  def begin(workdir, size=2, **kwargs) -> Job:
+    folder = tmp_path / f'job{len(jobs)}'
+    jobs.append(Job(folder, workdir, size=size, **{'text': corpus, **kwargs}))
+    return jobs[-1]
+
+  yield begin
+  for job in jobs:
+    job.kill()
+
+
+@pytest.fixture(scope='session')
+def undisturbed(tmp_path_factory, corpus):
+  """undisturbed(**mesh) -> workdir of two processes without a fault."""
+  workdirs = {}
+
+  def get(**mesh) -> pathlib.Path:
+    key = tuple(sorted(mesh.items()))
+    if key not in workdirs:
+      folder = tmp_path_factory.mktemp('undisturbed')
+      workdirs[key] = folder / 'run'
+      job = Job(folder, workdirs[key], size=2, text=corpus, mesh=mesh)
+      gone = job.start_all().gone(200)
+      assert gone.codes == [0, 0], job.outputs()
+    return workdirs[key]
+
+  return get
 
 
 def steps_of(workdir: pathlib.Path) -> list[int]:

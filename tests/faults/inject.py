@@ -1,7 +1,9 @@
-"""python -m tests.faults.inject PLACE NUMBER SIGNALS --config=...: a main job.
+"""python -m tests.faults.inject PLACE NUMBER WHAT --config=...: a main job.
 
-It gets SIGNALS (KILL, or TERM,INT) when it comes to PLACE for the NUMBERth
-time. One function is replaced: no product code knows of faults.
+WHAT happens when it comes to PLACE for the NUMBERth time: it gets signals
+(KILL, or TERM,INT), its group of processes gets one (all:TERM), no file of it
+can grow beyond a number of kilobytes (38), or one of ACTIONS. Functions are
+replaced: no product code knows of faults.
 """
 
 from collections.abc import Callable
@@ -12,10 +14,12 @@ import resource
 import runpy
 import signal
 import sys
+import time
 from typing import Any
 
 from nanomoe import experiment
 from nanomoe.callbacks import text_sample
+from nanomoe.run import cluster, peers, provenance
 from trainers import evaluator, step_runner, trainer
 from trainers.checkpoint import checkpointer, saver
 
@@ -112,16 +116,22 @@ def collecting(act: Callable) -> None:
 
 
 PLACES: dict[str, Callable] = {
+  # Of several processes: before they look for each other.
+  'arrival': before(cluster, 'connect'),
   'start': before(experiment, 'build'),
   'step': after(step_runner.StepRunner, '__call__'),
   'evaluation': evaluating,
   # It has begun, and goes on in the background.
   'save': after(checkpointer.Checkpointer, 'save'),
+  # In its thread, before the arrays are copied.
+  'copy': before(saver.Saver, '_copy'),
   # What the manifest will name is on the disk.
   'manifest': before(checkpointer.Checkpointer, '_write_manifest'),
   'collection': collecting,
   'sample': within(text_sample.Generator, '__call__'),
   'end': before(trainer.Trainer, '_close'),
+  # Of several processes: all is closed.
+  'parting': before(peers, 'finish'),
 }
 
 
@@ -139,8 +149,30 @@ def arrive(number: str, act: Callable[[], None]) -> Callable[[], None]:
 
 
 def send(names: str) -> None:
+  group, _, one = names.rpartition(':')
+  if group:
+    os.killpg(0, signal.Signals[f'SIG{one}'])
+    return
   for name in names.split(','):
     os.kill(os.getpid(), signal.Signals[f'SIG{name}'])
+
+
+def hang() -> None:
+  """The main thread sleeps, and the process lives."""
+  while True:
+    time.sleep(1)
+
+
+def wait() -> None:
+  """The main thread sleeps until the test makes a file."""
+  while not pathlib.Path(f'{os.environ[NOTE]}.continue').exists():
+    time.sleep(0.05)
+
+
+def change_version() -> None:
+  """The process has another NumPy, it says."""
+  found = {**provenance.versions(), 'numpy': '0.0.1'}
+  provenance.versions = lambda: found
 
 
 def limit_files(kilobytes: str) -> None:
@@ -151,10 +183,29 @@ def limit_files(kilobytes: str) -> None:
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
+ACTIONS: dict[str, Callable[[], None]] = {
+  'hang': hang,
+  'wait': wait,
+  'change_version': change_version,
+}
+# Variable with the path of a file that gets the time of the fault.
+NOTE = 'NANOMOE_TEST_FAULT'
+
+
+def act(what: str) -> None:
+  if note := os.environ.get(NOTE):
+    pathlib.Path(note).write_text(str(time.monotonic()))
+  if what in ACTIONS:
+    ACTIONS[what]()
+  elif what.isdecimal():
+    limit_files(what)
+  else:
+    send(what)
+
+
 def main() -> None:
   _, place, number, what, *rest = sys.argv
-  action = limit_files if what.isdecimal() else send
-  PLACES[place](arrive(number, lambda: action(what)))
+  PLACES[place](arrive(number, lambda: act(what)))
   sys.argv = ['nanomoe.main', *rest]
   runpy.run_module('nanomoe.main', run_name='__main__', alter_sys=True)
 

@@ -27,4 +27,5 @@ class Checkpoints(Callback):
       try:
         loop.checkpoint()
       except SaveError as error:
-        log.warning('a checkpoint could not be saved: %s', error)
+        if loop.is_first:  # Saves fail on all processes.
+          log.warning('a checkpoint could not be saved: %s', error)

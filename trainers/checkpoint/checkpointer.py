@@ -78,6 +78,11 @@ class Checkpointer:
     except OSError as error:
       raise UserError(f'{directory}: {error.strerror}') from error
 
+  @property
+  def is_first(self) -> bool:
+    """True on the process that reports a failed save for all."""
+    return self._group.is_first
+
   def _open(self) -> None:
     self._directory.mkdir(parents=True, exist_ok=True)
     self._restore_superseded()
@@ -186,7 +191,8 @@ class Checkpointer:
     try:
       self._group.first(self._open)
     except (OSError, PeerError) as error:
-      log.error('%s: %s', self._directory, error)
+      if self.is_first:
+        log.error('%s: %s', self._directory, error)
 
   def restore(self, abstract: Any) -> Saved | None:
     """Returns the newest intact checkpoint, or None if there never was one.
@@ -339,7 +345,8 @@ class Checkpointer:
     try:
       self._saver.wait()
     except Exception as error:  # Storage backends of Orbax may raise anything.
-      log.error('step %d could not be saved: %s', self._saving, error)
+      if self.is_first:
+        log.error('step %d could not be saved: %s', self._saving, error)
 
 
 class _Kept(NamedTuple):

@@ -8,34 +8,17 @@ alone, at once.
 from collections.abc import Callable
 import itertools
 import json
-import logging
-import time
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import jax
-from jax._src import distributed
-
-from trainers.errors import PeerError, UserError
-from trainers.runtime import watchdog
-
-log = logging.getLogger(__name__)
+from trainers.errors import PeerError
+from trainers.runtime import failures, watchdog
+from trainers.runtime import store as store_lib
+from trainers.runtime.store import Store
 
 T = TypeVar('T')
 
 # Python handles signals between two calls, so no call may wait for long.
 _WAIT_MS = 1000
-_FAILURE = 'nanomoe/failure'
-# Time in which a process that fails reports it, after its connections break.
-REPORT_SECONDS = 1.0
-
-
-class Store(Protocol):
-  """Key-value store that all processes share, as JAX's client is one."""
-
-  def key_value_set(self, key: str, value: str, /) -> None: ...
-  def blocking_key_value_get(self, key: str, timeout_ms: int, /) -> str: ...
-  def key_value_try_get(self, key: str, /) -> str: ...
-  def key_value_delete(self, key: str, /) -> None: ...
 
 
 class Group:
@@ -107,11 +90,11 @@ class Group:
       if error:
         raise error
       return
-    errors = self.gather(_report(error))
+    errors = self.gather(error and failures.message(error))
     if error:
       raise error
-    for index, report in enumerate(errors):
-      _raise(index, report)
+    for index, message in enumerate(errors):
+      _raise(index, message)
 
   def first(self, make: Callable[[], T]) -> T:
     """Returns make() of process 0, which alone calls it.
@@ -130,10 +113,11 @@ class Group:
         value = make()
       except Exception as raised:
         error = raised
-    value, report = self.gather([value, _report(error)])[0]
+    reply = [value, error and failures.message(error)]
+    value, message = self.gather(reply)[0]
     if error:
       raise error
-    _raise(0, report)
+    _raise(0, message)
     return value
 
 
@@ -146,21 +130,12 @@ def group(name: str) -> Group:
   Args:
     name: Name of the group, which may be used again.
   """
-  if jax.process_count() == 1:
+  store = store_lib.of_run()
+  if store is None:
     return Group(name)
   number = next(_numbers.setdefault(name, itertools.count()))
-  return Group(
-    f'nanomoe/{name}/{number}',
-    store(),
-    jax.process_index(),
-    jax.process_count(),
-  )
-
-
-def store() -> Any:
-  """Returns the store of the run; None if there is one process."""
-  # JAX has no public name for it; Orbax uses this one, too.
-  return distributed.global_state.client
+  index, size = store_lib.index_and_size()
+  return Group(f'nanomoe/{name}/{number}', store, index, size)
 
 
 def wait_for(store: Store, key: str) -> str:
@@ -176,114 +151,13 @@ def wait_for(store: Store, key: str) -> str:
   Raises:
     PeerError: Another process failed.
   """
-  while True:
-    try:
-      return store.blocking_key_value_get(key, _WAIT_MS)
-    except jax.errors.JaxRuntimeError as error:
-      if 'DEADLINE_EXCEEDED' not in str(error):
-        raise
-    if failure := peer_failure(store):
+  while (value := store_lib.get(store, key, _WAIT_MS)) is None:
+    if failure := failures.of_peer(store):
       raise failure
+  return value
 
 
-def set_once(store: Store, key: str, value: str) -> None:
-  """Sets a key, unless a process has set it before."""
-  try:
-    store.key_value_set(key, value)
-  except jax.errors.JaxRuntimeError as error:
-    if 'ALREADY_EXISTS' not in str(error):
-      raise
-
-
-def report_failure(store: Store, text: str, code: int) -> None:
-  """Tells the other processes that this one ends. The first report counts.
-
-  Args:
-    store: Store of the run.
-    text: Reason, in one line.
-    code: Exit code of all processes.
-  """
-  report = {'process': jax.process_index(), 'text': text, 'code': code}
-  set_once(store, _FAILURE, json.dumps(report))
-
-
-def peer_failure(store: Store) -> PeerError | None:
-  """Returns the failure that another process reported, or None."""
-  try:
-    report = json.loads(store.key_value_try_get(_FAILURE))
-  except jax.errors.JaxRuntimeError:
-    return None
-  if report['process'] == jax.process_index():
-    return None
-  return PeerError(
-    f'process {report["process"]} ended the run: {report["text"]}',
-    report['code'],
-  )
-
-
-def wait_for_failure(store: Store) -> PeerError:
-  """Returns the failure of another process, once one reports it."""
-  while True:
-    try:
-      store.blocking_key_value_get(_FAILURE, 60_000)
-    except jax.errors.JaxRuntimeError as error:
-      if 'DEADLINE_EXCEEDED' not in str(error):
-        raise
-    else:
-      if failure := peer_failure(store):
-        return failure
-      raise RuntimeError('this process failed')
-
-
-def leave_in_order(store: Store, seconds: float) -> None:
-  """Lets process 0 wait until the others are about to end.
-
-  Args:
-    store: Store of the run.
-    seconds: Bound of the wait.
-  """
-  if index := jax.process_index():
-    store.key_value_set(f'nanomoe/left/{index}', '')
-    return
-  end = time.monotonic() + seconds
-  for other in range(1, jax.process_count()):
-    left = max(round(1000 * (end - time.monotonic())), 1)
-    try:
-      store.blocking_key_value_get(f'nanomoe/left/{other}', left)
-    except jax.errors.JaxRuntimeError:
-      return
-
-
-def explained(error: BaseException) -> BaseException:
-  """Returns the failure of the process that caused an error, if one did.
-
-  Args:
-    error: Error of a collective operation, or any other error.
-  """
-  if store() is None or not isinstance(error, jax.errors.JaxRuntimeError):
-    return error
-  text = _line(error)
-  if 'Gloo' not in text and 'NCCL' not in text:
-    return error
-  end = time.monotonic() + REPORT_SECONDS
-  while time.monotonic() < end:
-    if failure := peer_failure(store()):
-      return failure
-    time.sleep(0.1)
-  died = PeerError(f'another process of the run died: {text}')
-  died.__cause__ = error
-  return died
-
-
-def _report(error: BaseException | None) -> list[Any] | None:
-  """Returns the message of an error and the exit code that it deserves."""
-  return error and [_line(error), 2 if isinstance(error, UserError) else 1]
-
-
-def _raise(index: int, report: list[Any] | None) -> None:
-  if report:
-    raise PeerError(f'process {index}: {report[0]}', report[1])
-
-
-def _line(error: BaseException) -> str:
-  return ' '.join(str(error).split()) or repr(error)
+def _raise(index: int, message: list[Any] | None) -> None:
+  if message:
+    text, code = message
+    raise PeerError(f'process {index}: {text}', code)

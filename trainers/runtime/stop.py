@@ -4,8 +4,10 @@ import threading
 
 import jax
 
-from trainers.runtime import processes
-from trainers.runtime.processes import Store
+from trainers.errors import PeerError
+from trainers.runtime import failures, processes
+from trainers.runtime import store as store_lib
+from trainers.runtime.store import Store
 from trainers.signals import Interrupt
 
 
@@ -55,11 +57,11 @@ class Stop:
     if self._interrupt and not self._is_announced:
       self._is_announced = True
       name = str(self._interrupt.name)
-      processes.set_once(self._store, f'{self._name}/signal', name)
+      store_lib.set_once(self._store, f'{self._name}/signal', name)
     if not is_reported:
       return False
     while not self._decided.wait(1):
-      if failure := processes.peer_failure(self._store):
+      if failure := failures.of_peer(self._store):
         raise failure
     return number >= (self._last or 0)
 
@@ -75,7 +77,7 @@ class Stop:
         int(processes.wait_for(store, f'{self._name}/{i}'))
         for i in range(self._size)
       ]
-    except (jax.errors.JaxRuntimeError, processes.PeerError):
+    except (jax.errors.JaxRuntimeError, PeerError):
       # The run has ended.
       return
     self._interrupt.name = signal
@@ -90,4 +92,6 @@ def of_run(interrupt: Interrupt) -> Stop:
     interrupt: Signals of this process.
   """
   group = processes.group('stop')
-  return Stop(interrupt, processes.store(), group.index, group.size, group.name)
+  return Stop(
+    interrupt, store_lib.of_run(), group.index, group.size, group.name
+  )
