@@ -1,9 +1,11 @@
 """Processes of one training run on this machine, joined over loopback."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import json
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -19,15 +21,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Compilation of several programs on two cores takes most of a short run.
 TIMEOUT_SECONDS = 900.0
 _POLL_SECONDS = 0.05
+# Ports that no system gives to a program that asks for any port.
+_PORTS = 20_000, 32_000
 # File of `StartFingerprints` in a workdir.
 FINGERPRINTS = 'start_fingerprints.json'
 
 
 def free_port() -> int:
   """Returns a port of the loopback interface that no process uses."""
-  with socket.socket() as listener:
-    listener.bind(('127.0.0.1', 0))
-    return listener.getsockname()[1]
+  while True:
+    port = random.SystemRandom().randrange(*_PORTS)
+    with contextlib.suppress(OSError), socket.socket() as probe:
+      probe.bind(('127.0.0.1', port))
+      return port
 
 
 def environment(num_devices: int) -> dict[str, str]:

@@ -75,7 +75,7 @@ def undisturbed(workdir: pathlib.Path) -> dict[str, float]:
     workdir: Directory of the run.
   """
   with _start(workdir, WHOLE) as group:
-    while 'step ' not in group.output() and group.alive():
+    while not is_training(group) and group.alive():
       time.sleep(_POLL_SECONDS)
     first = time.monotonic()
     group.check()
@@ -116,12 +116,12 @@ def kill(
     while begin is None or time.monotonic() < begin + delay:
       if len(group.alive()) < NUM_PROCESSES:
         raise RuntimeError(f'ended before {name_of(index)}:\n{group.output()}')
-      if begin is None and 'step ' in group.output():
+      if begin is None and is_training(group):
         begin = time.monotonic()
       time.sleep(_POLL_SECONDS)
     group.kill(target)
     killed = time.monotonic()
-    is_training = 'step ' in group.output()
+    phase = 'training' if is_training(group) else 'start'
     step = last_step(workdir)
     codes = group.wait(GONE_SECONDS)
     seconds = time.monotonic() - killed
@@ -129,7 +129,7 @@ def kill(
     'process': target,
     'fraction': fraction,
     'sec_after_start': killed - group.started,
-    'phase': 'training' if is_training else 'start',
+    'phase': phase,
     'step': step,
     'gone_sec': None if None in codes else seconds,
     'codes': codes,
@@ -139,6 +139,15 @@ def kill(
 def name_of(index: int) -> str:
   """Returns the name of a kill, from 1."""
   return f'kill {index + 1}'
+
+
+def is_training(group: process_group.ProcessGroup) -> bool:
+  """Returns whether process 0 has logged a step since its start.
+
+  Args:
+    group: Processes of the run.
+  """
+  return '\nstep ' in group.output()
 
 
 def last_step(workdir: pathlib.Path) -> int:

@@ -6,8 +6,6 @@ import pathlib
 import shutil
 from typing import Any
 
-import numpy as np
-
 from benchmarks import process_group, process_parity, restores
 from trainers.checkpoint import reader
 from trainers.checkpoint.checkpointer import Checkpointer
@@ -124,8 +122,7 @@ def rewrite(saved: pathlib.Path, target: pathlib.Path) -> None:
   shutil.rmtree(directory)
   kept = {name: meta[name] for name in _META if name in meta}
   saver = Checkpointer(directory, layout=reader.Layout(meta['layout']))
-  host = {name: np.asarray(x) for name, x in arrays.items()}
-  saver.save(meta['step'], host, kept, meta['step'])
+  saver.save(meta['step'], arrays, kept, meta['step'])
   saver.wait()
   saver.close()
 

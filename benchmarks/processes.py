@@ -18,6 +18,7 @@ import tempfile
 from typing import Any
 
 from absl import flags
+from absl import logging as absl_logging
 
 from benchmarks import (
   process_kills,
@@ -93,6 +94,7 @@ def table(part: str) -> str:
 
 
 def main(_: None) -> int:
+  absl_logging.set_verbosity('warning')  # Orbax logs each file.
   with tempfile.TemporaryDirectory() as temporary:
     directory = pathlib.Path(
       home.expand(_WORKDIR.value, '--workdir') if _WORKDIR.value else temporary

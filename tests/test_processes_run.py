@@ -44,9 +44,18 @@ def one(values, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def saved(values, one):
-  """The workdir of a run of four processes, saved after its first steps."""
+  """The workdir of a run of four processes, saved after its first steps.
+
+  One process is later than the 30 s within which Gloo connects processes.
+  """
   workdir = one.with_name('saved')
-  changes = {'num_train_steps': NUM_STEPS, 'mesh.fsdp': 2, 'mesh.expert': 2}
+  changes = {
+    'num_train_steps': NUM_STEPS,
+    'mesh.fsdp': 2,
+    'mesh.expert': 2,
+    'callbacks.late.type': 'tests.late.Late',
+    'callbacks.late.seconds': 33.0,
+  }
   process_group.train(workdir, {**values, **changes}, 4)
   return workdir
 
