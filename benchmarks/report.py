@@ -27,6 +27,7 @@ from benchmarks import (
   peers,
   plan_errors,
   precision_curves,
+  processes,
   profile,
   recipe,
   restores,
@@ -307,6 +308,10 @@ TABLES = {
     'parity': functools.partial(_study, parity),
     'devices': functools.partial(_study, devices),
     'restores': functools.partial(_study, restores),
+    **{
+      f'processes_{part}': functools.partial(processes.table, part)
+      for part in processes.TABLES
+    },
   },
   'docs/routing.md': {
     'routing_study': functools.partial(_study, routing_study),

@@ -23,6 +23,7 @@ import numpy as np
 
 from trainers.checkpoint import arrays as arrays_lib
 from trainers.errors import UserError
+from trainers.runtime import connections
 from trainers.state import TrainState
 from trainers.task import Batch
 
@@ -82,6 +83,8 @@ def _shown(shape: Sequence[int]) -> str:
 def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
   """Returns a mesh over the first devices, sorted by process.
 
+  All processes of a run call it together.
+
   Args:
     sizes: Size of each axis of `AXES`; missing ones are 1, and one may be -1,
       which uses all devices. None makes a mesh of one device.
@@ -106,11 +109,13 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
       f'the {jax.process_count()} processes have {len(devices)} devices; it '
       'must use all of them, as mesh.data=-1 does'
     )
-  return Mesh(
+  mesh = Mesh(
     np.array(devices[:size]).reshape(shape),
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
   )
+  connections.connect(mesh)
+  return mesh
 
 
 def make_abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

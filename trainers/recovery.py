@@ -160,10 +160,14 @@ class Recovery:
     if self._checkpointer and self._checkpointer.is_first:
       log.error('a checkpoint could not be saved: %s', error)
 
-  def close(self) -> None:
-    """Closes the checkpointer."""
+  def close(self, seconds: float | None = None) -> None:
+    """Closes the checkpointer.
+
+    Args:
+      seconds: Bound of the wait for the last save; None for none.
+    """
     if self._checkpointer:
-      self._checkpointer.close()
+      self._checkpointer.close(seconds)
 
 
 def _standing(state: TrainState, is_paused: bool) -> str:

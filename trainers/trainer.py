@@ -47,6 +47,10 @@ from trainers.writers.writers import Writers
 
 log = logging.getLogger(__name__)
 
+# Time for the last save of several processes after one has failed; less than
+# the others wait for their own files to be closed.
+LAST_SAVE_SECONDS = 3.0
+
 
 class Trainer(Loop):
   """Trains `task` on `dataset`. Callbacks do everything that is periodic.
@@ -452,8 +456,9 @@ class Trainer(Loop):
       functools.partial(c.on_fit_end, self) for c in self.callbacks
     ]
     closers.append(lambda: self._writers.close(self.status))
-    if not error or self._group.size == 1:
-      closers.append(self._recovery.close)
+    # Processes that fail together may still finish a save; one alone cannot.
+    seconds = LAST_SAVE_SECONDS if error and self._group.size > 1 else None
+    closers.append(lambda: self._recovery.close(seconds))
     with self.clock.phase('end'):
       for close in closers:
         try:

@@ -17,7 +17,7 @@ from trainers.errors import UserError
 log = logging.getLogger(__name__)
 
 # Time that the main thread has to close its files after another process failed.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 8.0
 # A network file system may show a new file late.
 _VISIBLE_SECONDS = 5.0
 _MAX_DIFFERENCES = 5

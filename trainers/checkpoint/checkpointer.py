@@ -340,13 +340,18 @@ class Checkpointer:
       log.warning('%s', problem)
       return steps
 
-  def close(self) -> None:
-    """Waits for the last save. A failure is logged."""
+  def close(self, seconds: float | None = None) -> None:
+    """Waits for the last save. A failure is logged.
+
+    Args:
+      seconds: Bound of the wait; None for none.
+    """
     try:
-      self._saver.wait()
+      self._saver.wait(seconds)
     except Exception as error:  # Storage backends of Orbax may raise anything.
       if self.is_first:
-        log.error('step %d could not be saved: %s', self._saving, error)
+        reason = first_line(error)
+        log.error('step %s could not be saved: %s', self._saving, reason)
 
 
 class _Kept(NamedTuple):

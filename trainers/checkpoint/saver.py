@@ -37,7 +37,7 @@ class Saver:
     self._directory = directory
     self._on_commit = on_commit
     self._handler = ocp.StandardCheckpointHandler()
-    self._group = processes.group('save')
+    self._group = processes.group('save', is_patient=True)
     self._saving: futures.Future[None] | None = None
 
   def start(
@@ -64,7 +64,9 @@ class Saver:
     copied, self._saving = futures.Future(), futures.Future()
     arguments = step, arrays, meta, prepare, obsolete
     threading.Thread(
-      target=self._run, args=[copied, self._saving, arguments], name='save'
+      target=self._run,
+      args=[copied, self._saving, arguments],
+      name='save',
     ).start()
     try:
       copied.result()
@@ -72,15 +74,18 @@ class Saver:
       self._saving = None
       raise
 
-  def wait(self) -> None:
+  def wait(self, seconds: float | None = None) -> None:
     """Waits until the last save is committed.
 
+    Args:
+      seconds: Bound of the wait; None for none.
+
     Raises:
-      Exception: The save failed, on this or another process.
+      Exception: The save failed, on this or another process, or takes longer.
     """
     saving, self._saving = self._saving, None
     if saving:
-      saving.result()
+      saving.result(seconds)
 
   def _run(self, copied, saving, arguments) -> None:
     try:

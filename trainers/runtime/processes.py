@@ -33,6 +33,8 @@ class Group:
     store: Store that the processes share; None makes a group of one process.
     index: Index of this process.
     size: Number of processes.
+    is_patient: Whether an exchange continues after a process reported a
+      failure: its other threads may still take part.
 
   Attributes:
     name: Name of the group.
@@ -41,10 +43,17 @@ class Group:
   """
 
   def __init__(
-    self, name: str, store: Store | None = None, index: int = 0, size: int = 1
+    self,
+    name: str,
+    store: Store | None = None,
+    index: int = 0,
+    size: int = 1,
+    *,
+    is_patient: bool = False,
   ):
     self.name, self.index, self.size = name, index, size
     self._store = store
+    self._is_patient = is_patient
     self._rounds = itertools.count()
 
   @property
@@ -65,16 +74,19 @@ class Group:
     prefix = f'{self.name}/{number}'
     if not self.is_first:
       self._store.key_value_set(f'{prefix}/{self.index}', json.dumps(value))
-      return json.loads(wait_for(self._store, f'{prefix}/all'))
+      return json.loads(self._get(f'{prefix}/all'))
     values = [value] + [
-      json.loads(wait_for(self._store, f'{prefix}/{i}'))
-      for i in range(1, self.size)
+      json.loads(self._get(f'{prefix}/{i}')) for i in range(1, self.size)
     ]
     self._store.key_value_set(f'{prefix}/all', json.dumps(values))
     if number:
       # All processes have read the previous round: they are in this one.
       self._store.key_value_delete(f'{self.name}/{number - 1}')
     return values
+
+  def _get(self, key: str) -> str:
+    assert self._store is not None
+    return wait_for(self._store, key, is_patient=self._is_patient)
 
   def check(self, error: BaseException | None) -> None:
     """Raises an error on all processes if one of them has an error.
@@ -124,21 +136,24 @@ class Group:
 _numbers: dict[str, itertools.count] = {}
 
 
-def group(name: str) -> Group:
+def group(name: str, *, is_patient: bool = False) -> Group:
   """Returns a group of all processes of the run.
 
   Args:
     name: Name of the group, which may be used again.
+    is_patient: As of `Group`.
   """
   store = store_lib.of_run()
   if store is None:
     return Group(name)
   number = next(_numbers.setdefault(name, itertools.count()))
   index, size = store_lib.index_and_size()
-  return Group(f'nanomoe/{name}/{number}', store, index, size)
+  return Group(
+    f'nanomoe/{name}/{number}', store, index, size, is_patient=is_patient
+  )
 
 
-def wait_for(store: Store, key: str) -> str:
+def wait_for(store: Store, key: str, *, is_patient: bool = False) -> str:
   """Returns the value of a key once a process has set it.
 
   JAX ends this process if another one dies meanwhile. `watchdog` ends it if
@@ -147,12 +162,13 @@ def wait_for(store: Store, key: str) -> str:
   Args:
     store: Store of the key.
     key: Name of the value.
+    is_patient: Whether the wait continues after another process failed.
 
   Raises:
     PeerError: Another process failed.
   """
   while (value := store_lib.get(store, key, _WAIT_MS)) is None:
-    if failure := failures.of_peer(store):
+    if not is_patient and (failure := failures.of_peer(store)):
       raise failure
   return value
 
