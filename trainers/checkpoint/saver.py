@@ -103,16 +103,20 @@ class Saver:
 
     def make_directory():
       prepare()
-      (temporary / 'arrays').mkdir(parents=True)
+      # Orbax makes the inner directory in process 0 while it writes. The other
+      # processes would wait for it for ten minutes if that write failed.
+      (temporary / 'arrays' / 'array_metadatas').mkdir(parents=True)
 
     self._group.first(make_directory)
     writes: list[Any] = []
     try:
       self._gathered_error(lambda: writes.extend(self._copy(temporary, arrays)))
     except BaseException:
-      # The next save uses this directory: no writer may outlive a failed one.
+      # Process 0 deletes this directory, and the next save uses it: no writer
+      # of any process may outlive a failed save.
       for write in writes:
         _error_of(write)
+      self._group.gather(None)
       raise
     copied.set_result(None)
 
