@@ -73,7 +73,7 @@ def test_interrupted(launch, tmp_path, undisturbed, happened, fault, at):
   assert result['status'] == 'interrupted'
   name = fault.split()[-1].removeprefix('all:')
   assert result['stop_reason'] == f'SIG{name}'
-  assert steps_of(workdir)[-1] == step < LAST
+  assert steps_of(workdir)[-1] == step <= LAST
   ends_like(job, launch, workdir, undisturbed())
   happened(f'{gone}, step {step} saved; equal', gone.seconds)
 
