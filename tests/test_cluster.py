@@ -308,7 +308,7 @@ def test_a_port_in_use_is_named():
 
 
 def test_an_unknown_host_is_named():
-  with pytest.raises(UserError, match='unknown|Temporary'):
+  with pytest.raises(UserError, match=r'unknown|Temporary'):
     roll_call.wait_for_all(
       Hello(1, 2), ('no-such-host.invalid', 1), timeout=1.0, label='here'
     )
