@@ -76,8 +76,10 @@ class Workers:
 
   def close(self) -> None:
     """Kills the processes."""
-    for process in self._processes:
+    # The others would report the end of the first process.
+    for process in reversed(self._processes):
       process.kill()
+    for process in self._processes:
       process.wait()
 
 

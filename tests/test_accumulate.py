@@ -149,7 +149,7 @@ def _check(changes, num_parts, lengths='uneven', **others):
 @pytest.mark.parametrize(
   ('changes', 'num_parts', 'others'),
   [
-    (SWITCH, 4, {}),
+    (SWITCH | ONE, 4, {}),
     pytest.param(
       {'moe.balance': 'all_choices', **ALL, **SIGMOID, **DENSE},
       2,
@@ -184,7 +184,7 @@ def _check_doubles(changes, num_parts, lengths='uneven', **others):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('lengths', 'sizes'), [('full', (2, 8)), ('uneven', (4,))]
+  ('lengths', 'num_parts', 'depth'), [('full', 8, ONE), ('uneven', 4, {})]
 )
 @pytest.mark.parametrize(
   ('router', 'z_weight', 'entropy_weight'),
@@ -193,12 +193,16 @@ def _check_doubles(changes, num_parts, lengths='uneven', **others):
 )
 @pytest.mark.parametrize('balance', BALANCE)
 def test_every_loss_equals_that_of_the_batch(
-  balance, entropy_weight, z_weight, router, lengths, sizes
+  balance, entropy_weight, z_weight, router, lengths, num_parts, depth
 ):
-  changes = {'moe.balance': balance, 'moe.z_weight': z_weight, **router}
+  changes = {
+    'moe.balance': balance,
+    'moe.z_weight': z_weight,
+    **router,
+    **depth,
+  }
   changes['moe.entropy_weight'] = entropy_weight
-  for num_parts in sizes:
-    _check_doubles(changes, num_parts, lengths)
+  _check_doubles(changes, num_parts, lengths)
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_a_run_compiles_each_program_once_and_sends_batches_only(
   tiny, tmp_path
 ):
   """Three evaluations; none but its first step compiles."""
-  config = tiny({'sample.num_tokens': 0})
+  config = tiny({'sample.num_tokens': 0, 'model.num_layers': 1})
   trainer = experiment.build(config, tmp_path)
   trainer.callbacks.append(_NoTransfers(config.eval_interval))
   logger, compiled = (

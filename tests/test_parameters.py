@@ -1,9 +1,12 @@
 """The table of parameter kinds: complete, without overlap, with known kinds."""
 
+import functools
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import pytest
 
 from nanomoe import experiment
@@ -28,7 +31,12 @@ CHOICES = {
 
 def _params(config):
   """Returns the parameters of a config, as shapes by path."""
-  config = experiment.resolve_auto(config)
+  return _params_of(config.to_json_best_effort())
+
+
+@functools.cache
+def _params_of(text):
+  config = experiment.resolve_auto(ConfigDict(json.loads(text)))
   task = experiment.build_task(config, 65)
   batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
   params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)

@@ -13,6 +13,8 @@ from tests.routed import QUICKLY
 from tests.shrunk import MODERN, TINY
 from trainers.errors import UserError
 
+pytestmark = pytest.mark.optimized
+
 VOCAB = 11
 BLOCK = 6
 GREEDY = Sampling(temperature=0.0)
@@ -32,7 +34,7 @@ def _model(choices):
 
 @pytest.fixture(scope='module')
 def model():
-  return _model({})
+  return _model({'model.num_layers': 1})
 
 
 def _generate(model, prompts, num_tokens, sampling, seed=0, cached=True):

@@ -269,6 +269,7 @@ def logdir(finished, tmp_path_factory, corpus):
   changes = {
     **TINY,
     'data.path': corpus,
+    'model.num_layers': 1,
     'optimizer.learning_rate': 0.01,
     'callbacks.profile.num_steps': 2,
     'callbacks.other.type': 'EarlyStopping',
@@ -349,7 +350,7 @@ def test_runs_are_overlaid(ask):
 
 
 def test_histograms_images_and_texts_are_served(ask, logdir):
-  where = {'run': 'second/val', 'tag': 'routing/expert_load/1'}
+  where = {'run': 'second/val', 'tag': 'routing/expert_load/0'}
   histograms = ask('plugin/histograms/histograms', **where)
   assert [step for _, step, _ in histograms] == EVALUATED
   where['tag'] = 'routing/expert_load'
@@ -372,7 +373,11 @@ def test_runs_sort_by_validation_loss(ask, logdir):
   differs = {
     info['name'] for info in experiment['hparamInfos'] if info['differs']
   }
-  assert differs == {'optimizer.learning_rate', 'callbacks.profile.num_steps'}
+  assert differs == {
+    'model.num_layers',
+    'optimizer.learning_rate',
+    'callbacks.profile.num_steps',
+  }
   names = {info['name'] for info in experiment['hparamInfos']}
   assert names >= {'callbacks.other.patience', 'moe.top_k', 'moe.router.type'}
   metrics = {info['name']['tag'] for info in experiment['metricInfos']}

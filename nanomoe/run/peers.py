@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 # Time that the main thread has to close its files after another process failed.
 GRACE_SECONDS = 8.0
+# Time that process 0 waits for the others if no process reported a failure.
+_UNREPORTED_SECONDS = 4.0
 # A network file system may show a new file late.
 _VISIBLE_SECONDS = 5.0
 _MAX_DIFFERENCES = 5
@@ -142,8 +144,9 @@ def leave(error: BaseException) -> None:
     return
   from trainers.runtime import failures, store  # noqa: PLC0415 (JAX)
 
-  if _codes:
-    _exit(_codes[0])
+  if _codes:  # Threads wait inside JAX: the interpreter could not end them.
+    _flush()
+    os._exit(_codes[0])
   shared = store.of_run()
   if shared is None:
     return
@@ -161,18 +164,20 @@ def _end(store: Any, code: int) -> None:
   """Exits; process 0, whose end would abort the others, leaves last."""
   from trainers.runtime import failures  # noqa: PLC0415 (JAX takes seconds)
 
+  _flush()
   try:
-    failures.leave_in_order(store, GRACE_SECONDS + 2)
+    # A process that died says nothing; the others find that out as fast.
+    is_reported = failures.is_reported(store)
+    seconds = GRACE_SECONDS + 2 if is_reported else _UNREPORTED_SECONDS
+    failures.leave_in_order(store, seconds)
   finally:
-    _exit(code)
+    os._exit(code)
 
 
-def _exit(code: int) -> None:
-  """Exits without the handlers of the interpreter: threads wait inside JAX."""
+def _flush() -> None:
   logging.shutdown()
   for stream in (sys.stdout, sys.stderr):
     stream.flush()
-  os._exit(code)
 
 
 def finish(code: int) -> None:

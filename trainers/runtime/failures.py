@@ -13,6 +13,8 @@ from trainers.runtime.store import Store
 KEY = 'nanomoe/failure'
 # Time in which a process that fails reports it, after its connections break.
 REPORT_SECONDS = 1.0
+# Time that a process needs to exit once it has said so.
+_EXIT_SECONDS = 0.5
 
 
 def message(error: BaseException) -> tuple[str, int]:
@@ -39,12 +41,19 @@ def report(store: Store | None, error: BaseException) -> None:
     store_lib.set_once(store, KEY, value)
 
 
+def is_reported(store: Store) -> bool:
+  """Returns whether a process has reported a failure."""
+  try:
+    return bool(store.key_value_try_get(KEY))
+  except jax.errors.JaxRuntimeError:
+    return False
+
+
 def of_peer(store: Store) -> PeerError | None:
   """Returns the failure that another process reported, or None."""
-  try:
-    report = json.loads(store.key_value_try_get(KEY))
-  except jax.errors.JaxRuntimeError:
+  if not is_reported(store):
     return None
+  report = json.loads(store.key_value_try_get(KEY))
   index, text, code = report['process'], report['text'], report['code']
   if index == store_lib.index_and_size()[0]:
     return None
@@ -78,6 +87,7 @@ def leave_in_order(store: Store, seconds: float) -> None:
     left = max(round(1000 * (end - time.monotonic())), 1)
     if store_lib.get(store, f'nanomoe/left/{other}', left) is None:
       return
+  time.sleep(_EXIT_SECONDS)
 
 
 def explained(error: BaseException) -> BaseException:
