@@ -16,14 +16,14 @@ SEED = 0
 NUM_KILLS = 10
 NUM_PROCESSES = 4
 # Fraction of the kills whose moment is drawn from the time of a start. The
-# moments of the others are in a part of the training time after the first step,
-# so short that the run cannot end before the last kill.
+# moments of the others are drawn from the next steps of the run, so few that
+# the run cannot end before the last kill.
 START_FRACTION = 0.3
-PART = 1 / 8
+NEXT_STEPS = 5
 GONE_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 VALUES = {
-  'num_train_steps': 120,
+  'num_train_steps': 60,
   'eval_interval': 5,
   'eval_iters': 2,
   'log_interval': 1,
@@ -108,16 +108,18 @@ def kill(
   target = int(rng.integers(NUM_PROCESSES))
   is_start = bool(rng.uniform() < START_FRACTION)
   fraction = float(rng.uniform())
-  delay = fraction * (
-    took['start_sec'] if is_start else took['training_sec'] * PART
-  )
+  # A whole number of steps, then a part of the mean time of a step.
+  steps, part = divmod(fraction * NEXT_STEPS, 1)
+  delay = part * took['training_sec'] / VALUES['num_train_steps']
+  first = last_step(workdir)
   with _start(workdir, name_of(index)) as group:
-    begin = group.started if is_start else None
-    while begin is None or time.monotonic() < begin + delay:
+    due = group.started + fraction * took['start_sec'] if is_start else None
+    while due is None or time.monotonic() < due:
       if len(group.alive()) < NUM_PROCESSES:
         raise RuntimeError(f'ended before {name_of(index)}:\n{group.output()}')
-      if begin is None and is_training(group):
-        begin = time.monotonic()
+      is_there = last_step(workdir) >= first + steps
+      if due is None and is_training(group) and is_there:
+        due = time.monotonic() + delay
       time.sleep(_POLL_SECONDS)
     group.kill(target)
     killed = time.monotonic()

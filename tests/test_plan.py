@@ -432,6 +432,7 @@ def test_the_size_of_a_tokenizer_file(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_the_plan_is_the_compiled_step_of_a_run(tiny, tmp_path):
   config = tiny({'num_train_steps': 1, 'optimizer.ema_decay': 0.9})
   trainer = experiment.build(config, tmp_path)
@@ -445,10 +446,11 @@ def test_the_plan_is_the_compiled_step_of_a_run(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_extrapolated_plan_is_that_of_all_layers(tiny):
+def test_an_extrapolated_plan_is_that_of_all_layers(tiny, monkeypatch):
+  monkeypatch.setattr(estimate, 'BATCH_FACTORS', (1, 4))
   config = tiny(
     {'model.num_layers': 5, 'model.remat': 'block', 'mesh.fsdp': 4}
-    | {'batch_size': 8, 'model.d_model': 64}
+    | {'batch_size': 32, 'model.d_model': 64}
   )
   target = estimate.Target(memory=10**9)
   whole = estimate.make(config, VOCAB_SIZE, target)
