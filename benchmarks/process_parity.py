@@ -80,7 +80,8 @@ def measure(
 def differences(workdir: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
   """Returns the largest differences of two runs.
 
-  Losses are compared relatively; loads as fractions of the assignments.
+  Losses and gradient norms are compared relatively; loads as fractions of the
+  assignments.
 
   Args:
     workdir: Directory of a run.
@@ -110,6 +111,8 @@ def differences(workdir: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
   return {
     'train_loss': largest('train/loss', relative=True),
     'val_loss': largest('val/cross_entropy', relative=True),
+    # AdamW hides a wrong scale of the gradients from the losses.
+    'gradient_norm': largest('gradient_norm', relative=True),
     'load': max(
       largest(f'{split}/expert_load', relative=False)
       for split in ('train', 'val')
