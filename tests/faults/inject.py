@@ -20,7 +20,7 @@ from typing import Any
 
 from nanomoe import experiment
 from nanomoe.callbacks import text_sample
-from nanomoe.run import cluster, peers, provenance
+from nanomoe.run import cli, cluster, peers, provenance
 from trainers import evaluator, step_runner, trainer
 from trainers.checkpoint import checkpointer, saver
 
@@ -220,7 +220,12 @@ def main() -> None:
   _, place, number, what, *rest = sys.argv
   PLACES[place](arrive(number, lambda: act(what)))
   sys.argv = ['nanomoe.main', *rest]
-  runpy.run_module('nanomoe.main', run_name='__main__', alter_sys=True)
+  try:
+    runpy.run_module('nanomoe.main', run_name='__main__', alter_sys=True)
+  finally:
+    # Another program that runs the job gets its hook back. This one ends as the
+    # command does, whose hook stays.
+    sys.unraisablehook = cli._report_unraisable
 
 
 if __name__ == '__main__':
