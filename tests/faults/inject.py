@@ -145,7 +145,7 @@ def send(names: str) -> None:
 
 def limit_files(kilobytes: str) -> None:
   """No file can grow beyond: as if the disk were full."""
-  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  # Python ignores SIGXFSZ. A save in a thread could not change the handler.
   size = int(kilobytes) * 1000
   hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
