@@ -445,10 +445,11 @@ def test_the_plan_is_the_compiled_step_of_a_run(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_extrapolated_plan_is_that_of_all_layers(tiny):
+def test_an_extrapolated_plan_is_that_of_all_layers(tiny, monkeypatch):
+  monkeypatch.setattr(estimate, 'BATCH_FACTORS', (1, 4))
   config = tiny(
     {'model.num_layers': 5, 'model.remat': 'block', 'mesh.fsdp': 4}
-    | {'batch_size': 8, 'model.d_model': 64}
+    | {'batch_size': 32, 'model.d_model': 64}
   )
   target = estimate.Target(memory=10**9)
   whole = estimate.make(config, VOCAB_SIZE, target)
