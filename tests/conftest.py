@@ -1,27 +1,33 @@
 """Shapes are checked at run time, and compiled programs are shared."""
 
+import fcntl
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import jaxtyping
 
 # Before the first import of what it checks.
 jaxtyping.install_import_hook('nanomoe', 'beartype.beartype')
 
-# One cache for all processes of a session: equal programs compile once.
-_CACHE = tempfile.TemporaryDirectory(prefix='nanomoe-test-cache-')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
-os.environ['XDG_STATE_HOME'] = _CACHE.name
+_TEMPORARY = tempfile.TemporaryDirectory(prefix='nanomoe-test-')
+os.environ['XDG_STATE_HOME'] = _TEMPORARY.name
+# Equal programs compile once in a session. A worker of pytest-xdist inherits
+# the cache of the process that started it.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _TEMPORARY.name
 # What tests say of dispatch and precision is said of CPUs.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('PYTHONUTF8', '1')  # Of the processes: ★, not \u2605.
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
-# Most of a test's time is compilation: here it is quick, and the programs are
-# slow. With XLA_FLAGS='' they are those that users have, as in .ci/run's slow
-# suite.
+# Compilation takes most of a test's time. These flags make it quick and the
+# programs slow. XLA_FLAGS='' compiles as users do: .ci/run sets it for slow
+# tests that are marked `optimized`.
 os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
@@ -129,7 +135,26 @@ def rng():
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory, corpus):
   """A run that nothing interrupted: its workdir and its process."""
+  base = tmp_path_factory.getbasetemp()
+  # The workers of pytest-xdist have their directories in one.
+  shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+  original = shared / 'shared' / 'finished'
+  original.parent.mkdir(exist_ok=True)
+  output = original.parent / 'output.json'
+  with (original.parent / 'lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not output.exists():
+      output.write_text(json.dumps(_finish(original, corpus)))
+  # Tests start commands in it, so that each worker has a copy of its own.
   workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  shutil.copytree(original, workdir)
+  text = output.read_text()
+  text = text.replace(str(original.parent), str(workdir.parent))
+  return workdir, subprocess.CompletedProcess(**json.loads(text))
+
+
+def _finish(workdir: pathlib.Path, corpus: pathlib.Path) -> dict[str, Any]:
+  """Returns the fields of a process that trains the tiny run to its end."""
   values = {**TINY, 'data.path': corpus}
   process = subprocess.run(
     [
@@ -148,4 +173,4 @@ def finished(tmp_path_factory, corpus):
     timeout=200,
   )
   assert process.returncode == 0, process.stderr[-3000:]
-  return workdir, process
+  return vars(process)

@@ -8,6 +8,8 @@ import pytest
 from nanomoe.model.attention import attend
 from nanomoe.ops.causal_blocks import NUM_BLOCKS, attend_by_blocks
 
+pytestmark = pytest.mark.optimized
+
 
 def _attend_by_blocks(q, k, v, key=None, dropout_rate=0.0):
   return attend_by_blocks(

@@ -132,6 +132,7 @@ def test_temporaries_fall_with_the_chunk():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_the_loss_of_a_large_vocabulary_needs_less_than_a_gigabyte():
   sizes = {'vocab': 50_304, 'd_model': 768, 'batch': 8, 'time': 1024}
   assert _temporaries(64, **sizes) < 1e9 < _temporaries(0, **sizes)

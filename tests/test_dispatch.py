@@ -18,6 +18,8 @@ from nanomoe.moe.routers import Routing
 from nanomoe.ops.activations import ACTIVATIONS
 from nanomoe.planning import products
 
+pytestmark = pytest.mark.optimized
+
 SPARSE = [name for name in DISPATCH if name != 'dense']
 NUM_EXPERTS, D_MODEL, D_FF = 5, 8, 12
 

@@ -24,6 +24,7 @@ def _second_order_source(length: int, rng):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_reaches_the_entropy_of_its_source(tiny, rng):
   """Within 2 % of the entropy of the validation text under its true law."""
   tokens, law = _second_order_source(60_000, rng)

@@ -203,6 +203,7 @@ def _wait_for(condition, process, seconds=100):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_killed_three_times_ends_bitwise_equal(finished, command, tmp_path):
   """kill -9 at random moments; resumed without --config."""
   expected, _ = finished

@@ -37,6 +37,7 @@ def _gradient(config):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize('scan', [False, True])
 def test_remat_changes_the_memory_alone(tiny, scan):
   """The same parameters and dropout, hence the same loss and gradient."""

@@ -432,6 +432,7 @@ def test_the_size_of_a_tokenizer_file(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_the_plan_is_the_compiled_step_of_a_run(tiny, tmp_path):
   config = tiny({'num_train_steps': 1, 'optimizer.ema_decay': 0.9})
   trainer = experiment.build(config, tmp_path)

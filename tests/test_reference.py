@@ -14,7 +14,7 @@ from nanomoe import experiment
 from nanomoe.model.checkpoints import group_features
 from trainers import metrics as metrics_lib
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 @pytest.fixture(scope='module')

@@ -18,6 +18,8 @@ from trainers import step as step_lib
 from trainers.errors import UserError
 from trainers.state import TrainState
 
+pytestmark = pytest.mark.optimized
+
 VOCAB, TIME = 11, 16
 
 CHOICES = {

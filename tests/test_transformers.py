@@ -15,7 +15,7 @@ from nanomoe.model.checkpoints import group_features
 from nanomoe.model.interfaces import AttentionInputs
 from nanomoe.moe import RouterInputs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 REQUIREMENTS, _ = peers.PEERS['transformers']
 DUMP = pathlib.Path(__file__).parent / 'reference' / 'dump_transformers.py'

@@ -15,6 +15,7 @@ from trainers.runtime.prefetch import prefetched
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.fault(
   injected='the same command twice',
   promised='metrics.jsonl bitwise the same, but for what a clock says',
