@@ -80,7 +80,8 @@ def measure(
 def differences(workdir: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
   """Returns the largest differences of two runs.
 
-  Losses are compared relatively; loads as fractions of the assignments.
+  Losses and gradient norms are compared relatively; loads as fractions of the
+  assignments.
 
   Args:
     workdir: Directory of a run.
@@ -110,6 +111,8 @@ def differences(workdir: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
   return {
     'train_loss': largest('train/loss', relative=True),
     'val_loss': largest('val/cross_entropy', relative=True),
+    # AdamW hides a wrong scale of the gradients from the losses.
+    'gradient_norm': largest('gradient_norm', relative=True),
     'load': max(
       largest(f'{split}/expert_load', relative=False)
       for split in ('train', 'val')
@@ -125,9 +128,9 @@ def table(rows: dict[str, Any]) -> str:
     rows: Rows by name.
   """
   lines = [
-    '| mesh | processes x devices | train loss | val loss | expert loads '
-    '| sample | train loss, to one process with this mesh |',
-    '|---|---|---:|---:|---:|---|---:|',
+    '| mesh | processes x devices | train loss | val loss | gradient norm '
+    '| expert loads | sample | train loss, to one process with this mesh |',
+    '|---|---|---:|---:|---:|---:|---|---:|',
   ]
   for row in rows.values():
     found = row['to_one_device']
@@ -135,7 +138,7 @@ def table(rows: dict[str, Any]) -> str:
     lines.append(
       f'| {row["mesh"]} | {row["processes"]} x {row["devices"]} '
       f'| {found["train_loss"]:.1e} | {found["val_loss"]:.1e} '
-      f'| {found["load"]:.0e} | {sample} '
+      f'| {found["gradient_norm"]:.1e} | {found["load"]:.0e} | {sample} '
       f'| {row["to_one_process"]["train_loss"]:.1e} |'
     )
   return '\n'.join(lines)

@@ -86,6 +86,7 @@ def test_two_processes_train_as_one(values, one):
   found = process_parity.differences(workdir, one)
   assert found['train_loss'] < 1e-6
   assert found['val_loss'] < 1e-6
+  assert found['gradient_norm'] < 1e-5
   assert found['load'] == 0
   assert found['same_sample']
 
