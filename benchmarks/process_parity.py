@@ -128,9 +128,9 @@ def table(rows: dict[str, Any]) -> str:
     rows: Rows by name.
   """
   lines = [
-    '| mesh | processes x devices | train loss | val loss | expert loads '
-    '| sample | train loss, to one process with this mesh |',
-    '|---|---|---:|---:|---:|---|---:|',
+    '| mesh | processes x devices | train loss | val loss | gradient norm '
+    '| expert loads | sample | train loss, to one process with this mesh |',
+    '|---|---|---:|---:|---:|---:|---|---:|',
   ]
   for row in rows.values():
     found = row['to_one_device']
@@ -138,7 +138,7 @@ def table(rows: dict[str, Any]) -> str:
     lines.append(
       f'| {row["mesh"]} | {row["processes"]} x {row["devices"]} '
       f'| {found["train_loss"]:.1e} | {found["val_loss"]:.1e} '
-      f'| {found["load"]:.0e} | {sample} '
+      f'| {found["gradient_norm"]:.1e} | {found["load"]:.0e} | {sample} '
       f'| {row["to_one_process"]["train_loss"]:.1e} |'
     )
   return '\n'.join(lines)
