@@ -16,7 +16,10 @@ from tests.shrunk import ROOT
 
 # The words of this process are Python texts, one for each child.
 LAUNCHER = """
+import signal
 import sys
+# The tests may run under nohup, where SIGHUP is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from nanomoe.run import supervisor
 supervisor.GRACE_SECONDS = 1.0
 words = [[sys.executable, '-u', '-c', text] for text in sys.argv[1:]]
