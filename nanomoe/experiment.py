@@ -93,8 +93,6 @@ def build(
     {
       'allow_changed': sorted(allow_changed),
       'versions': provenance.versions(),
-      # A process that does not see the files of the run would start a new one.
-      'resumes': workdir.read_config(directory) is not None,
       **dict(schema.flatten(config.to_dict())),
     }
   )

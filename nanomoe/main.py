@@ -157,7 +157,6 @@ def main(overrides: list[config_lib.Override]) -> int:
     log.info('%s', place)
     cluster.connect(place, _CLUSTER.start_timeout.value)
     peers.watch(_CLUSTER.hang_timeout.value)
-  if place:
     # Devices wait for all processes: a process that starts a new run must not
     # wait for one that resumes.
     peers.check_equal({'--workdir': _WORKDIR.value, 'resumes': bool(old)})
@@ -172,8 +171,8 @@ def main(overrides: list[config_lib.Override]) -> int:
     workdir = pathlib.Path(workdir)
     if place:
       peers.check_shared(workdir)
-    if place and not is_first:
-      workdir_lib.log_warnings_to(workdir, place.process_id)
+      if not is_first:
+        workdir_lib.log_warnings_to(workdir, place.process_id)
     if old:
       names = [key for key, _ in overrides]
       config = resume.resume_config(old, config, names, _ALLOW_CHANGED.value)

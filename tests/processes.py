@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ import uuid
 import numpy as np
 import pytest
 
+from benchmarks.process_group import free_port
 from tests.faults.inject import NOTE
 from tests.runs import metrics_of, result_of
 from tests.shrunk import ROOT
@@ -41,8 +40,6 @@ LAST = SMALL['num_train_steps']
 # Variable that marks the processes of this session, and of no other.
 _MARK = 'NANOMOE_TEST_PROCESSES'
 SESSION = uuid.uuid4().hex
-# Ports that no system gives to a program that asks for any.
-_PORTS = 20_000, 32_000
 
 
 def case(what, *arguments, often=False):
@@ -61,14 +58,6 @@ def alive() -> list[int]:
       if mark in (path / 'environ').read_bytes().split(b'\0'):
         found.append(int(path.name))
   return found
-
-
-def free_port() -> int:
-  while True:
-    port = random.SystemRandom().randrange(*_PORTS)
-    with contextlib.suppress(OSError), socket.socket() as probe:
-      probe.bind(('127.0.0.1', port))
-      return port
 
 
 @dataclasses.dataclass

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+# Exit codes.
+USER_ERROR = 2
+INTERRUPTED = 75
+
 
 class UserError(Exception):
   """Error that a user can correct, with one line for each problem; exit code 2.

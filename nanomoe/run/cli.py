@@ -14,6 +14,8 @@ import nanomoe
 from nanomoe.config import help
 from nanomoe.run import cache, peers, process, terminal
 from trainers.errors import (
+  INTERRUPTED,
+  USER_ERROR,
   NotFinite,
   PeerError,
   UserError,
@@ -23,7 +25,6 @@ from trainers.signals import RaisingInterrupt
 
 log = logging.getLogger(__name__)
 
-USER_ERROR = 2
 # Errors of a disk: full, too large a file, read-only, broken.
 _DISK = (
   errno.ENOSPC,
@@ -33,7 +34,6 @@ _DISK = (
   errno.EIO,
 )
 NOT_FINITE = 3  # Equal to the exit code of a run that diverged.
-INTERRUPTED = 75
 
 
 def parse_flags(

@@ -167,8 +167,10 @@ def _end(store: Any, code: int) -> None:
   _flush()
   try:
     # A process that died says nothing; the others find that out as fast.
-    is_reported = failures.is_reported(store)
-    seconds = GRACE_SECONDS + 2 if is_reported else _UNREPORTED_SECONDS
+    if failures.reported(store):
+      seconds = GRACE_SECONDS + 2
+    else:
+      seconds = _UNREPORTED_SECONDS
     failures.leave_in_order(store, seconds)
   finally:
     os._exit(code)

@@ -110,7 +110,7 @@ class Saver:
     self._group.first(make_directory)
     writes: list[Any] = []
     try:
-      self._gathered_error(lambda: writes.extend(self._copy(temporary, arrays)))
+      self._on_all(lambda: writes.extend(self._copy(temporary, arrays)))
     except BaseException:
       # Process 0 deletes this directory, and the next save uses it: no writer
       # of any process may outlive a failed save.
@@ -125,7 +125,7 @@ class Saver:
       if errors:
         raise errors[0]
 
-    self._gathered_error(finish_writing)
+    self._on_all(finish_writing)
     # A network file system may show the files of other processes late.
     part = temporary / 'arrays' / f'ocdbt.process_{self._group.index}'
     parts = self._group.gather(part.name if part.exists() else None)
@@ -152,15 +152,14 @@ class Saver:
     path = epath.Path(temporary / 'arrays')
     return asyncio.run(self._handler.async_save(path, args=args)) or []
 
-  def _gathered_error(self, call: Callable[[], Any]) -> Any:
-    """Returns call(), unless it raises on one of the processes."""
-    result, error = None, None
+  def _on_all(self, call: Callable[[], Any]) -> None:
+    """Calls a function, and raises if it raises on one of the processes."""
+    error = None
     try:
-      result = call()
-    except Exception as raised:
+      call()
+    except Exception as raised:  # Storage backends of Orbax may raise anything.
       error = raised
     self._group.check(error)
-    return result
 
 
 def _error_of(write: Any) -> Exception | None:

@@ -3,10 +3,11 @@
 import contextlib
 import json
 import time
+from typing import Any
 
 import jax
 
-from trainers.errors import PeerError, UserError
+from trainers.errors import INTERRUPTED, USER_ERROR, PeerError, UserError
 from trainers.runtime import store as store_lib
 from trainers.runtime.store import Store
 
@@ -20,9 +21,9 @@ _EXIT_SECONDS = 0.5
 def message(error: BaseException) -> tuple[str, int]:
   """Returns the message of an error in one line, and its exit code."""
   if isinstance(error, KeyboardInterrupt):
-    return f'interrupted by {error or "Ctrl-C"}', 75
+    return f'interrupted by {error or "Ctrl-C"}', INTERRUPTED
   text = ' '.join(str(error).split()) or repr(error)
-  return text, 2 if isinstance(error, UserError) else 1
+  return text, USER_ERROR if isinstance(error, UserError) else 1
 
 
 def report(store: Store | None, error: BaseException) -> None:
@@ -41,23 +42,25 @@ def report(store: Store | None, error: BaseException) -> None:
     store_lib.set_once(store, KEY, value)
 
 
-def is_reported(store: Store) -> bool:
-  """Returns whether a process has reported a failure."""
+def reported(store: Store) -> dict[str, Any] | None:
+  """Returns the first report of a failure, or None.
+
+  Its keys are `process`, `text` and `code`, as `report` writes them.
+  """
   try:
-    return bool(store.key_value_try_get(KEY))
+    return json.loads(store.key_value_try_get(KEY))
   except jax.errors.JaxRuntimeError:
-    return False
+    return None
 
 
 def of_peer(store: Store) -> PeerError | None:
   """Returns the failure that another process reported, or None."""
-  if not is_reported(store):
+  found = reported(store)
+  if not found or found['process'] == store_lib.index_and_size()[0]:
     return None
-  report = json.loads(store.key_value_try_get(KEY))
-  index, text, code = report['process'], report['text'], report['code']
-  if index == store_lib.index_and_size()[0]:
-    return None
-  return PeerError(f'process {index} ended the run: {text}', code)
+  return PeerError(
+    f'process {found["process"]} ended the run: {found["text"]}', found['code']
+  )
 
 
 def wait_for_peer(store: Store) -> PeerError | None:
