@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from benchmarks.process_group import free_port
 from nanomoe.run import launchers, roll_call
 from nanomoe.run.cluster import resolve
 from nanomoe.run.launchers import LAUNCHERS
@@ -212,14 +213,9 @@ def test_the_first_host_of_a_node_list(nodes, first):
   assert launchers.first_host(nodes) == first
 
 
-def _free_port() -> int:
-  with socket.create_server(('127.0.0.1', 0)) as server:
-    return server.getsockname()[1]
-
-
 def _call(hellos, timeout=5.0, port=None, strangers=()):
   """Returns what each process raises, or None; each is a thread."""
-  address = ('127.0.0.1', port or _free_port())
+  address = ('127.0.0.1', port or free_port())
   raised: list = [None] * len(hellos)
 
   def arrive(index, hello):
@@ -281,7 +277,7 @@ def test_all_report_the_same_mistake(monkeypatch, hellos, named):
 
 
 def test_a_late_process_hears_of_the_mistake():
-  port = _free_port()
+  port = free_port()
   early = threading.Thread(
     target=_call, args=([Hello(0, 3), Hello(1, 2)],), kwargs={'port': port}
   )
@@ -295,7 +291,7 @@ def test_a_late_process_hears_of_the_mistake():
 def test_a_signal_to_one_process_reaches_all(monkeypatch):
   monkeypatch.setattr(roll_call, '_LATE_SECONDS', 0.3)
   goodbye = json.dumps((1, 3)) + '\n' + '"SIGTERM"\n'
-  port = _free_port()
+  port = free_port()
 
   def leave():
     time.sleep(0.2)

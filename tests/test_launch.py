@@ -4,13 +4,13 @@ import contextlib
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
+from benchmarks.process_group import free_port
 from nanomoe import launch
 from tests.shrunk import ROOT
 
@@ -261,11 +261,6 @@ def test_a_child_has_its_cores_and_variables():
   assert done.stdout == f'[0] [{core}] b\n'
 
 
-def _free_port() -> int:
-  with socket.create_server(('127.0.0.1', 0)) as server:
-    return server.getsockname()[1]
-
-
 def _finish(processes):
   """Returns (exit code, output, errors) of each process, and the seconds."""
   started = time.monotonic()
@@ -291,7 +286,7 @@ def _connect(ids, size, port, environ=None, text=CONNECTS):
 def test_processes_connect_and_print_nothing_else():
   """A proxy of the web, behind which gRPC would look, does not matter."""
   environ = {'http_proxy': 'http://127.0.0.1:9'}
-  done, _ = _finish(_connect([0, 1, 2], 3, _free_port(), environ))
+  done, _ = _finish(_connect([0, 1, 2], 3, free_port(), environ))
   assert done == [(0, '3\n', '')] * 3
 
 
@@ -307,7 +302,7 @@ def test_processes_connect_and_print_nothing_else():
 def test_a_failed_start_is_one_line_of_each_process(
   command, ids, timeout, named
 ):
-  port = _free_port()
+  port = free_port()
   flags = [f'--coordinator=127.0.0.1:{port}', '--num_processes=3']
   processes = [
     subprocess.Popen(
@@ -332,7 +327,7 @@ def test_a_failed_start_is_one_line_of_each_process(
 def test_a_signal_while_waiting_ends_all_as_interrupted(number):
   text = 'from nanomoe.run import roll_call\n'
   text += 'roll_call._FIRST_REPORT_SECONDS = 0.5\n' + CONNECTS
-  processes = _connect([0, 1], 3, _free_port(), text=text)
+  processes = _connect([0, 1], 3, free_port(), text=text)
   assert processes[0].stdout
   lines = iter(processes[0].stdout.readline, '')
   # Process 1 has arrived.

@@ -13,7 +13,7 @@ _ALWAYS = (signal.SIGTERM, signal.SIGINT)
 _UNLESS_IN_USE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # A login shell passes on the SIGHUP that the kernel sends as well: one closed
 # terminal is two signals, less than a millisecond apart.
-_SAME_HANGUP_SECONDS = 1.0
+SAME_HANGUP_SECONDS = 1.0
 
 
 class Interrupt:
@@ -78,13 +78,13 @@ class _Seen:
   """Count of the signals that a person or a batch system sent."""
 
   def __init__(self):
-    self._count, self._hung_up = 0, -_SAME_HANGUP_SECONDS
+    self._count, self._hung_up = 0, -SAME_HANGUP_SECONDS
 
   def is_second(self, number: int) -> bool:
     """Counts a signal; whether another one came before it."""
     if number == signal.SIGHUP:
       before, self._hung_up = self._hung_up, time.monotonic()
-      if self._count and self._hung_up - before < _SAME_HANGUP_SECONDS:
+      if self._count and self._hung_up - before < SAME_HANGUP_SECONDS:
         return False
     self._count += 1
     return self._count > 1

@@ -11,11 +11,10 @@ import time
 from typing import IO, Any, NamedTuple
 
 from nanomoe.run import cli
+from trainers.signals import SAME_HANGUP_SECONDS
 
 GRACE_SECONDS = 15.0  # Between SIGTERM and SIGKILL.
 _SECOND_SIGNAL_SECONDS = 2.0
-# A login shell passes on the SIGHUP that the kernel sends as well.
-_SAME_HANGUP_SECONDS = 1.0
 _PASSED_ON = (
   *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
   *(signal.SIGUSR1, signal.SIGUSR2),
@@ -104,7 +103,7 @@ class _Supervisor:
     self._children: list[subprocess.Popen] = []
     self._running: set[int] = set()
     self._signals: list[int] = []
-    self._hung_up = -_SAME_HANGUP_SECONDS
+    self._hung_up = -SAME_HANGUP_SECONDS
     self._code = 0
     self._kill_at: float | None = None
 
@@ -154,7 +153,7 @@ class _Supervisor:
       return
     if number == signal.SIGHUP:
       before, self._hung_up = self._hung_up, time.monotonic()
-      if self._hung_up - before < _SAME_HANGUP_SECONDS:
+      if self._hung_up - before < SAME_HANGUP_SECONDS:
         return
     self._signals.append(number)
     self._send(number)
