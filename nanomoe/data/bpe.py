@@ -29,7 +29,7 @@ LOOK_AHEAD = 1 << 10
 # Characters that a word of a tokenizer.json may have; a longer word is cut.
 MAX_WORD = 1 << 19
 # Value of 'cuts' in the state of a tokenizer: texts are cut between words.
-_CUTS = 'between words'
+CUTS = 'between words'
 # Number of cuts of each kind that are tried before a piece grows.
 _TRIED_CUTS = 8
 
@@ -222,13 +222,13 @@ class BPE(Tokenizer):
 
   def state_dict(self) -> dict[str, Any]:
     state = {'tokenizer': json.loads(self._tokenizer.to_str())}
-    return state | ({'cuts': _CUTS} if self._cuts_between_words else {})
+    return state | ({'cuts': CUTS} if self._cuts_between_words else {})
 
   def load_state_dict(self, state: dict[str, Any]) -> None:
     self._set(tokenizer_json.load(state['tokenizer']))
     # States of older versions lack 'cuts': those versions cut large texts at
     # other positions.
-    self._cuts_between_words = state.get('cuts') == _CUTS
+    self._cuts_between_words = state.get('cuts') == CUTS
 
   def _set(self, tokenizer: library.Tokenizer) -> None:
     self._bytes = tokenizer_json.bytes_of_tokens(tokenizer)

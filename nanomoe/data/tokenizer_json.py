@@ -71,7 +71,7 @@ def bytes_of_tokens(tokenizer: library.Tokenizer) -> list[bytes]:
     ValueError: A character of a learned token stands for no byte, or an index
       is above `MAX_VOCAB_SIZE`.
   """
-  byte_of = _byte_of_character()
+  byte_of = byte_of_character()
   added = {
     index: token.content
     for index, token in tokenizer.get_added_tokens_decoder().items()
@@ -133,7 +133,7 @@ def _ambiguous(state: dict[str, Any]) -> list[dict[str, Any]]:
   An added token that is in the vocabulary shares the index of that entry. 'Ċ',
   for example, is a letter in a text and a new line in the vocabulary.
   """
-  byte_of = _byte_of_character()
+  byte_of = byte_of_character()
   merged = {
     merge.replace(' ', '') if isinstance(merge, str) else ''.join(merge)
     for merge in state['model'].get('merges', [])
@@ -148,7 +148,7 @@ def _ambiguous(state: dict[str, Any]) -> list[dict[str, Any]]:
   ]
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
   """Returns the byte of each character of a byte-level vocabulary.
 
   A printable character stands for the byte of its code point. The remaining
