@@ -51,6 +51,12 @@ COMMANDS = {
   'plan': Command(
     'nanomoe.plan', 'Prints the memory, the work and the time of a run.'
   ),
+  'export': Command(
+    'nanomoe.export', 'Exports a checkpoint to Hugging Face transformers.'
+  ),
+  'import_hf': Command(
+    'nanomoe.import_hf', 'Makes a run of a model of transformers.'
+  ),
 }
 # Kind of part that `nanomoe list` shows: the table of its names.
 TABLES = {
@@ -174,7 +180,7 @@ def completion(shell: str) -> str:
       f'--{flag.name}' + ('' if isinstance(flag, flags.BooleanFlag) else '=')
       for flag in cli.own_flags(values)
     ]
-    words += keys if name in ('train', 'launch', 'plan') else []
+    words += keys if name in ('train', 'launch', 'plan', 'import_hf') else []
     cases.append(f'    {name}) words="{" ".join(words)}" ;;')
   names = ' '.join([*COMMANDS, 'list', 'completion', '--version', '--help'])
   start = (

@@ -1,6 +1,6 @@
 """Composition root: builds the trainer and the model of a config."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 import functools
 import hashlib
 import json
@@ -71,6 +71,7 @@ def build(
   config: Config,
   directory: pathlib.Path,
   allow_changed: Collection[str] = (),
+  initial: Callable[[Any, Any], Any] | None = None,
 ) -> Trainer:
   """Returns the trainer that `config` describes; `.fit()` runs it.
 
@@ -82,6 +83,8 @@ def build(
     directory: Directory of the run.
     allow_changed: Names in `resume.ALLOWABLE` that may differ from the
       checkpoint.
+    initial: Returns the params and the model_state of step 0, given their
+      shapes; None for those of `config.init_from`, or random ones.
 
   Raises:
     UserError: A line for each mistake in the config, the data or the directory.
@@ -167,9 +170,10 @@ def build(
       config.checkpoint.keep_latest,
       checkpoints.layout(config),
     ),
-    initial=functools.partial(_initial_weights, config)
-    if config.init_from
-    else None,
+    initial=initial
+    or (
+      functools.partial(_initial_weights, config) if config.init_from else None
+    ),
     writers=build_writers(config, directory)
     if processes.group('writers').is_first
     else [],

@@ -427,7 +427,7 @@ class Trainer(Loop):
     self._log()
     if self.status == 'running':
       self.status = 'done'
-    if not self.step:
+    if not self.step and not self.best:  # Nothing has been computed.
       return
     is_paused = self.status == 'interrupted'
     error = self._recovery.save_last(

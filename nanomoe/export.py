@@ -1,0 +1,130 @@
+"""Command that exports a run to Hugging Face transformers, and verifies it."""
+
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+from absl import flags
+
+from nanomoe.config import home
+from nanomoe.run import backend, cli, terminal
+from nanomoe.run import workdir as workdir_lib
+from trainers.errors import UserError
+from trainers.files import to_json
+
+# A docstring would be missing from --help under `python -OO`.
+_USAGE = """
+python -m nanomoe.export --workdir=DIR --out=DIR2
+
+Writes a checkpoint for AutoModelForCausalLM and AutoTokenizer of transformers,
+and compares the files with the checkpoint. A failed comparison leaves nothing.
+"""
+_FLAGS = flags.FlagValues()
+_WORKDIR = cli.define_workdir(_FLAGS)
+_OUT = flags.DEFINE_string(
+  'out',
+  None,
+  'Directory of the export, which must not exist.',
+  required=True,
+  flag_values=_FLAGS,
+)
+_STEP = cli.define_step(_FLAGS)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'hf', ['hf'], 'Layout of the files.', flag_values=_FLAGS
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  'float32',
+  ['float32', 'bfloat16'],
+  'Type of the weights in the files.',
+  flag_values=_FLAGS,
+)
+_VERIFY = flags.DEFINE_enum(
+  'verify',
+  'auto',
+  ['auto', 'transformers'],
+  'auto compares with transformers if it is installed; transformers requires '
+  'it.',
+  flag_values=_FLAGS,
+)
+
+
+def export(
+  workdir: str | pathlib.Path,
+  out: str | pathlib.Path,
+  *,
+  step: str | int = 'best',
+  dtype: str = 'float32',
+  verify: str = 'auto',
+) -> dict[str, Any]:
+  """Writes a checkpoint in the layout of transformers, and verifies it.
+
+  Args:
+    workdir: Directory of the run.
+    out: Directory of the export, which must not exist.
+    step: Step of the checkpoint: a number, 'best' or 'latest'.
+    dtype: Type of the weights in the files, 'float32' or 'bfloat16'.
+    verify: 'auto', or 'transformers' to require that library.
+
+  Returns:
+    The class of the model, and the results of the verification, as JSON values.
+
+  Raises:
+    UserError: There is no such run or checkpoint, a line for each option that
+      no class of transformers has, or the files differ from the checkpoint.
+      Nothing is left at `out`.
+  """
+  workdir = pathlib.Path(home.expand(str(workdir), '--workdir'))
+  out = pathlib.Path(home.expand(str(out), '--out'))
+  config = workdir_lib.config_of(workdir)
+  if out.exists() or out.is_symlink():
+    raise UserError(f'--out={out}: it exists; it must be a new directory')
+  if lines := workdir_lib.problems(out):
+    raise UserError([line.replace('--workdir=', '--out=', 1) for line in lines])
+
+  backend.start()
+  from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe.portable import classes, exporter  # noqa: PLC0415
+  from nanomoe.portable import verify as verify_lib  # noqa: PLC0415
+
+  if lines := classes.problems(config):
+    raise UserError(lines)
+  if verify == 'transformers' and not verify_lib.has_transformers():
+    raise UserError(
+      "--verify=transformers: it is not installed; install 'nanomoe[hf]'"
+    )
+  partial = out.with_name(f'{out.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)  # An export was killed.
+  try:
+    partial.mkdir(parents=True)
+    run = experiment.restore(config, workdir, str(step))
+    result = exporter.write(workdir, config, run, partial, out, dtype)
+    partial.rename(out)
+  except OSError as error:
+    raise UserError(f'--out={out}: {error.strerror}') from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return result
+
+
+def _parse(argv: list[str]) -> None:
+  cli.parse_flags(argv, _FLAGS, _USAGE)
+
+
+def main(_: None) -> int:
+  """Exports the checkpoint that the flags name; returns the exit code."""
+  terminal.log_to_terminal(sys.stderr)
+  result = export(
+    _WORKDIR.value,
+    _OUT.value,
+    step=_STEP.value,
+    dtype=_DTYPE.value,
+    verify=_VERIFY.value,
+  )
+  print(to_json(result, indent=2))
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main, _parse)

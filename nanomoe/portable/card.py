@@ -1,0 +1,87 @@
+"""Model card of an exported run."""
+
+import pathlib
+from typing import Any
+
+from nanomoe.config.schema import Config
+from nanomoe.model import parameters
+
+_LOAD = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = {path!r}
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+inputs = tokenizer({prompt!r}, return_tensors='pt')
+tokens = model.generate(
+  **inputs, max_new_tokens=200, do_sample=True, temperature=0.8
+)
+print(tokenizer.decode(tokens[0]))
+```
+"""
+
+
+def text(
+  directory: pathlib.Path,
+  config: Config,
+  name: str,
+  params: Any,
+  facts: dict[str, Any],
+  checks: dict[str, Any],
+  prompt: str,
+) -> str:
+  """Returns the model card.
+
+  Args:
+    directory: Directory of the export.
+    config: Config of the run.
+    name: Name of the class in transformers.
+    params: Tree of parameters.
+    facts: Facts about the run by name: corpus, step and losses.
+    checks: Results of the verification by name.
+    prompt: Text to continue in the example.
+  """
+  counts = parameters.count(params, config.moe.top_k)
+  moe = config.moe
+  rows = {
+    'Class': f'`{name}`',
+    'Parameters': f'{counts["num_params"]:,}',
+    'Active parameters of a token': f'{counts["num_active_params"]:,}',
+    'Layers': config.model.num_layers,
+    'Experts of a layer': moe.num_experts,
+    'Experts of a token': moe.top_k,
+    'Router': moe.router.type,
+    'Context in training': f'{config.block_size} tokens',
+    'Tokenizer': config.data.tokenizer.type,
+    **facts,
+  }
+  table = [f'| {key} | {value} |' for key, value in rows.items()]
+  checked = [f'- {key}: {value}' for key, value in checks.items()]
+  return '\n'.join(
+    [
+      '---',
+      'library_name: transformers',
+      'pipeline_tag: text-generation',
+      'tags: [nanomoe, mixture-of-experts]',
+      '---',
+      '',
+      f'# {directory.name}',
+      '',
+      'A language model, trained by NanoMoE.',
+      '',
+      '| Property | Value |',
+      '|---|---|',
+      *table,
+      '',
+      '## Use',
+      '',
+      _LOAD.format(path=str(directory), prompt=prompt),
+      '## Verification',
+      '',
+      'The export compared the files with the checkpoint.',
+      '',
+      *checked,
+      '',
+    ]
+  )

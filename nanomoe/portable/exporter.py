@@ -1,0 +1,134 @@
+"""Export of a checkpoint: files, verification and model card."""
+
+import json
+import pathlib
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from nanomoe.config.schema import Config
+from nanomoe.data import corpus as corpus_lib
+from nanomoe.data import pipeline, tokenizer_files, tokenizers
+from nanomoe.data.tokenizer import Tokenizer
+from nanomoe.portable import card, classes, model, tensor_files, verify
+from trainers.files import to_json
+
+# Characters of the validation split that transformers tokenizes as well.
+TEXT_CHARS = 1 << 20
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+  """Content of a checkpoint, such as `experiment.Restored`.
+
+  Attributes:
+    tokenizer: Tokenizer of the run.
+    params, model_state: Weights, and state without gradients.
+    step: Step of the checkpoint.
+  """
+
+  @property
+  def tokenizer(self) -> Tokenizer: ...
+  @property
+  def params(self) -> Any: ...
+  @property
+  def model_state(self) -> Any: ...
+  @property
+  def step(self) -> int: ...
+
+
+def write(
+  workdir: pathlib.Path,
+  config: Config,
+  run: Checkpoint,
+  directory: pathlib.Path,
+  name: pathlib.Path,
+  dtype: str,
+) -> dict[str, Any]:
+  """Writes and verifies an export.
+
+  Args:
+    workdir: Directory of the run.
+    config: Config of the run, for which `classes.problems` is empty.
+    run: Checkpoint of the run.
+    directory: Empty directory to write to.
+    name: Directory that the files move to afterwards.
+    dtype: Type of the weights in the files.
+
+  Returns:
+    The class of the model, and the results of the verification.
+
+  Raises:
+    UserError: The files differ from the checkpoint.
+  """
+  files = tokenizer_files.to_json(run.tokenizer)
+  written = model.trained(run.params, run.model_state)
+  config = model.unrolled(config)
+  model.write(directory, written, config, dtype, run.tokenizer.vocab_size)
+  _write(directory / 'tokenizer.json', files)
+  _write(
+    directory / 'tokenizer_config.json',
+    tokenizer_files.tokenizer_config(config.block_size),
+  )
+  recorded = tokenizers.read(workdir / pipeline.VOCABULARY)
+  corpus = corpus_lib.find_again(
+    config.data.path, recorded['corpus'], recorded['corpus_sha256']
+  )
+  text = pipeline.split(corpus.text)['val']
+  num_tokens = verify.same_tokens(directory, run.tokenizer, text)
+  head = str(text[:TEXT_CHARS])
+  tokens = run.tokenizer.encode(head)
+  shapes = jax.eval_shape(lambda: written.params)
+  read = model.read(directory, config, shapes, written.bias is not None)
+  reference = verify.reference(config, run.tokenizer.vocab_size, read, tokens)
+  verify.same_weights(
+    written, read, reference, np.dtype(tensor_files.DTYPES[dtype])
+  )
+  checks: dict[str, Any] = {
+    'weights equal bitwise': True,
+    'token ids equal': num_tokens,
+  }
+  if verify.has_transformers():
+    checks |= verify.same_as_transformers(directory, reference, head, tokens)
+  hf = classes.find(config)
+  assert hf, 'classes.problems is empty'
+  facts = {
+    'Corpus': f'{corpus.name} (SHA-256 `{corpus.fingerprint[:16]}`)',
+    'Step': run.step,
+    **_losses(workdir),
+  }
+  (directory / 'README.md').write_text(
+    card.text(
+      name, config, hf.name, written.params, facts, checks, head[:1] or 'A'
+    ),
+    encoding='utf-8',
+  )
+  return {
+    'out': str(name),
+    'class': hf.name,
+    'step': run.step,
+    'dtype': dtype,
+    **{key.replace(' ', '_'): value for key, value in checks.items()},
+  }
+
+
+def _write(path: pathlib.Path, value: Any) -> None:
+  path.write_text(to_json(value, indent=2) + '\n', encoding='utf-8')
+
+
+def _losses(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the losses in result.json that the model card shows."""
+  try:
+    result = json.loads((workdir / 'result.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}
+  names = {
+    'best_val_loss': 'Best validation loss, nats per token',
+    'train_cross_entropy': 'Last training loss, nats per token',
+  }
+  return {
+    title: f'{result[name]:.4f}'
+    for name, title in names.items()
+    if isinstance(result.get(name), float)
+  }
