@@ -25,8 +25,8 @@ python -m nanomoe.import_hf --path=DIR --workdir=RUN
 
 Makes a run whose step 0 has the weights and the tokenizer in DIR, a directory
 of Hugging Face transformers. evaluate, generate, --init_from=RUN and training,
-python -m nanomoe.main --workdir=RUN, work as with any run. No code and no
-pickle of DIR is read.
+python -m nanomoe.main --workdir=RUN, work as with any run. No code in DIR
+is run, and no pickled weights are read.
 """
 _FLAGS = flags.FlagValues()
 _PATH = flags.DEFINE_string(

@@ -1,4 +1,4 @@
-"""Weights in safetensors files, whole or in shards. No pickle is ever read."""
+"""Weights in safetensors files, whole or in shards. Other formats are not read."""
 
 from collections.abc import Callable, Iterable
 import json
@@ -145,7 +145,9 @@ def _open(directory: pathlib.Path) -> list[Any]:
     paths = [directory / name for name in names]
   elif not paths[0].exists():
     found = sorted(p.name for p in directory.glob('*.bin'))
-    reason = f'; {found[0]} is a pickle, which is not read' if found else ''
+    reason = (
+      f'; {found[0]} has pickled weights, which are not read' if found else ''
+    )
     raise ValueError(f'there is no {ONE} and no {INDEX}{reason}')
   root = directory.resolve()
   files = []
