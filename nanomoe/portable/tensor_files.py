@@ -1,4 +1,4 @@
-"""Weights in safetensors files, whole or in shards. Other formats are not read."""
+"""Weights in safetensors files, whole or sharded; the only format read."""
 
 from collections.abc import Callable, Iterable
 import json
