@@ -8,7 +8,7 @@ key and value head. The model uses RMSNorm, RoPE, no biases and an untied output
 layer.
 
 Experts are narrower than the paper's 3.5 * d_model, so that a token uses about
-as many parameters as in base.py. tests/test_transformers.py compares such a
+as many parameters as in base.py. tests/test_portable.py compares such a
 model with the Transformers library.
 
 Measured: val cross-entropy 1.8162, 1000 steps in 11 minutes on 2 cores.

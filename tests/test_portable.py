@@ -1,5 +1,6 @@
 """Models in the layout of transformers: names, refusals and damaged files."""
 
+import configparser
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import safetensors.numpy
 from benchmarks import peers
 from nanomoe import evaluate as evaluate_lib
 from nanomoe import experiment, export, import_hf
-from nanomoe.portable import classes, model, tensor_files
+from nanomoe.portable import classes, importer, model, tensor_files, verify
 from tests import exported
 from tests.shrunk import ROOT
 from trainers.checkpoint import reader
@@ -58,7 +59,8 @@ def test_the_config_is_read_back(written):
   assert values['model_type'] == name.split('-')[0]
   if name.endswith('unshared'):  # The importer looks at the weights.
     assert found.pop('moe.num_shared') in (0, 1)
-  found.pop('moe.router.type', None)
+  kind = found.pop('moe.router.type', 'Softmax')
+  assert kind == ('Sigmoid' if name[:4] in ('dots', 'glm4') else 'Softmax')
   again = exported.config_of(exported.CASES[name])
   for key, value in found.items():
     *sections, last = key.split('.')
@@ -68,9 +70,56 @@ def test_the_config_is_read_back(written):
     expected = section.get(last, value)
     if key == 'model.num_kv_heads':
       expected = expected or again.model.num_heads
-    if key == 'moe.first_dense_layers' and 'dense' in name:
-      expected = 1
     assert value == expected, key
+
+
+def test_a_zero_shared_expert_is_none(tmp_path):
+  for name, expected in (('dots1-unshared', 0), ('glm4_moe', 1)):
+    config = exported.make(name, tmp_path / name).config
+    config.moe.num_shared = 1  # As config.json says.
+    found = importer.without_zero_shared(tmp_path / name, config)
+    assert found.moe.num_shared == expected
+
+
+def test_the_comparison_of_an_export_can_fail(tmp_path):
+  case = exported.make('mixtral', tmp_path / 'out')
+  size, tokens = case.tokenizer.vocab_size, case.tokenizer.encode(exported.TEXT)
+
+  def compare(read):
+    model_of_files = verify.reference(case.config, size, read, tokens)
+    verify.same_weights(case.trained, read, model_of_files, np.dtype('float32'))
+
+  read = _read(tmp_path / 'out', case)
+  compare(read)
+  name = 'block_1/moe/w_out'
+  changed = {**read.arrays, name: np.nextafter(read.arrays[name], 1)}
+  with pytest.raises(UserError, match=name):
+    compare(read._replace(arrays=changed))
+  # Equal weights that are computed in another way.
+  other = verify.reference(case.config, size, read, tokens)
+  params = {**other.trained[0], 'token_embedding': np.ones((size, 32))}
+  with pytest.raises(UserError, match='logits'):
+    verify.same_weights(
+      case.trained,
+      read,
+      other._replace(trained=(params, {})),
+      np.dtype('float32'),
+    )
+  assert verify.same_tokens(
+    tmp_path / 'out', case.tokenizer, exported.TEXT
+  ) == len(exported.TEXT)
+  path = tmp_path / 'out' / 'tokenizer.json'
+  files = json.loads(path.read_text())
+  vocabulary = files['model']['vocab']
+  for change in (
+    {'a': vocabulary['b'], 'b': vocabulary['a']},
+    {'a': None},  # The library knows no such character.
+  ):
+    changed = {k: v for k, v in (vocabulary | change).items() if v is not None}
+    files['model']['vocab'] = changed
+    path.write_text(json.dumps(files))
+    with pytest.raises(UserError, match='tokenizer'):
+      verify.same_tokens(tmp_path / 'out', case.tokenizer, exported.TEXT)
 
 
 @pytest.mark.slow
@@ -78,12 +127,10 @@ def test_the_config_is_read_back(written):
 def test_transformers_computes_the_same(tmp_path):
   """Logits with and without padding, greedy text and token ids."""
   requirements, _ = peers.PEERS['transformers']
-  python = peers.python_with(
-    'transformers-jax',
-    [*requirements, 'jax', 'flax', 'optax', 'clu', 'ml-collections', 'absl-py',
-     'orbax-checkpoint', 'jaxtyping', 'rich', 'tensorboard', 'tokenizers',
-     'safetensors'],
-  )  # fmt: skip
+  options = configparser.ConfigParser()
+  options.read(ROOT / 'setup.cfg')
+  ours = options['options']['install_requires'].split('\n')[1:]
+  python = peers.python_with('transformers-jax', [*requirements, *ours])
   process = subprocess.run(
     [python, VERIFY, tmp_path / 'out'],
     env={**peers.environment(ours=True)},
@@ -111,6 +158,7 @@ REFUSED = {
   'moe.router.type': 'Hash',
   'moe.dispatch': 'capacity',
   'model.attention.type': 'plug.in.Attention',
+  'data.tokenizer.type': 'plug.in.Tokenizer',
 }
 
 
@@ -244,6 +292,7 @@ def test_fused_experts_and_bfloat16_are_read(damaged):
     ('rope_scaling', {'type': 'linear', 'factor': 2.0}),
     ('rope_parameters', {'rope_type': 'yarn', 'rope_theta': 10000.0}),
     ('sliding_window', 4096),
+    ('layer_types', ['full_attention', 'sliding_attention']),
     ('attention_bias', True),
     ('hidden_size', 33),
     ('hidden_size', '32'),
@@ -260,7 +309,7 @@ def test_a_property_of_others_is_refused_by_name(key, value):
 
 
 @pytest.mark.slow
-def test_a_run_travels_and_returns(tiny, tmp_path):
+def test_a_run_travels_and_returns(tiny, tmp_path, monkeypatch):
   config = tiny(
     {
       **MIXTRAL,
@@ -277,6 +326,16 @@ def test_a_run_travels_and_returns(tiny, tmp_path):
   with pytest.raises(UserError, match='exists'):
     export.export(run, out)
   assert not list(tmp_path.glob('*.partial'))
+
+  # A comparison that fails, and a new start after an export that was killed.
+  def fail(*_):
+    raise UserError('it differs')
+
+  (tmp_path / 'other.partial').mkdir()
+  with monkeypatch.context() as patch, pytest.raises(UserError):
+    patch.setattr(verify, 'same_tokens', fail)
+    export.export(run, tmp_path / 'other')
+  assert not list(tmp_path.glob('other*'))
   text = (out / 'README.md').read_text()
   assert 'AutoModelForCausalLM' in text
   changes = [

@@ -31,7 +31,7 @@ def warn_if_raised(
     num_train_steps: The number of steps of the whole run.
   """
   step = int(state.step)
-  if step >= num_train_steps:
+  if not 0 < step < num_train_steps:  # Step 0 has had no learning rate.
     return
   # Compiled as in the step: it is rounded as in the step.
   rate = jax.jit(lambda n: jnp.asarray(schedule(n), jnp.float32))

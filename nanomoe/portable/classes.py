@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nanomoe.config import layers
 from nanomoe.config.schema import Config
+from nanomoe.data.tokenizers import TOKENIZERS
 from nanomoe.model.norms import EPSILON
 from nanomoe.model.positions import THETA
 
@@ -171,6 +172,12 @@ def _problems(config: Config) -> Iterator[str]:
     **{f'moe.{k}': v for k, v in config.moe.items()},
     'model.attention.type': config.model.attention.type,
   }
+  kind = config.data.tokenizer.type
+  if kind not in TOKENIZERS:  # Reading the run would import it.
+    yield (
+      f'data.tokenizer.type={kind!r}: no tokenizer.json has its tokens; it '
+      f'must be one of {", ".join(map(repr, TOKENIZERS))}'
+    )
   reason = 'no class of transformers has it'
   for key, value in _NEEDED.items():
     if flat[key] != value:
@@ -322,9 +329,26 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 # Values of keys that a config.json may lack.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-  'mixtral': {'rms_norm_eps': 1e-5, 'rope_theta': 1e6},
-  'qwen2_moe': {'qkv_bias': True},
-  'glm4_moe': {'rms_norm_eps': 1e-5},
+  'mixtral': {
+    'rms_norm_eps': 1e-5,
+    'rope_theta': 1e6,
+    'num_key_value_heads': 8,
+    'num_local_experts': 8,
+    'num_experts_per_tok': 2,
+  },
+  'qwen2_moe': {
+    'qkv_bias': True,
+    'num_key_value_heads': 16,
+    'num_experts_per_tok': 4,
+  },
+  'qwen3': {'num_key_value_heads': 32, 'head_dim': 128},
+  'qwen3_moe': {'num_key_value_heads': 4, 'num_experts_per_tok': 8},
+  'dots1': {'num_key_value_heads': 32},
+  'glm4_moe': {
+    'rms_norm_eps': 1e-5,
+    'num_key_value_heads': 8,
+    'num_experts_per_tok': 8,
+  },
 }
 _MISSING = object()
 
@@ -375,6 +399,11 @@ class _Reader:
         'auto_map: it names code of the model, which is not run; it must be '
         'absent'
       )
+    kinds = self.values.get('layer_types') or []
+    if any(kind != 'full_attention' for kind in kinds):
+      self.lines.append(
+        f"layer_types={kinds!r}: all of them must be 'full_attention'"
+      )
     for key, allowed in _ALLOWED.items():
       value = self.values.get(key, allowed[0])
       if value not in allowed:
@@ -409,7 +438,7 @@ def _from_hf(hf: HFClass, read: _Reader) -> dict[str, Any]:
       f'num_attention_heads={num_heads}: it must divide hidden_size={d_model}'
     )
   else:
-    default = 128 if hf.model_type == 'qwen3' else d_model // num_heads
+    default = d_model // num_heads
     if read.integer('head_dim', default) != d_model // num_heads:
       read.lines.append(
         f'head_dim={read.integer("head_dim", default)}: it must be '
@@ -444,7 +473,7 @@ def _from_hf(hf: HFClass, read: _Reader) -> dict[str, Any]:
     }
   elif kind == 'mixtral':
     found |= {
-      'moe.num_experts': read.integer('num_local_experts', 8),
+      'moe.num_experts': read.integer('num_local_experts'),
       'moe.d_ff': read.integer('intermediate_size'),
       'moe.router.type': 'Softmax',
       'moe.router.renormalize': True,
@@ -489,7 +518,7 @@ def _from_hf(hf: HFClass, read: _Reader) -> dict[str, Any]:
       'moe.router.route_scale': scale,
     }
   if 'moe.num_experts' in found:
-    found['moe.top_k'] = read.integer('num_experts_per_tok', 2)
+    found['moe.top_k'] = read.integer('num_experts_per_tok')
   return found
 
 

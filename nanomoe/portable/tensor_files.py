@@ -12,6 +12,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from nanomoe.portable.classes import HFClass
+from trainers.errors import UserError
 
 ONE = 'model.safetensors'
 INDEX = f'{ONE}.index.json'
@@ -36,6 +37,9 @@ def write(
     weights: Names, functions that return the weights, and shapes.
     dtype: Type in the files, a key of `DTYPES`.
     shard_bytes: Largest size of a file, unless one weight is larger.
+
+  Raises:
+    UserError: A file cannot be written.
   """
 
   def type_of(name: str) -> Any:
@@ -62,7 +66,12 @@ def write(
       name: np.ascontiguousarray(make(), dtype=type_of(name))
       for name, make in shard
     }
-    save_file(arrays, directory / file, metadata={'format': 'pt'})
+    try:
+      save_file(arrays, directory / file, metadata={'format': 'pt'})
+    except safetensors.SafetensorError as error:  # A full disk, for example.
+      raise UserError(
+        f'{directory / file}: the file cannot be written ({error})'
+      ) from error
     del arrays
   if len(shards) > 1:
     index = {

@@ -1,6 +1,7 @@
 """Comparison of an export with its checkpoint, and with transformers."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -29,7 +30,7 @@ _PROMPT = 16  # Tokens of a prompt.
 
 
 class Reference(NamedTuple):
-  """Model of the checkpoint, with float32 products.
+  """Model of an export, with float32 products.
 
   Attributes:
     task: Language model without stacked blocks.
@@ -45,6 +46,7 @@ class Reference(NamedTuple):
 
   def logits(self, tokens: np.ndarray) -> np.ndarray:
     """Returns the logits of windows, `[batch, time, vocab]`."""
+    tokens = np.asarray(tokens, np.int32)
     return np.asarray(_logits(self.task, self.trained, tokens))
 
   def windows(self, batch_size: int) -> np.ndarray:
@@ -55,28 +57,34 @@ class Reference(NamedTuple):
     return np.stack([self.tokens[s : s + time] for s in starts])
 
 
-def _logits(task: LanguageModel, trained: Any, tokens: np.ndarray) -> jax.Array:
-  fn = jax.jit(lambda trained, tokens: task.logits(trained, tokens)[0])
-  return fn(trained, jnp.asarray(tokens, jnp.int32))
+# Compiled once for each shape of the tokens.
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(task: LanguageModel, trained: Any, tokens: jax.Array) -> jax.Array:
+  return task.logits(trained, tokens)[0]
+
+
+def _on_device(model: Trained) -> tuple[Any, Any]:
+  """Returns the pair of params and model_state of weights."""
+  state = {} if model.bias is None else {'bias': jnp.asarray(model.bias)}
+  return jax.tree.map(jnp.asarray, model.params), state
 
 
 def reference(
   config: Config, vocab_size: int, model: Trained, tokens: np.ndarray
 ) -> Reference:
-  """Returns the model of a checkpoint, with float32 products.
+  """Returns the model of an export, with float32 products.
 
   Args:
     config: Config of the run, without stacked blocks.
     vocab_size: Number of tokens of the tokenizer.
-    model: Weights of the checkpoint.
+    model: Weights in the files.
     tokens: Tokens of the validation split.
   """
   config = config.copy_and_resolve_references()
   config.precision = 'float32'
-  state = {} if model.bias is None else {'bias': jnp.asarray(model.bias)}
   return Reference(
     build_task(config, vocab_size),
-    (jax.tree.map(jnp.asarray, model.params), state),
+    _on_device(model),
     tokens,
     config.block_size,
   )
@@ -90,7 +98,7 @@ def same_weights(
   Args:
     written: Weights of the checkpoint.
     read: Weights in the files.
-    model: Model of the checkpoint.
+    model: Model with the weights in the files.
     dtype: Type of the weights in the files.
 
   Raises:
@@ -108,10 +116,8 @@ def same_weights(
   if dtype != np.float32:
     return
   tokens = model.windows(1)
-  state = model.trained[1]
-  again = jax.tree.map(jnp.asarray, read.params), state
-  one, other = model.logits(tokens), _logits(model.task, again, tokens)
-  if not np.array_equal(one, np.asarray(other)):
+  checkpoint = model._replace(trained=_on_device(written))
+  if not np.array_equal(checkpoint.logits(tokens), model.logits(tokens)):
     raise UserError('the export failed: the logits of the files differ')
 
 
@@ -134,7 +140,12 @@ def same_tokens(
   written = library.Tokenizer.from_file(str(directory / 'tokenizer.json'))
   num_tokens = 0
   for piece, ids in tokenizer.encode_pieces(text):
-    found = written.encode(piece, add_special_tokens=False).ids
+    try:
+      found = written.encode(piece, add_special_tokens=False).ids
+    except Exception as error:  # The library raises no more specific class.
+      raise UserError(
+        f'the export failed: tokenizer.json cannot encode the text ({error})'
+      ) from error
     if not np.array_equal(found, ids):
       raise UserError(
         'the export failed: tokenizer.json has other token ids after token '
@@ -163,7 +174,7 @@ def same_as_transformers(
 
   Args:
     directory: Directory of the export.
-    model: Model of the checkpoint, with the weights in the files.
+    model: Model with the weights in the files.
     text: Text of the validation split.
     ids: Token ids of that text.
 
