@@ -142,12 +142,12 @@ def config_of(
   tokenizer = _read_json(path / 'tokenizer.json')
   backend.import_jax()
   from nanomoe.data import tokenizer_files, tokenizers  # noqa: PLC0415
-  from nanomoe.portable import classes  # noqa: PLC0415 (JAX takes seconds)
+  from nanomoe.portable import config_json  # noqa: PLC0415 (JAX takes seconds)
 
   try:
     if not isinstance(values, dict):
       raise ValueError('it must be an object with keys')
-    found = classes.from_hf(values)
+    found = config_json.read(values)
   except ValueError as error:
     raise UserError(
       [f'{path / "config.json"}: {line}' for line in str(error).splitlines()]

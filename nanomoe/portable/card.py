@@ -7,12 +7,13 @@ from nanomoe.config.schema import Config
 from nanomoe.model import parameters
 
 _LOAD = """\
+Run this in the directory of the model:
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = {path!r}
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained('.')
+model = AutoModelForCausalLM.from_pretrained('.')
 inputs = tokenizer({prompt!r}, return_tensors='pt')
 tokens = model.generate(
   **inputs, max_new_tokens=200, do_sample=True, temperature=0.8
@@ -20,6 +21,16 @@ tokens = model.generate(
 print(tokenizer.decode(tokens[0]))
 ```
 """
+# Results of the verification by name, as sentences.
+_CHECKS = {
+  'equal_weights': 'The weights equal those of the checkpoint, as {}, bitwise.',
+  'equal_token_ids': '{:,} token ids of the validation split are equal.',
+  'max_logit_difference': (
+    'The logits of transformers differ by at most {:.1e}, in float32.'
+  ),
+  'greedy_tokens': '{} greedy tokens of transformers are equal.',
+  'transformers': 'The version of transformers was {}.',
+}
 
 
 def text(
@@ -57,7 +68,7 @@ def text(
     **facts,
   }
   table = [f'| {key} | {value} |' for key, value in rows.items()]
-  checked = [f'- {key}: {value}' for key, value in checks.items()]
+  checked = [f'- {_CHECKS[name].format(x)}' for name, x in checks.items()]
   return '\n'.join(
     [
       '---',
@@ -76,7 +87,7 @@ def text(
       '',
       '## Use',
       '',
-      _LOAD.format(path=str(directory), prompt=prompt),
+      _LOAD.format(prompt=prompt),
       '## Verification',
       '',
       'The export compared the files with the checkpoint.',

@@ -12,10 +12,11 @@ from nanomoe.data import corpus as corpus_lib
 from nanomoe.data import pipeline, tokenizer_files, tokenizers
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.portable import card, classes, model, tensor_files, verify
-from trainers.files import to_json
+from nanomoe.run import workdir as workdir_lib
 
 # Characters of the validation split that transformers tokenizes as well.
 TEXT_CHARS = 1 << 20
+PROMPT_CHARS = 16  # Of the example in the model card.
 
 
 @runtime_checkable
@@ -66,8 +67,8 @@ def write(
   written = model.trained(run.params, run.model_state)
   config = model.unrolled(config)
   model.write(directory, written, config, dtype, run.tokenizer.vocab_size)
-  _write(directory / 'tokenizer.json', files)
-  _write(
+  workdir_lib.write_json(directory / 'tokenizer.json', files)
+  workdir_lib.write_json(
     directory / 'tokenizer_config.json',
     tokenizer_files.tokenizer_config(config.block_size),
   )
@@ -86,8 +87,8 @@ def write(
     written, read, reference, np.dtype(tensor_files.DTYPES[dtype])
   )
   checks: dict[str, Any] = {
-    'weights equal bitwise': True,
-    'token ids equal': num_tokens,
+    'equal_weights': dtype,
+    'equal_token_ids': num_tokens,
   }
   if verify.has_transformers():
     checks |= verify.same_as_transformers(directory, reference, head, tokens)
@@ -100,7 +101,7 @@ def write(
   }
   (directory / 'README.md').write_text(
     card.text(
-      name, config, hf.name, written.params, facts, checks, head[:1] or 'A'
+      name, config, hf.name, written.params, facts, checks, head[:PROMPT_CHARS]
     ),
     encoding='utf-8',
   )
@@ -108,13 +109,8 @@ def write(
     'out': str(name),
     'class': hf.name,
     'step': run.step,
-    'dtype': dtype,
-    **{key.replace(' ', '_'): value for key, value in checks.items()},
+    **checks,
   }
-
-
-def _write(path: pathlib.Path, value: Any) -> None:
-  path.write_text(to_json(value, indent=2) + '\n', encoding='utf-8')
 
 
 def _losses(workdir: pathlib.Path) -> dict[str, Any]:

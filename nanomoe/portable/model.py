@@ -1,6 +1,5 @@
 """A model's weights, written to and read from a directory of transformers."""
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -10,7 +9,8 @@ import numpy as np
 from nanomoe.config import layers
 from nanomoe.config.schema import Config
 from nanomoe.model import stack
-from nanomoe.portable import classes, tensor_files, weights
+from nanomoe.portable import classes, config_json, tensor_files, weights
+from nanomoe.run import workdir
 from trainers.errors import UserError
 
 # Tensors of older versions of transformers that are no weights.
@@ -79,8 +79,8 @@ def write(
   hf, facts = classes.find(config), classes.facts(config)
   assert hf, 'classes.problems is empty'
   vocab_size = len(model.arrays['token_embedding'])
-  _write_json(
-    directory / 'config.json', classes.hf_config(config, vocab_size, dtype)
+  workdir.write_json(
+    directory / 'config.json', config_json.write(config, vocab_size, dtype)
   )
   generation: dict[str, Any] = {
     'bos_token_id': None,
@@ -89,7 +89,7 @@ def write(
   }
   if padding := [*range(num_tokens, vocab_size)]:
     generation['suppress_tokens'] = padding
-  _write_json(directory / 'generation_config.json', generation)
+  workdir.write_json(directory / 'generation_config.json', generation)
   mapped = weights.mapped(model.arrays, model.bias, config, facts, hf)
   zeros = weights.constants(hf, config, facts, model.bias is not None)
   tensor_files.write(
@@ -104,11 +104,6 @@ def write(
     dtype,
     shard_bytes,
   )
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  text = json.dumps(value, indent=2, ensure_ascii=False)
-  path.write_text(f'{text}\n', encoding='utf-8')
 
 
 def read(
