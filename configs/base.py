@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
   # selects the fastest precision of the machine.
   config.precision = 'auto'
   config.init_from = ''  # Run whose weights this run starts from.
+  # How experts start from a dense run; '' needs a run of the same shape.
+  config.upcycle = ConfigDict({'type': ''})
 
   config.data = ConfigDict()
   config.data.path = ''  # Path of a UTF-8 text; '' selects Tiny Shakespeare.

@@ -28,7 +28,7 @@ from nanomoe.data import pipeline as text_lib
 from nanomoe.data import tokenizers
 from nanomoe.data.pipeline import VOCABULARY
 from nanomoe.data.tokenizer import Tokenizer
-from nanomoe.model import checkpoints, parameters
+from nanomoe.model import checkpoints, parameters, upcycling
 from nanomoe.model.build import (
   generation_problem,
   layers_with_experts,
@@ -118,6 +118,10 @@ def build(
   optimizer, schedule = optimizers.build(
     config.optimizer, config.num_train_steps
   )
+  # A resumed run has weights of its own, and may have lost its source.
+  if config.upcycle.type and workdir.read_config(directory) is None:
+    source = workdir.config_of(pathlib.Path(config.init_from))
+    upcycling.check(source, config, tokenizer.vocab_size)
   batch = dataset.train_batch(0, slice(0, config.batch_size))
   params, _ = jax.eval_shape(task.init, keys.make(0), batch)
   facts = {
@@ -172,7 +176,11 @@ def build(
     ),
     initial=initial
     or (
-      functools.partial(_initial_weights, config) if config.init_from else None
+      functools.partial(
+        _initial_weights, config, vocab_size=tokenizer.vocab_size
+      )
+      if config.init_from
+      else None
     ),
     writers=build_writers(config, directory)
     if processes.group('writers').is_first
@@ -293,7 +301,9 @@ def _exchange(config: Config, mesh: Mesh) -> str:
   )
 
 
-def _initial_weights(config: Config, params: Any, model_state: Any) -> Any:
+def _initial_weights(
+  config: Config, params: Any, model_state: Any, vocab_size: int = 0
+) -> Any:
   """Returns the best params and model_state of the run `config.init_from`."""
   source = pathlib.Path(config.init_from)
   other = workdir.config_of(source)
@@ -303,6 +313,10 @@ def _initial_weights(config: Config, params: Any, model_state: Any) -> Any:
   arrays, meta = reader.read(source / 'checkpoints', 'best', layout)
   weights = other.eval_weights
   log.info('starting from step %d of %s', meta['step'], source)
+  if config.upcycle.type:
+    upcycling.check(other, config, vocab_size)
+    task = build_task(upcycling.unrolled(config), vocab_size)
+    arrays = upcycling.upcycle(arrays, weights, config, task.init, vocab_size)
   try:
     return (
       arrays_lib.subtree(arrays, f'state.{weights}', params),

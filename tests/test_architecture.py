@@ -297,6 +297,7 @@ BESIDE = {
 ELSEWHERE = {
   'accumulate_steps',
   'init_from',
+  'upcycle.type',
   'eval_weights',
   'model.logits_chunk',
   'model.scan_layers',

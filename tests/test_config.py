@@ -456,7 +456,7 @@ def test_a_key_that_an_older_run_lacks_gets_its_value(tmp_path):
   new = decided()
   older = new.to_dict()
   del older['moe']['eval_dispatch'], older['model']['attention']
-  del older['accumulate_steps']
+  del older['accumulate_steps'], older['upcycle']
   for key in ('scan_layers', 'logits_chunk', 'vocab_rows'):
     del older['model'][key]
   workdir_lib.write_json(tmp_path / 'config.json', older)
@@ -468,7 +468,8 @@ def test_a_key_that_an_older_run_lacks_gets_its_value(tmp_path):
 
 def test_a_section_that_a_config_lacks_is_still_missing():
   mesh = dict.fromkeys(('data', 'fsdp', 'expert', 'tensor'), 1)
-  new = {'mesh': mesh, 'accumulate_steps': 1}  # Versions lacked all of these.
+  # Versions lacked all of these.
+  new = {'mesh': mesh, 'accumulate_steps': 1, 'upcycle': {'type': ''}}
   assert older.upgrade({'seed': 1}) == {'seed': 1, **new}
   assert older.upgrade({'moe': 3}) == {'moe': 3, **new}
 

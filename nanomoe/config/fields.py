@@ -83,14 +83,15 @@ class SpecField(NamedTuple):
   Attributes:
     meaning: Choice that the section makes; a noun phrase.
     resume, allow: As of `Field`, for the type and for all arguments.
-    absent: Type in runs of versions that did not have the section.
+    absent: Type in runs of versions that did not have the section; None if
+      every version has it.
     renamed: Types of older versions, by their old name.
   """
 
   meaning: str
   resume: Resume = Resume.FIXED
   allow: str = ''
-  absent: str = ''
+  absent: str | None = None
   renamed: Mapping[str, str] = {}
 
 

@@ -24,7 +24,7 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, spec in SPECS.items():
     *sections, last = name.split('.')
     section = _section(values, sections)
-    if spec.absent and section is not None:
+    if spec.absent is not None and section is not None:
       section.setdefault(last, {'type': spec.absent})
   return values
 

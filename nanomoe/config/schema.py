@@ -298,6 +298,11 @@ class Keys(Section):
   init_from: str = key(
     'Directory of a run whose best weights this run starts from; empty for none'
   )
+  upcycle: Spec = spec(
+    'Upcycling: how experts start from the dense layers of init_from; empty '
+    'for none',
+    absent='',
+  )
   data: Data
   model: Model
   moe: MoE
@@ -361,6 +366,10 @@ OPTIMIZER_ARGUMENTS = {
 ARGUMENTS = {
   'moe.router.route_scale': (
     'Factor of the weights of the selected experts, > 0; 1.0 by default'
+  ),
+  'upcycle.ratio': (
+    'Share of the hidden units of each expert that type Drop redraws, from 0 '
+    'to 1; 0.5 by default'
   ),
   'callbacks.early_stopping.patience': (
     'Evaluations without a new best after which the run stops; 0 disables it'

@@ -161,6 +161,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
       yield f'model.{num_kv_heads=}: it must divide model.{num_heads=}'
   yield from _mesh_contradictions(values)
   yield from _stack_problem(values)
+  yield from _upcycle_problems(values)
   factor = values.get('optimizer.spike_factor', 0)
   if 0 < factor <= 1:
     yield (
@@ -254,6 +255,23 @@ def _stack_problem(values: Mapping[str, Any]) -> Iterator[str]:
       f'moe.{every=} layers after moe.first_dense_layers={first}, such as '
       f'model.num_layers={" or ".join(map(str, fitting))}'
     )
+
+
+def _upcycle_problems(values: Mapping[str, Any]) -> Iterator[str]:
+  """Yields a line for each key of `upcycle` that could have no effect."""
+  kind = values.get('upcycle.type')
+  if kind and values.get('init_from') == '':
+    yield (
+      f'upcycle.type={shown(kind)}: experts start from a dense run; it needs '
+      'an init_from, or must be empty'
+    )
+  if kind == '':
+    for name, value in values.items():
+      if spec_of(name) == 'upcycle' and name != 'upcycle.type':
+        yield (
+          f'{name}={shown(value)}: it is an argument of an upcycling; it needs '
+          'an upcycle.type'
+        )
 
 
 def _unknown_to_optimizer(flat: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,9 @@ measures it.
 The class attribute or property `separable` says whether training routes each
 sequence by itself, without noise. Gradients are accumulated with such routers
 alone.
+
+The class attribute or property `normalized` says whether the weights of a
+token's experts sum to `route_scale`. Upcycling needs such a router.
 """
 
 import dataclasses
@@ -59,6 +62,7 @@ class Router(nn.Module):
 
   causal: ClassVar[bool] = True
   separable: ClassVar[bool] = True
+  normalized: ClassVar[bool] = False
 
   def __post_init__(self):
     """Raises ValueError if `route_scale` is not positive."""
@@ -123,6 +127,8 @@ class TopK(Router):
   token's experts depend on that token alone.
   """
 
+  normalized: ClassVar[bool] = True
+
   @nn.compact
   def __call__(
     self, x: Activations, inputs: RouterInputs, *, train: bool
@@ -164,6 +170,11 @@ class Softmax(Router):
     """The router is separable if `jitter` is 0."""
     return self.jitter == 0
 
+  @property
+  def normalized(self) -> bool:  # pyright: ignore
+    """The router is normalized if it renormalizes weights."""
+    return self.renormalize
+
   @nn.compact
   def __call__(
     self, x: Activations, inputs: RouterInputs, *, train: bool
@@ -201,6 +212,8 @@ class Sigmoid(Router):
   bias_rate: float = 0.001
   num_groups: int = 1
   groups_kept: int = 1
+
+  normalized: ClassVar[bool] = True
 
   def __post_init__(self):
     """Raises ValueError if groups do not fit the experts."""
@@ -258,6 +271,7 @@ class NoisyTopK(Router):
   """
 
   separable: ClassVar[bool] = False
+  normalized: ClassVar[bool] = True
 
   @nn.compact
   def __call__(
@@ -292,6 +306,8 @@ class Hash(Router):
   # Pyright does not know that a field of the base is keyword-only.
   vocab_size: int  # pyright: ignore
   seed: int = 0
+
+  normalized: ClassVar[bool] = True
 
   def __post_init__(self):
     if self.seed < 0:
