@@ -52,6 +52,7 @@ INNER = {
     'dropout',
     'event_files',
     'heads',
+    'history',
     'hlo',
     'language',
     'losses',

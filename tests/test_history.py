@@ -10,8 +10,6 @@ from configs import base
 from nanomoe.run import history
 from trainers.errors import UserError
 
-pytestmark = pytest.mark.inner
-
 
 @pytest.fixture
 def make(tmp_path):

@@ -84,9 +84,8 @@ class History:
     speed = self.series('steps_per_sec')
     ends = np.concatenate([[0], speed.steps])
     seconds = np.cumsum(np.diff(ends) / speed.values)
-    return np.interp(
-      steps, ends, np.concatenate([[0.0], seconds]), right=np.nan
-    )
+    seconds = np.concatenate([[0.0], seconds])
+    return np.asarray(np.interp(steps, ends, seconds, right=np.nan))
 
 
 def read(workdir: pathlib.Path) -> History:
