@@ -250,7 +250,8 @@ def restore(config: Config, directory: pathlib.Path, step: str) -> Restored:
   """
   jax_settings.pin()
   layout = checkpoints.layout(config)
-  arrays, meta = reader.read(directory / 'checkpoints', step, layout)
+  names = (f'state.{config.eval_weights}.', 'state.model_state.')
+  arrays, meta = reader.read(directory / 'checkpoints', step, layout, names)
   tokenizer = tokenizers.load(
     config.data.tokenizer.to_dict(), directory / VOCABULARY
   )
@@ -310,8 +311,9 @@ def _initial_weights(
   # Another attention has other parameters, and may not be imported.
   has_same = other.model.attention.type == config.model.attention.type
   layout = checkpoints.layout(other) if has_same else None
-  arrays, meta = reader.read(source / 'checkpoints', 'best', layout)
   weights = other.eval_weights
+  names = (f'state.{weights}.', 'state.model_state.')
+  arrays, meta = reader.read(source / 'checkpoints', 'best', layout, names)
   log.info('starting from step %d of %s', meta['step'], source)
   if config.upcycle.type:
     upcycling.check(other, config, vocab_size)

@@ -98,8 +98,14 @@ def export(
   shutil.rmtree(partial, ignore_errors=True)  # An export was killed.
   try:
     partial.mkdir(parents=True)
-    run = experiment.restore(config, workdir, str(step))
-    result = exporter.write(workdir, config, run, partial, out, dtype)
+    result = exporter.write(
+      workdir,
+      config,
+      experiment.restore(config, workdir, str(step)),
+      partial,
+      out,
+      dtype,
+    )
     partial.rename(out)
   except OSError as error:
     raise UserError(f'--out={out}: {error.strerror}') from error

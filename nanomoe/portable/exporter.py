@@ -13,6 +13,7 @@ from nanomoe.data import pipeline, tokenizer_files, tokenizers
 from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.portable import card, classes, model, tensor_files, verify
 from nanomoe.run import workdir as workdir_lib
+from trainers.runtime import memory
 
 # Characters of the validation split that transformers tokenizes as well.
 TEXT_CHARS = 1 << 20
@@ -63,10 +64,12 @@ def write(
   Raises:
     UserError: The files differ from the checkpoint.
   """
-  files = tokenizer_files.to_json(run.tokenizer)
+  tokenizer, step = run.tokenizer, run.step
+  files = tokenizer_files.to_json(tokenizer)
   written = model.trained(run.params, run.model_state)
+  del run  # Its arrays are freed with those of `written`.
   config = model.unrolled(config)
-  model.write(directory, written, config, dtype, run.tokenizer.vocab_size)
+  model.write(directory, written, config, dtype, tokenizer.vocab_size)
   workdir_lib.write_json(directory / 'tokenizer.json', files)
   workdir_lib.write_json(
     directory / 'tokenizer_config.json',
@@ -77,15 +80,19 @@ def write(
     config.data.path, recorded['corpus'], recorded['corpus_sha256']
   )
   text = pipeline.split(corpus.text)['val']
-  num_tokens = verify.same_tokens(directory, run.tokenizer, text)
+  num_tokens = verify.same_tokens(directory, tokenizer, text)
   head = str(text[:TEXT_CHARS])
-  tokens = run.tokenizer.encode(head)
+  tokens = tokenizer.encode(head)
   shapes = jax.eval_shape(lambda: written.params)
   read = model.read(directory, config, shapes, written.bias is not None)
-  reference = verify.reference(config, run.tokenizer.vocab_size, read, tokens)
-  verify.same_weights(
-    written, read, reference, np.dtype(tensor_files.DTYPES[dtype])
-  )
+  verify.same_weights(written, read, np.dtype(tensor_files.DTYPES[dtype]))
+  reference = verify.reference(config, tokenizer.vocab_size, read, tokens)
+  del read  # The reference has a copy.
+  memory.trim()
+  if dtype == 'float32':
+    verify.same_logits(written, reference)
+  del written  # Transformers needs memory for a copy of its own.
+  memory.trim()
   checks: dict[str, Any] = {
     'equal_weights': dtype,
     'equal_token_ids': num_tokens,
@@ -96,19 +103,19 @@ def write(
   assert hf, 'classes.problems is empty'
   facts = {
     'Corpus': f'{corpus.name} (SHA-256 `{corpus.fingerprint[:16]}`)',
-    'Step': run.step,
+    'Step': step,
     **_losses(workdir),
   }
   (directory / 'README.md').write_text(
     card.text(
-      name, config, hf.name, written.params, facts, checks, head[:PROMPT_CHARS]
+      name, config, hf.name, shapes, facts, checks, head[:PROMPT_CHARS]
     ),
     encoding='utf-8',
   )
   return {
     'out': str(name),
     'class': hf.name,
-    'step': run.step,
+    'step': step,
     **checks,
   }
 

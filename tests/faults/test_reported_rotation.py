@@ -214,10 +214,10 @@ def test_a_reader_gives_up(job, monkeypatch, happened):
   job.save(1)
   original, attempts = reader.read_arrays, []
 
-  def read_arrays(directory, step, meta):
+  def read_arrays(directory, step, meta, wanted):
     job.save(step + 1)
     attempts.append(step)
-    return original(directory, step, meta)
+    return original(directory, step, meta, wanted)
 
   monkeypatch.setattr(reader, 'read_arrays', read_arrays)
   with pytest.raises(UserError) as error:

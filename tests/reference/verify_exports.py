@@ -32,7 +32,8 @@ def main(out: str) -> None:
     reference = verify.reference(
       case.config, case.tokenizer.vocab_size, read, tokens
     )
-    verify.same_weights(case.trained, read, reference, np.dtype(np.float32))
+    verify.same_weights(case.trained, read, np.dtype(np.float32))
+    verify.same_logits(case.trained, reference)
     try:
       found = verify.same_as_transformers(directory, reference, text, tokens)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Reading and verifying checkpoints, also of a run in progress."""
 
 from collections.abc import Callable
+import functools
 import hashlib
 import json
 import logging
@@ -80,7 +81,10 @@ class Saved(NamedTuple):
 
 
 def read(
-  directory: pathlib.Path, step: str, layout: Layout | None = None
+  directory: pathlib.Path,
+  step: str,
+  layout: Layout | None = None,
+  prefixes: tuple[str, ...] = ('',),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Reads a checkpoint, without writing to the directory.
 
@@ -93,6 +97,8 @@ def read(
       newest intact checkpoint).
     layout: Layout of the arrays that are returned; None for that in which they
       were saved.
+    prefixes: Beginnings of the names of the arrays to read. The files of other
+      arrays may be damaged.
 
   Returns:
     ({name: array}, meta). The arrays are on the first device, however they were
@@ -104,7 +110,7 @@ def read(
   """
   for attempt in range(_ATTEMPTS):
     try:
-      arrays, meta = _attempt(directory, step, again=attempt > 0)
+      arrays, meta = _attempt(directory, step, prefixes, again=attempt > 0)
     except _Replaced as replaced:
       log.debug('%s; reading again', replaced)
       continue
@@ -119,13 +125,14 @@ def read(
 
 
 def _attempt(
-  directory: pathlib.Path, step: str, again: bool
+  directory: pathlib.Path, step: str, prefixes: tuple[str, ...], again: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Reads a checkpoint once, as `read` does.
 
   Args:
     directory: Directory of the run's checkpoints.
     step: Step, as in `read`.
+    prefixes: Beginnings of names, as in `read`.
     again: Whether an earlier attempt found the checkpoint.
 
   Raises:
@@ -135,8 +142,9 @@ def _attempt(
   places = _places(directory)
   if not places:
     raise UserError(f'{directory}: there is no checkpoint')
+  read_one = functools.partial(_read, prefixes=prefixes)
   if step == 'latest':
-    return _newest(places, _read)
+    return _newest(places, read_one)
   number = next((n for n in places if str(n) == step), None)
   if step == 'best':
     meta = _newest(places, read_meta)
@@ -152,7 +160,7 @@ def _attempt(
       f'{", ".join(map(str, sorted(places)))}, best and latest'
     )
   try:
-    return _watched(_read, places[number], number)
+    return _watched(read_one, places[number], number)
   except _Replaced:
     raise
   except Exception as error:  # A decoder of damaged data may raise anything.
@@ -249,10 +257,18 @@ def steps_in(directory: pathlib.Path) -> list[int]:
   return sorted(int(n) for n in names if n.isdecimal() and str(int(n)) == n)
 
 
-def _read(directory, step):
+def _read(
+  directory: pathlib.Path, step: int, prefixes: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
   meta = read_meta(directory, step)
-  arrays = read_arrays(directory, step, meta)
-  verify(arrays, meta)
+
+  def part(values: dict[str, Any]) -> dict[str, Any]:
+    return {n: x for n, x in values.items() if n.startswith(prefixes)}
+
+  content = part(meta.get('content', {}))
+  wanted = arrays_lib.on_one_device(part(meta['leaves']))
+  arrays = read_arrays(directory, step, meta, wanted)
+  verify(arrays, {**meta, 'content': content})
   return arrays, meta
 
 
@@ -282,16 +298,15 @@ def read_arrays(
   directory: pathlib.Path,
   step: int,
   meta: dict[str, Any],
-  wanted: dict[str, Any] | None = None,
+  wanted: dict[str, Any],
 ) -> dict[str, Any]:
-  """Reads the arrays of a checkpoint; `verify` compares them.
+  """Reads arrays of a checkpoint; `verify` compares them.
 
   Args:
     directory: Directory of the checkpoint's directory.
     step: Step of the checkpoint.
     meta: JSON values of the checkpoint, with the fingerprints.
-    wanted: Shapes, dtypes and shardings of the arrays, by name; None reads
-      them to the first device, however they were sharded.
+    wanted: Shapes, dtypes and shardings of the arrays, by name.
 
   Returns:
     The arrays by name.
@@ -309,8 +324,11 @@ def read_arrays(
         f'{wide[0]} is {meta["leaves"][wide[0]]}: it was saved under '
         'JAX_ENABLE_X64=1, and is read under it alone'
       )
-  wanted = wanted or arrays_lib.on_one_device(meta['leaves'])
-  args = ocp.args.StandardRestore(wanted)  # pyright: ignore
+  args = ocp.args.PyTreeRestore(  # pyright: ignore
+    wanted,  # pyright: ignore
+    ocp.checkpoint_utils.construct_restore_args(wanted),  # pyright: ignore
+    partial_restore=True,  # pyright: ignore
+  )
   return _read_item(directory, step, 'arrays', args)
 
 
@@ -334,7 +352,7 @@ def verify(arrays: dict[str, Any], meta: dict[str, Any]) -> None:
 
 def _read_item(directory, step, name, args):
   handler = {
-    'arrays': ocp.StandardCheckpointHandler,
+    'arrays': ocp.PyTreeCheckpointHandler,
     'meta': ocp.JsonCheckpointHandler,
   }[name]
   # A process waits for no other one here, so that each may fail.
