@@ -6,7 +6,7 @@ from typing import Any
 from nanomoe.config.schema import Config
 from nanomoe.model import parameters
 
-_LOAD = """\
+_TRANSFORMERS = """\
 Run this in the directory of the model:
 
 ```python
@@ -21,6 +21,32 @@ tokens = model.generate(
 print(tokenizer.decode(tokens[0]))
 ```
 """
+_LLAMA_CPP = """\
+Run this in the directory of the model, with `llama-server` of llama.cpp or with
+its Python package (`pip install xllamacpp`):
+
+```sh
+llama-server --model model.gguf --cache-type-k f32 --cache-type-v f32
+```
+
+```python
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path = 'model.gguf'
+params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(params)
+answer = server.handle_completions(
+  {{'prompt': {prompt!r}, 'max_tokens': 200, 'temperature': 0.8}}
+)
+print(answer['choices'][0]['text'])
+```
+
+Other types of the cache round keys and values.
+"""
+# Example by name of the library in the metadata of the card.
+_USES = {'transformers': _TRANSFORMERS, 'gguf': _LLAMA_CPP}
 # Results of the verification by name, as sentences.
 _CHECKS = {
   'equal_weights': 'The weights equal those of the checkpoint, as {}, bitwise.',
@@ -41,17 +67,20 @@ def text(
   facts: dict[str, Any],
   checks: dict[str, Any],
   prompt: str,
+  library: str = 'transformers',
 ) -> str:
   """Returns the model card.
 
   Args:
     directory: Directory of the export.
     config: Config of the run.
-    name: Name of the class in transformers.
+    name: Name of the class in transformers, or of the architecture in
+      llama.cpp.
     params: Tree of parameters.
     facts: Facts about the run by name: corpus, step and losses.
     checks: Results of the verification by name.
     prompt: Text to continue in the example.
+    library: Library that loads the files, 'transformers' or 'gguf'.
   """
   counts = parameters.count(params, config.moe.top_k)
   moe = config.moe
@@ -72,7 +101,7 @@ def text(
   return '\n'.join(
     [
       '---',
-      'library_name: transformers',
+      f'library_name: {library}',
       'pipeline_tag: text-generation',
       'tags: [nanomoe, mixture-of-experts]',
       '---',
@@ -87,7 +116,7 @@ def text(
       '',
       '## Use',
       '',
-      _LOAD.format(prompt=prompt),
+      _USES[library].format(prompt=prompt),
       '## Verification',
       '',
       'The export compared the files with the checkpoint.',
