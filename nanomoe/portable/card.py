@@ -37,16 +37,20 @@ params.model.path = 'model.gguf'
 params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
 params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 server = xllamacpp.Server(params)
+sampling = {{'temperature': 0.8, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0}}
 answer = server.handle_completions(
-  {{'prompt': {prompt!r}, 'max_tokens': 200, 'temperature': 0.8}}
+  {{'prompt': {prompt!r}, 'max_tokens': 200, **sampling}}
 )
 print(answer['choices'][0]['text'])
 ```
 
-Other types of the cache round keys and values.
+llama.cpp rounds keys and values unless the types of its cache are f32.
 """
-# Example by name of the library in the metadata of the card.
-_USES = {'transformers': _TRANSFORMERS, 'gguf': _LLAMA_CPP}
+# Example, and title of the model's name, by library.
+_LIBRARIES = {
+  'transformers': (_TRANSFORMERS, 'Class'),
+  'gguf': (_LLAMA_CPP, 'Architecture in llama.cpp'),
+}
 # Results of the verification by name, as sentences.
 _CHECKS = {
   'equal_weights': 'The weights equal those of the checkpoint, as {}, bitwise.',
@@ -82,10 +86,11 @@ def text(
     prompt: Text to continue in the example.
     library: Library that loads the files, 'transformers' or 'gguf'.
   """
+  use, title = _LIBRARIES[library]
   counts = parameters.count(params, config.moe.top_k)
   moe = config.moe
   rows = {
-    'Class': f'`{name}`',
+    title: f'`{name}`',
     'Parameters': f'{counts["num_params"]:,}',
     'Active parameters of a token': f'{counts["num_active_params"]:,}',
     'Layers': config.model.num_layers,
@@ -116,7 +121,7 @@ def text(
       '',
       '## Use',
       '',
-      _USES[library].format(prompt=prompt),
+      use.format(prompt=prompt),
       '## Verification',
       '',
       'The export compared the files with the checkpoint.',

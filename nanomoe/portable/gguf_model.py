@@ -44,10 +44,14 @@ def problems(config: Config) -> list[str]:
     config: Config of a run.
   """
   reason = 'llama.cpp does not compute it'
-  lines = classes.problems(config, reason)[:-1]
   facts, moe = classes.facts(config), config.moe
   router = moe.router.type
-  if facts.router == 'sigmoid':
+  lines = [
+    line
+    for line in classes.problems(config, reason)[:-1]
+    if not line.startswith('moe.router.type=')  # It allows more routers.
+  ]
+  if facts.router in ('', 'sigmoid'):
     lines.append(
       f'moe.router.type={router!r}: {reason}; it must be one of '
       f'{", ".join(map(repr, _ROUTERS))}'
