@@ -112,7 +112,7 @@ def without_padding(
   kept = {
     path: np.ascontiguousarray(trained.arrays[path].take(range(num_tokens), i))
     for path, i in _TOKENS.items()
-    if path in trained.arrays
+    if path in trained.arrays and trained.arrays[path].shape[i] > num_tokens
   }
   return trained._replace(arrays={**trained.arrays, **kept}), config
 

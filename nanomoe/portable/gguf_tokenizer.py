@@ -98,6 +98,11 @@ def problems(tokenizer: Tokenizer) -> list[str]:
       f'{where}: no token has index {table.index(b"")}; each index below '
       f'{len(table)} must have a token'
     )
+  if not model['merges'] and any(len(token) > 1 for token in table):
+    lines.append(
+      f'{where}: llama.cpp needs merges; the file must have the merges of its '
+      'tokens'
+    )
   if model['merges'] and _end(table) is None:
     lines.append(
       f'{where}: llama.cpp needs a token that ends a text; the vocabulary must '
