@@ -1,5 +1,6 @@
-"""Command that exports a run to Hugging Face transformers, and verifies it."""
+"""Command that exports a run to transformers or llama.cpp, and verifies it."""
 
+import importlib.util
 import pathlib
 import shutil
 import sys
@@ -18,7 +19,8 @@ _USAGE = """
 python -m nanomoe.export --workdir=DIR --out=DIR2
 
 Writes a checkpoint for AutoModelForCausalLM and AutoTokenizer of transformers,
-and compares the files with the checkpoint. A failed comparison leaves nothing.
+or with --format=gguf for llama.cpp, and compares the files with the checkpoint.
+A failed comparison leaves nothing.
 """
 _FLAGS = flags.FlagValues()
 _WORKDIR = cli.define_workdir(_FLAGS)
@@ -31,7 +33,11 @@ _OUT = flags.DEFINE_string(
 )
 _STEP = cli.define_step(_FLAGS)
 _FORMAT = flags.DEFINE_enum(
-  'format', 'hf', ['hf'], 'Layout of the files.', flag_values=_FLAGS
+  'format',
+  'hf',
+  ['hf', 'gguf'],
+  'Layout of the files: hf for transformers, gguf for llama.cpp.',
+  flag_values=_FLAGS,
 )
 _DTYPE = flags.DEFINE_enum(
   'dtype',
@@ -55,24 +61,27 @@ def export(
   out: str | pathlib.Path,
   *,
   step: str | int = 'best',
+  format: str = 'hf',
   dtype: str = 'float32',
   verify: str = 'auto',
 ) -> dict[str, Any]:
-  """Writes a checkpoint in the layout of transformers, and verifies it.
+  """Writes a checkpoint for transformers or llama.cpp, and verifies it.
 
   Args:
     workdir: Directory of the run.
     out: Directory of the export, which must not exist.
     step: Step of the checkpoint: a number, 'best' or 'latest'.
+    format: Layout of the files: 'hf' for transformers, 'gguf' for llama.cpp.
     dtype: Type of the weights in the files, 'float32' or 'bfloat16'.
     verify: 'auto', or 'transformers' to require that library.
 
   Returns:
-    The class of the model, and the results of the verification, as JSON values.
+    The class or architecture of the model, and the results of the verification,
+    as JSON values.
 
   Raises:
     UserError: There is no such run or checkpoint, a line for each option that
-      no class of transformers has, or the files differ from the checkpoint.
+      the format has no place for, or the files differ from the checkpoint.
       Nothing is left at `out`.
   """
   workdir = pathlib.Path(home.expand(str(workdir), '--workdir'))
@@ -82,13 +91,26 @@ def export(
     raise UserError(f'--out={out}: it exists; it must be a new directory')
   if lines := workdir_lib.problems(out):
     raise UserError([line.replace('--workdir=', '--out=', 1) for line in lines])
+  if format == 'gguf' and not importlib.util.find_spec('gguf'):
+    raise UserError(
+      "--format=gguf: gguf is not installed; install 'nanomoe[gguf]'"
+    )
+  if format == 'gguf' and verify != 'auto':
+    raise UserError(
+      f'--verify={verify}: transformers does not read the file of '
+      '--format=gguf; it must be auto'
+    )
 
   backend.start()
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
-  from nanomoe.portable import classes, exporter  # noqa: PLC0415
   from nanomoe.portable import verify as verify_lib  # noqa: PLC0415
 
-  if lines := classes.problems(config):
+  if format == 'gguf':  # Its package is optional.
+    from nanomoe.portable import gguf_exporter as exporter  # noqa: PLC0415
+  else:
+    from nanomoe.portable import exporter  # noqa: PLC0415
+
+  if lines := exporter.problems(workdir, config):
     raise UserError(lines)
   if verify == 'transformers' and not verify_lib.has_transformers():
     raise UserError(
@@ -108,7 +130,8 @@ def export(
     )
     partial.rename(out)
   except OSError as error:
-    raise UserError(f'--out={out}: {error.strerror}') from error
+    reason = error.strerror or error  # NumPy gives no number.
+    raise UserError(f'--out={out}: {reason}') from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return result
@@ -125,6 +148,7 @@ def main(_: None) -> int:
     _WORKDIR.value,
     _OUT.value,
     step=_STEP.value,
+    format=_FORMAT.value,
     dtype=_DTYPE.value,
     verify=_VERIFY.value,
   )

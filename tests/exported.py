@@ -53,6 +53,12 @@ CASES: dict[str, dict[str, Any]] = {
     'model.vocab_rows': 64,
   },
   'qwen3_moe': {**_NORMALIZED, **_QK_NORM},
+  'qwen3_moe-tied': {
+    **_NORMALIZED,
+    **_QK_NORM,
+    'model.tie_embeddings': True,
+    'model.vocab_rows': 64,
+  },
   'qwen3_moe-dense': {
     **_SOFTMAX,
     **_QK_NORM,

@@ -54,9 +54,7 @@ def learn(vocab_size: int, text: str | LargeText) -> library.Tokenizer:
   pre = library.pre_tokenizers  # pyright: ignore
   tokenizer = library.Tokenizer(library.models.BPE())
   words = pre.Split(library.Regex(_WORDS), 'isolated')
-  tokenizer.pre_tokenizer = pre.Sequence(  # pyright: ignore
-    [words, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-  )
+  tokenizer.pre_tokenizer = pre_tokenizer()  # pyright: ignore
   trainer = library.trainers.BpeTrainer(  # pyright: ignore
     vocab_size=vocab_size,
     show_progress=False,
@@ -113,6 +111,17 @@ def learn(vocab_size: int, text: str | LargeText) -> library.Tokenizer:
     if not thread.is_alive():
       atexit.unregister(leave)
   return tokenizer
+
+
+def pre_tokenizer() -> library.pre_tokenizers.PreTokenizer:
+  """Returns the split of a text into words of bytes."""
+  pre = library.pre_tokenizers  # pyright: ignore
+  return pre.Sequence(
+    [
+      pre.Split(library.Regex(_WORDS), 'isolated'),
+      pre.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
 
 
 def _pieces(

@@ -6,7 +6,7 @@ from typing import Any
 from nanomoe.config.schema import Config
 from nanomoe.model import parameters
 
-_LOAD = """\
+_TRANSFORMERS = """\
 Run this in the directory of the model:
 
 ```python
@@ -21,6 +21,36 @@ tokens = model.generate(
 print(tokenizer.decode(tokens[0]))
 ```
 """
+_LLAMA_CPP = """\
+Run this in the directory of the model, with `llama-server` of llama.cpp or with
+its Python package (`pip install xllamacpp`):
+
+```sh
+llama-server --model model.gguf --cache-type-k f32 --cache-type-v f32
+```
+
+```python
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path = 'model.gguf'
+params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(params)
+sampling = {{'temperature': 0.8, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0}}
+answer = server.handle_completions(
+  {{'prompt': {prompt!r}, 'max_tokens': 200, **sampling}}
+)
+print(answer['choices'][0]['text'])
+```
+
+llama.cpp rounds keys and values unless the types of its cache are f32.
+"""
+# Example, and title of the model's name, by library.
+_LIBRARIES = {
+  'transformers': (_TRANSFORMERS, 'Class'),
+  'gguf': (_LLAMA_CPP, 'Architecture in llama.cpp'),
+}
 # Results of the verification by name, as sentences.
 _CHECKS = {
   'equal_weights': 'The weights equal those of the checkpoint, as {}, bitwise.',
@@ -41,22 +71,26 @@ def text(
   facts: dict[str, Any],
   checks: dict[str, Any],
   prompt: str,
+  library: str = 'transformers',
 ) -> str:
   """Returns the model card.
 
   Args:
     directory: Directory of the export.
     config: Config of the run.
-    name: Name of the class in transformers.
+    name: Name of the class in transformers, or of the architecture in
+      llama.cpp.
     params: Tree of parameters.
     facts: Facts about the run by name: corpus, step and losses.
     checks: Results of the verification by name.
     prompt: Text to continue in the example.
+    library: Library that loads the files, 'transformers' or 'gguf'.
   """
+  use, title = _LIBRARIES[library]
   counts = parameters.count(params, config.moe.top_k)
   moe = config.moe
   rows = {
-    'Class': f'`{name}`',
+    title: f'`{name}`',
     'Parameters': f'{counts["num_params"]:,}',
     'Active parameters of a token': f'{counts["num_active_params"]:,}',
     'Layers': config.model.num_layers,
@@ -72,7 +106,7 @@ def text(
   return '\n'.join(
     [
       '---',
-      'library_name: transformers',
+      f'library_name: {library}',
       'pipeline_tag: text-generation',
       'tags: [nanomoe, mixture-of-experts]',
       '---',
@@ -87,7 +121,7 @@ def text(
       '',
       '## Use',
       '',
-      _LOAD.format(prompt=prompt),
+      use.format(prompt=prompt),
       '## Verification',
       '',
       'The export compared the files with the checkpoint.',

@@ -150,21 +150,24 @@ def find(config: Config) -> HFClass | None:
   return next((hf for hf in CLASSES if hf.fits(found)), None)
 
 
-def problems(config: Config) -> list[str]:
+def problems(
+  config: Config, reason: str = 'no class of transformers has it'
+) -> list[str]:
   """Returns a line for each key that keeps a model from having a class.
 
   The last line names the nearest config of this package.
 
   Args:
     config: Config of a run.
+    reason: Reason that the lines give.
   """
-  lines = list(_problems(config))
+  lines = list(_problems(config, reason))
   if lines:
     lines.append(f'the nearest config that can be exported is {_near(config)}')
   return lines
 
 
-def _problems(config: Config) -> Iterator[str]:
+def _problems(config: Config, reason: str) -> Iterator[str]:
   flat = {
     **{f'model.{k}': v for k, v in config.model.items()},
     **{f'moe.{k}': v for k, v in config.moe.items()},
@@ -176,7 +179,6 @@ def _problems(config: Config) -> Iterator[str]:
       f'data.tokenizer.type={kind!r}: no tokenizer.json has its tokens; it '
       f'must be one of {", ".join(map(repr, TOKENIZERS))}'
     )
-  reason = 'no class of transformers has it'
   for key, value in NEEDED.items():
     if flat[key] != value:
       yield f'{key}={flat[key]!r}: {reason}; it must be {value!r}'

@@ -40,6 +40,17 @@ class Checkpoint(Protocol):
   def step(self) -> int: ...
 
 
+def problems(workdir: pathlib.Path, config: Config) -> list[str]:
+  """Returns a line for each key that keeps a run from being exported.
+
+  Args:
+    workdir: Directory of the run.
+    config: Config of the run.
+  """
+  del workdir
+  return classes.problems(config)
+
+
 def write(
   workdir: pathlib.Path,
   config: Config,
@@ -52,7 +63,7 @@ def write(
 
   Args:
     workdir: Directory of the run.
-    config: Config of the run, for which `classes.problems` is empty.
+    config: Config of the run, for which `problems` is empty.
     run: Checkpoint of the run.
     directory: Empty directory to write to.
     name: Directory that the files move to afterwards.
@@ -75,10 +86,7 @@ def write(
     directory / 'tokenizer_config.json',
     tokenizer_files.tokenizer_config(config.block_size),
   )
-  recorded = tokenizers.read(workdir / pipeline.VOCABULARY)
-  corpus = corpus_lib.find_again(
-    config.data.path, recorded['corpus'], recorded['corpus_sha256']
-  )
+  corpus = corpus_of(workdir, config)
   text = pipeline.split(corpus.text)['val']
   num_tokens = verify.same_tokens(directory, tokenizer, text)
   head = str(text[:TEXT_CHARS])
@@ -101,11 +109,7 @@ def write(
     checks |= verify.same_as_transformers(directory, reference, head, tokens)
   hf = classes.find(config)
   assert hf, 'classes.problems is empty'
-  facts = {
-    'Corpus': f'{corpus.name} (SHA-256 `{corpus.fingerprint[:16]}`)',
-    'Step': step,
-    **_losses(workdir),
-  }
+  facts = facts_of(workdir, corpus, step)
   (directory / 'README.md').write_text(
     card.text(
       name, config, hf.name, shapes, facts, checks, head[:PROMPT_CHARS]
@@ -117,6 +121,39 @@ def write(
     'class': hf.name,
     'step': step,
     **checks,
+  }
+
+
+def corpus_of(workdir: pathlib.Path, config: Config) -> corpus_lib.Corpus:
+  """Returns the text of a run.
+
+  Args:
+    workdir: Directory of the run.
+    config: Config of the run.
+
+  Raises:
+    UserError: The text cannot be read or has changed.
+  """
+  recorded = tokenizers.read(workdir / pipeline.VOCABULARY)
+  return corpus_lib.find_again(
+    config.data.path, recorded['corpus'], recorded['corpus_sha256']
+  )
+
+
+def facts_of(
+  workdir: pathlib.Path, corpus: corpus_lib.Corpus, step: int
+) -> dict[str, Any]:
+  """Returns the facts about a run that the model card shows, by name.
+
+  Args:
+    workdir: Directory of the run.
+    corpus: Text of the run.
+    step: Step of the checkpoint.
+  """
+  return {
+    'Corpus': f'{corpus.name} (SHA-256 `{corpus.fingerprint[:16]}`)',
+    'Step': step,
+    **_losses(workdir),
   }
 
 
