@@ -336,7 +336,6 @@ def _compare(path, task, trained, prompts, texts=()):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
 @pytest.mark.parametrize(
   ('kind', 'qk_norm'),
   [('Bytes', False), ('BPE', True), ('BPE', False), ('Bytes', True)],
@@ -348,6 +347,7 @@ def test_llama_cpp_continues_as_a_run_does(kind, qk_norm, tmp_path):
   changes = {
     **TINY,
     **exported.COMMON,
+    'model.num_layers': 2,
     'data.path': tmp_path / 'text.txt',
     'data.tokenizer.type': kind,
     'moe.router.type': 'Softmax',
@@ -355,6 +355,9 @@ def test_llama_cpp_continues_as_a_run_does(kind, qk_norm, tmp_path):
     'model.qk_norm': qk_norm,
     'block_size': 256,
     'num_train_steps': 60,
+    'eval_interval': 60,
+    'log_interval': 60,
+    'sample.every_steps': 60,
     'optimizer.learning_rate': 1e-2,
     'sample.num_tokens': 0,
   }
@@ -384,7 +387,6 @@ def test_llama_cpp_continues_as_a_run_does(kind, qk_norm, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
 def test_llama_cpp_computes_each_architecture(written):
   _, path, case, trained, config, _ = written
   size = case.tokenizer.vocab_size
