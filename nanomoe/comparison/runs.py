@@ -25,6 +25,7 @@ METRICS = {
   'bits per byte': 'val/bits_per_byte',
 }
 
+
 class Apart(NamedTuple):
   """Run that cannot be compared.
 
@@ -173,11 +174,9 @@ def read(
       apart.append(Apart(path, problem))
       continue
     if run.history.is_running:
-      run.remarks.append('it is running, and is compared up to its last record')
+      run.remarks.append('still running; compared up to the last evaluation')
     if run.history.config.init_from:
-      run.remarks.append(
-        'its work and its time exclude those of the run that it starts from'
-      )
+      run.remarks.append('work and time exclude those of the run in init_from')
     runs.append(run)
   return runs, apart
 
@@ -209,7 +208,7 @@ def on_same_text(runs: Sequence[Run]) -> tuple[list[Run], list[Apart]]:
   for run in runs:
     text = text_of(run)
     if not text:
-      run.remarks.append('it did not record its text, which may be another')
+      run.remarks.append('no text is recorded; it may be another text')
     if not text or text == common:
       same.append(run)
       continue
@@ -245,6 +244,6 @@ def on_same_machine(runs: Sequence[Run]) -> tuple[list[Run], list[Apart]]:
       apart.append(Apart(run.workdir, reason))
       continue
     if not run.history.result.get('cpu'):
-      run.remarks.append('it did not record its CPU; seconds may be of another')
+      run.remarks.append('no CPU is recorded; seconds may be of another CPU')
     same.append(run)
   return same, apart

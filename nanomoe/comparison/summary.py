@@ -64,9 +64,7 @@ def make(
   for axis in AXES:
     of_axis = on_same_machine if axis == 'seconds' else runs
     equal[axis] = _equal(axis, metric, of_axis, groups, names)
-  remarks = [
-    f'{names[run.workdir]}: {line}' for run in runs for line in run.remarks
-  ]
+  remarks = _remarks(runs, names)
   if unit == 'bits per byte':
     remarks.append(
       'the tokenizers differ: equal tokens are different amounts of text'
@@ -102,6 +100,20 @@ def make(
   )
 
 
+def _remarks(
+  runs: Sequence[Run], names: Mapping[pathlib.Path, str]
+) -> list[str]:
+  """Returns each remark once, behind the names of its runs."""
+  found: dict[str, list[str]] = {}
+  for run in runs:
+    for line in run.remarks:
+      found.setdefault(line, []).append(names[run.workdir])
+  return [
+    f'{", ".join(of) if len(of) < len(runs) else "all runs"}: {line}'
+    for line, of in found.items()
+  ]
+
+
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:
   """Returns the shortest ends of paths that differ."""
   parts = [path.absolute().parts for path in paths]
@@ -125,8 +137,8 @@ def _with_metric(
     bad = values.steps[~np.isfinite(values.values)]
     if len(bad):
       run.remarks.append(
-        f'the evaluation at step {bad[0]} is not finite; the run is compared '
-        'up to the one before'
+        f'the loss at step {bad[0]} is not finite; compared up to the '
+        'evaluation before'
       )
     found.append(run)
   return found, apart

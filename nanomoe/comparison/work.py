@@ -19,7 +19,13 @@ _WITHOUT_WORK = (
   *('seed', 'num_train_steps', 'eval_interval', 'eval_iters', 'log_interval'),
   *('eval_weights', 'init_from'),
 )
-_SECTIONS_WITHOUT_WORK = ('data', 'checkpoint', 'sample', 'callbacks', 'writers')
+_SECTIONS_WITHOUT_WORK = (
+  'data',
+  'checkpoint',
+  'sample',
+  'callbacks',
+  'writers',
+)
 # Types that are imported to count the work.
 _IMPORTED = (
   *('model.attention.type', 'moe.router.type', 'data.tokenizer.type'),
