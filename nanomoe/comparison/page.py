@@ -38,7 +38,8 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left;
   vertical-align: top; border-bottom: 1px solid var(--faint);
   white-space: nowrap; font-variant-numeric: tabular-nums; }
-td:last-child { white-space: pre-line; } th { color: var(--dim); font-weight: 600; }
+td:last-child { white-space: pre-line; }
+th { color: var(--dim); font-weight: 600; }
 .note { color: var(--dim); font-size: .9rem; max-width: 44rem; }
 """
 
@@ -111,7 +112,7 @@ def _figure(
       f'y1="{up(tick):.1f}" y2="{up(tick):.1f}"/><text text-anchor="end" '
       f'x="{left - 6}" y="{up(tick) + 4:.1f}">{tick:.4g}</text>'
     )
-  for tick in _ticks(0, end):
+  for tick in _ticks(0.0, end):
     parts.append(
       f'<text text-anchor="middle" x="{at(tick):.1f}" '
       f'y="{_HEIGHT - bottom + 16}">{tables.count(tick)}</text>'

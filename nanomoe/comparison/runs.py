@@ -134,8 +134,10 @@ def find(arguments: Sequence[str]) -> list[pathlib.Path]:
       problems.append(f'RUN={argument}: {reason}')
   if problems:
     raise UserError(problems)
-  unique = {path.resolve(): path for path in reversed(found)}
-  return [path for path in reversed(unique.values())]
+  unique: dict[pathlib.Path, pathlib.Path] = {}
+  for path in found:
+    unique.setdefault(path.resolve(), path)
+  return [*unique.values()]
 
 
 def _runs_of(path: pathlib.Path) -> list[pathlib.Path]:

@@ -297,6 +297,6 @@ def _tokens_per_sec(run: Run) -> float | None:
   """Returns the speed over all recorded steps, without compilation."""
   if 'steps_per_sec' not in run.history.names():
     return None
-  last = run.history.series('steps_per_sec').steps[-1]
-  seconds = float(run.history.train_seconds([last])[0])
-  return float(last) * run.tokens_per_step / seconds if seconds else None
+  last = run.history.series('steps_per_sec').steps[-1:]
+  seconds = run.history.train_seconds(last)
+  return float((last * run.tokens_per_step / seconds)[0])

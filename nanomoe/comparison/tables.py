@@ -279,15 +279,15 @@ def _spread(found: Mapping[str, Any] | None) -> str:
   return f'{found["mean"]:.4f} ± {found["std"]:.4f}'
 
 
-def _loss(number: float | None) -> str:
+def _loss(number: float | int | None) -> str:
   return _MISSING if number is None else f'{number:.4f}'
 
 
-def _signed(number: float | None) -> str:
+def _signed(number: float | int | None) -> str:
   return _MISSING if number is None else f'{number:+.4f}'
 
 
-def count(number: float | None) -> str:
+def count(number: float | int | None) -> str:
   """Returns a number with three digits and a unit, such as '18.2G'."""
   if number is None:
     return _MISSING
@@ -298,7 +298,7 @@ def count(number: float | None) -> str:
   return f'{number:.3g}{unit}'
 
 
-def _size(number: float | None) -> str:
+def _size(number: float | int | None) -> str:
   return _MISSING if number is None else hardware.shown(number)
 
 
