@@ -206,6 +206,11 @@ def _damage(run):
   path.write_text('\n'.join(lines) + '\n')
 
 
+def _write_a_word(run):
+  path = pathlib.Path(run, 'metrics.jsonl')
+  path.write_text('{"step": 10, "val/cross_entropy": "low"}\n')
+
+
 def _remove_evaluations(run):
   path = pathlib.Path(run, 'metrics.jsonl')
   path.write_text('{"step": 10, "train/loss": 3.0}\n')
@@ -237,6 +242,7 @@ def _change_result(**changes):
   ('change', 'reason'),
   [
     (_damage, r'metrics.jsonl, line 3'),
+    (_write_a_word, 'metrics.jsonl'),
     (_remove_evaluations, 'no evaluation'),
     (_change_config('batch_size', 0), r'config.json: batch_size=0'),
     (_change_result(corpus_sha256='cd' * 32), 'cdcdcdcd'),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import importlib
 import importlib.util
 import pathlib
+import textwrap
 from typing import Any
 
 from nanomoe.comparison.curves import AXES
@@ -15,6 +16,7 @@ COLORS = (
   *('#0072b2', '#d55e00', '#009e73', '#cc79a7'),
   *('#e69f00', '#56b4e9', '#7f7f7f'),
 )
+_LEGEND_WIDTH = 110  # Characters.
 LABELS = {
   'steps': 'steps',
   'tokens': 'tokens',
@@ -89,7 +91,12 @@ def write(value: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.set_ylabel(f'validation loss, {value["unit"]}')
   lines_lib = importlib.import_module('matplotlib.lines')
   handles = [
-    lines_lib.Line2D([], [], color=colors[group['name']], label=label(group))
+    lines_lib.Line2D(
+      [],
+      [],
+      color=colors[group['name']],
+      label=textwrap.fill(label(group), _LEGEND_WIDTH),
+    )
     for group in value['groups']
   ]
   figure.legend(handles=handles, loc='outside upper center', frameon=False)

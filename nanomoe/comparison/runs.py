@@ -38,6 +38,18 @@ class Apart(NamedTuple):
   reason: str
 
 
+class Machine(NamedTuple):
+  """Machine of a run.
+
+  Attributes:
+    devices: Kind and number of each device.
+    cpu: Model and number of cores; empty if it is unknown.
+  """
+
+  devices: tuple[str, ...]
+  cpu: str
+
+
 @dataclasses.dataclass
 class Run:
   """Run with at least one evaluation.
@@ -99,11 +111,10 @@ class Run:
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
-  def machine(self) -> tuple[str, ...]:
-    """Returns the devices and the CPU; () if the run did not record them."""
+  def machine(self) -> Machine:
+    """Returns the machine as far as the run recorded it."""
     result = self.history.result
-    cpu = result.get('cpu')
-    return (*result.get('devices', ()), *([cpu] if cpu else []))
+    return Machine(tuple(result.get('devices', ())), result.get('cpu', ''))
 
 
 def _first(mask: np.ndarray, default: int) -> int:
@@ -169,6 +180,8 @@ def read(
   for path in paths:
     try:
       run = Run(history_lib.read(path))
+      for name in {*METRICS.values(), 'steps_per_sec'} & {*run.history.names()}:
+        run.history.series(name)
     except UserError as error:
       apart.append(Apart(path, '; '.join(error.problems)))
       continue
@@ -235,17 +248,22 @@ def on_same_machine(runs: Sequence[Run]) -> tuple[list[Run], list[Apart]]:
   They are those of the most frequent machine. A run of an older version did not
   record its CPU: the devices decide.
   """
-  common = _most_frequent(run.machine() for run in runs) or ()
+  machines = [run.machine() for run in runs]
+  common = _most_frequent(each for each in machines if each.devices)
   same, apart = [], []
-  for run in runs:
-    machine = run.machine()
-    shared = min(len(machine), len(common))
-    if machine[:shared] != common[:shared] or not machine:
-      other = ', '.join(machine) or 'it is not recorded'
-      reason = f'seconds only: another machine: {other}'
-      apart.append(Apart(run.workdir, reason))
+  for run, machine in zip(runs, machines, strict=True):
+    is_known = machine.cpu and common and common.cpu
+    if not machine.devices:
+      reason = 'seconds only: the machine is not recorded'
+    elif machine.devices != common.devices or (
+      is_known and machine.cpu != common.cpu
+    ):
+      shown = ', '.join(filter(None, [*machine.devices, machine.cpu]))
+      reason = f'seconds only: another machine: {shown}'
+    else:
+      if not machine.cpu:
+        run.remarks.append('no CPU is recorded; seconds may be of another CPU')
+      same.append(run)
       continue
-    if not run.history.result.get('cpu'):
-      run.remarks.append('no CPU is recorded; seconds may be of another CPU')
-    same.append(run)
+    apart.append(Apart(run.workdir, reason))
   return same, apart

@@ -275,7 +275,7 @@ def _run(
     'peak_memory_bytes': None
     if history.is_running
     else result.get('peak_memory_bytes'),
-    'machine': run.machine(),
+    'machine': run.machine()._asdict(),
     **{key: run.work.get(key) for key in _WORK},
     'equal': {axis: equal[axis]['runs'].get(name) for axis in AXES},
     'curves': {

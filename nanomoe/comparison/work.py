@@ -63,7 +63,10 @@ def count(
       continue
     try:
       run.work = dict(tasks[index].result())
-    except (UserError, RuntimeError) as error:
+    except UserError as error:
+      apart.append(Apart(run.workdir, '; '.join(error.problems)))
+      continue
+    except RuntimeError as error:
       reason = str(error).strip().splitlines()[-1]
       apart.append(Apart(run.workdir, f'its model cannot be built: {reason}'))
       continue
@@ -86,8 +89,14 @@ def _question(
     vocab_size = tokenizers.load(
       config.data.tokenizer.to_dict(), run.workdir / VOCABULARY
     ).vocab_size
-  num_devices = len(result.get('devices', ()))
+  num_devices = _num_devices(run)
   return lambda: estimate.work(config, vocab_size, num_devices)
+
+
+def _num_devices(run: Run) -> int:
+  """Returns the number of devices that a mesh axis of -1 used; 0 without."""
+  has_rest = -1 in run.history.config.mesh.to_dict().values()
+  return len(run.history.result.get('devices', ())) if has_rest else 0
 
 
 def _shape(run: Run) -> str:
@@ -101,6 +110,5 @@ def _shape(run: Run) -> str:
     and not (key.startswith('optimizer.') and key in schema.FIELDS)
     and not key.startswith('optimizer.schedule.')
   }
-  result = run.history.result
-  devices = len(result.get('devices', ()))
-  return json.dumps([flat, result.get('vocab_size'), devices], sort_keys=True)
+  vocab_size = run.history.result.get('vocab_size', run.tokenizer())
+  return json.dumps([flat, vocab_size, _num_devices(run)], sort_keys=True)
