@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import re
+from typing import Any
 
 from absl import app, flags
 
@@ -20,6 +21,7 @@ from benchmarks import (
   collapse,
   config_runs,
   devices,
+  exports,
   generate,
   layer,
   memory,
@@ -36,6 +38,7 @@ from benchmarks import (
   scaling,
   step_time,
   time_to_loss,
+  upcycling,
 )
 from nanomoe.config import home
 
@@ -212,26 +215,6 @@ def main(argv):
     path.write_text(re.sub(r'^Measured: .*', line, text, flags=re.MULTILINE))
 
 
-def _base() -> str | None:
-  data = results.read('base')
-  return table(data) if data else None
-
-
-def _variants() -> str | None:
-  measured = results.read('step_time')
-  return step_time.table(measured) if measured else None
-
-
-def _scaling() -> str | None:
-  measured = results.read('scaling')
-  return scaling.table(measured) if measured else None
-
-
-def _layer(precision: str) -> str | None:
-  measured = results.read(f'layer-{precision}')
-  return layer.table(measured) if measured else None
-
-
 def _against() -> str | None:
   """Every peer's rows, of what was measured, and on which machine."""
   rows, machines = [], []
@@ -258,29 +241,31 @@ def _against() -> str | None:
   return '\n'.join(lines)
 
 
-def _plan(part: str, make: Callable[[dict], str]) -> str | None:
-  figures = results.read('plan') or {}
-  return make(figures) if part in figures else None
+def _table(
+  name: str, make: Callable[[dict], str], part: str | None = None
+) -> Callable[[], str | None]:
+  """Returns a maker of the table of some figures.
+
+  Args:
+    name: Name of the figures.
+    make: Makes the table.
+    part: Key of the figures without which there is no table; None for any.
+  """
+
+  def make_if_measured() -> str | None:
+    figures = results.read(name) or {}
+    return make(figures) if figures and part in (None, *figures) else None
+
+  return make_if_measured
 
 
-def _study(module) -> str | None:
-  figures = results.read(module.__name__.rpartition('.')[2])
-  return module.table(figures) if figures else None
+def _study(module: Any) -> Callable[[], str | None]:
+  """Returns a maker of the table of a module's figures."""
+  return _table(module.__name__.rpartition('.')[2], module.table)
 
 
-def _recipe(make: Callable[[dict], str]) -> str | None:
-  figures = results.read('recipe')
-  return make(figures) if figures else None
-
-
-def _memory(part: str) -> str | None:
-  figures = results.read('memory') or {}
-  return memory.TABLES[part](figures) if part in figures else None
-
-
-def _race() -> str | None:
-  figures = results.read('time_to_loss-nano-moe-jax')
-  return time_to_loss.table(figures) if figures else None
+def _memory(part: str) -> Callable[[], str | None]:
+  return _table('memory', memory.TABLES[part], part)
 
 
 # {document: {marker: maker of the table; None before it is measured}}.
@@ -288,54 +273,55 @@ TABLES = {
   'README.md': {'quick': _quick, 'router': _router, 'sample': _sample},
   'docs/tutorial.md': {'quick': _quick},
   'docs/results.md': {
-    'base': _base,
+    'base': _table('base', table),
     'configs': _configs,
     'texts': _texts,
     'quick': _quick,
     'against': _against,
-    'step_time': _variants,
-    'scaling': _scaling,
-    'accumulation': functools.partial(_memory, 'accumulation'),
-    'compilation': functools.partial(_memory, 'compilation'),
-    'layer': functools.partial(_layer, 'bfloat16'),
-    'layer_float32': functools.partial(_layer, 'float32'),
+    'step_time': _study(step_time),
+    'scaling': _study(scaling),
+    'accumulation': _memory('accumulation'),
+    'compilation': _memory('compilation'),
+    'layer': _table('layer-bfloat16', layer.table),
+    'layer_float32': _table('layer-float32', layer.table),
   },
   'docs/guides/configuration.md': {
-    'remat': functools.partial(_memory, 'remat'),
-    'logits_chunk': functools.partial(_memory, 'logits_chunk'),
+    'remat': _memory('remat'),
+    'logits_chunk': _memory('logits_chunk'),
   },
   'docs/guides/devices.md': {
-    'parity': functools.partial(_study, parity),
-    'devices': functools.partial(_study, devices),
-    'restores': functools.partial(_study, restores),
+    'parity': _study(parity),
+    'devices': _study(devices),
+    'restores': _study(restores),
     **{
       f'processes_{part}': functools.partial(processes.table, part)
       for part in processes.TABLES
     },
   },
+  'docs/guides/transformers.md': {
+    'exports': _table('exports', exports.agreement, 'exports'),
+    'export_costs': _table('exports', exports.costs, 'costs'),
+  },
+  'docs/guides/using.md': {'upcycling': _study(upcycling)},
   'docs/routing.md': {
-    'routing_study': functools.partial(_study, routing_study),
-    'collapse': functools.partial(_study, collapse),
+    'routing_study': _study(routing_study),
+    'collapse': _study(collapse),
   },
   'docs/recipe.md': {
-    'recipe': functools.partial(_recipe, recipe.whole),
-    'pairs': functools.partial(_recipe, recipe.pairs),
-    'ablation': functools.partial(_study, ablation),
-    'race': _race,
-    'by_position': functools.partial(_study, by_position),
+    'recipe': _table('recipe', recipe.whole),
+    'pairs': _table('recipe', recipe.pairs),
+    'ablation': _study(ablation),
+    'race': _table('time_to_loss-nano-moe-jax', time_to_loss.table),
+    'by_position': _study(by_position),
   },
   'docs/guides/planning.md': {
-    'plan_configs': functools.partial(
-      _plan, 'configs', plan_errors.configs_table
-    ),
-    'plan_large': functools.partial(_plan, 'large', plan_errors.large_table),
-    'plan_exchange': functools.partial(
-      _plan, 'exchange', plan_errors.exchange_table
-    ),
+    'plan_configs': _table('plan', plan_errors.configs_table, 'configs'),
+    'plan_large': _table('plan', plan_errors.large_table, 'large'),
+    'plan_exchange': _table('plan', plan_errors.exchange_table, 'exchange'),
   },
   'benchmarks/NOTES.md': {
-    'profile': functools.partial(_study, profile),
-    'precision_curves': functools.partial(_study, precision_curves),
+    'profile': _study(profile),
+    'precision_curves': _study(precision_curves),
   },
 }
 

@@ -28,6 +28,10 @@ from nanomoe.model.build import generation_problem
 from nanomoe.run import cli
 
 
+class Earlier(str):
+  """Name of an earlier run of a study, as a value: the run's directory."""
+
+
 class Run(NamedTuple):
   """A config file, and {key: value} of what differs from it."""
 
@@ -38,6 +42,9 @@ class Run(NamedTuple):
   def words(self, directory: pathlib.Path) -> list[str]:
     """The command that starts it there, and goes on with it."""
     changes = {**self.changes, 'seed': self.seed}
+    for key, value in changes.items():
+      if isinstance(value, Earlier):
+        changes[key] = directory.parent / value
     return [
       *(sys.executable, '-m', 'nanomoe.main', '-q'),
       *(f'--config={self.config}', f'--workdir={directory}'),
@@ -112,8 +119,17 @@ def main(
   runs: Mapping[str, Run],
   table: Callable[[dict[str, Any]], str],
   usage: str | None,
+  measure: Callable[[pathlib.Path], dict[str, Any]] = lambda _: {},
 ) -> None:
-  """The command of a study; `table` makes Markdown of its figures."""
+  """Runs the command of a study.
+
+  Args:
+    study: Name of the study, and of its file of figures.
+    runs: Runs by name, in the order in which they train.
+    table: Makes Markdown of the figures.
+    usage: Text of --help.
+    measure: Returns further figures from the directory of the trained runs.
+  """
   values = flags.FlagValues()
   workdir = flags.DEFINE_string(
     'workdir', None, 'Of all runs.', required=True, flag_values=values
@@ -126,8 +142,8 @@ def main(
     path = home.expand(str(workdir.value), '--workdir')
     directory = pathlib.Path(path).absolute()
     failed = [] if only_table.value else train(runs, directory)
-    figures = {'runs': gather(runs, directory)}
-    results.write(study, figures)
+    more = results.read(study) or {} if only_table.value else measure(directory)
+    results.write(study, {**more, 'runs': gather(runs, directory)})
     print(table(results.read(study) or {}))
     for name in failed:
       print(f'error: {name} failed: {directory}/sweep.log', file=sys.stderr)

@@ -39,7 +39,7 @@ PACKAGES = ('nanomoe', 'trainers')
 # {config key: (module, table of the names that the key accepts)}.
 NAMES = {
   'moe.router.type': ('nanomoe.moe.routers', 'ROUTERS'),
-  'upcycle.type': ('nanomoe.model.upcycling', 'UPCYCLINGS'),
+  'upcycle.type': ('nanomoe.model.upcycled_experts', 'UPCYCLINGS'),
   'moe.dispatch': ('nanomoe.moe.dispatch.registry', 'DISPATCH'),
   'moe.balance': ('nanomoe.moe.losses', 'BALANCE'),
   'moe.activation': ('nanomoe.ops.activations', 'ACTIVATIONS'),

@@ -227,6 +227,20 @@ def test_a_missing_a_surplus_and_a_changed_tensor_are_named(damaged):
     assert next(iter(changes)) in line
 
 
+def test_an_output_layer_beside_tied_embeddings_must_equal_them(tmp_path):
+  case = exported.make('llama')
+  model.write(tmp_path, case.trained, case.config, 'float32', 54)
+  file = tmp_path / tensor_files.ONE
+  tensors = safetensors.numpy.load_file(file)
+  embedding = tensors['model.embed_tokens.weight']
+  safetensors.numpy.save_file({**tensors, 'lm_head.weight': embedding}, file)
+  assert _read(tmp_path, case).arrays
+  other = np.nextafter(embedding, 1)
+  safetensors.numpy.save_file({**tensors, 'lm_head.weight': other}, file)
+  (line,) = _problems_of(tmp_path, case)
+  assert 'lm_head.weight: it differs' in line
+
+
 def test_damaged_files_and_paths_that_escape_are_refused(damaged):
   directory, file, case, _ = damaged
   whole = file.read_bytes()

@@ -12,7 +12,7 @@ from configs import base
 from nanomoe import experiment
 from nanomoe.config import overrides as config_lib
 from nanomoe.config import schema
-from nanomoe.model import parameters, upcycling
+from nanomoe.model import parameters, upcycled_experts, upcycling
 from nanomoe.model.build import build_router
 from nanomoe.moe.routing import RouterInputs
 from nanomoe.task import build_task
@@ -212,7 +212,7 @@ def test_an_expert_redraws_one_set_of_units(dense, model, ratio):
     for i in range(4):
       changed = {
         name: np.moveaxis(old[name][i] != new[name][i], axis, 0)
-        for name, axis in upcycling._HIDDEN_AXES.items()
+        for name, axis in upcycled_experts.HIDDEN_AXES.items()
         if name in old
       }
       units = changed['w_out'].any(axis=1)
@@ -235,7 +235,9 @@ def test_redrawn_units_have_the_mean_and_the_spread_of_the_old_ones():
   # Units of another scale, which the statistics must not mix in, are rare.
   w = rng.normal(mean, spread, (200, 300)).astype(np.float32)
   weights = {'w_in': w, 'w_out': 3 * w.T, 'b_in': w[0]}
-  new = upcycling.Drop(0.4).experts(weights, 2, 300, np.random.default_rng(1))
+  new = upcycled_experts.Drop(0.4).experts(
+    weights, 2, 300, np.random.default_rng(1)
+  )
   for i in range(2):
     units = (new['w_in'][i] != w).any(axis=0)
     assert units.sum() == 120

@@ -16,6 +16,8 @@ from trainers.errors import UserError
 # Tensors of older versions of transformers that are no weights.
 _IGNORED = '.rotary_emb.inv_freq'
 _SHOWN = 5  # Names in an error.
+# Some files of tied embeddings have the output layer as well.
+_INPUT, _OUTPUT = 'model.embed_tokens.weight', 'lm_head.weight'
 
 
 class Trained(NamedTuple):
@@ -139,12 +141,15 @@ def read(
   zeros = weights.constants(hf, config, facts, has_bias)
   wanted = {m.name for m in mapped} | set(zeros)
   found = {name for name in tensors.names if not name.endswith(_IGNORED)}
-  is_tied = config.model.tie_embeddings
-  if is_tied:
-    found.discard('lm_head.weight')
+  if config.model.tie_embeddings and _OUTPUT in found - wanted:
+    found.discard(_OUTPUT)
+    untied = _untied(tensors)
+  else:
+    untied = []
   lines = [
     *_named('missing', wanted - found),
     *_named('not expected', found - wanted),
+    *untied,
   ]
   for m in mapped:
     if not lines or m.name in found:
@@ -172,6 +177,20 @@ def _set(mapped: weights.Mapped, tensors: tensor_files.Tensors) -> list[str]:
     mapped.set(tensors(mapped.name))
   except ValueError as error:
     return [str(error)]
+  return []
+
+
+def _untied(tensors: tensor_files.Tensors) -> list[str]:
+  """Returns a line if the output layer of tied embeddings has other weights."""
+  try:
+    one, other = tensors(_INPUT), tensors(_OUTPUT)
+  except (KeyError, ValueError) as error:
+    return [f'{_OUTPUT}: it cannot be compared with {_INPUT} ({error})']
+  if not np.array_equal(one, other):
+    return [
+      f'{_OUTPUT}: it differs from {_INPUT}; with tie_word_embeddings=true '
+      'both must be equal'
+    ]
   return []
 
 
