@@ -390,7 +390,7 @@ def test_the_table_fits_a_terminal(value):
   assert "Student's t" in ' '.join(text.split())
   for words in ('moe.top_k', 'a-0', '<c|d>', 'no evaluation'):
     assert words in text
-  (difference,) = [x for x in lines if x.startswith('C - A')][:1]
+  (difference,) = [x for x in lines if x.startswith('B - A')][:1]
   assert 'none' in difference  # Groups without a common seed.
 
 
