@@ -33,6 +33,7 @@ COMMANDS = (
   'nanomoe.evaluate',
   'nanomoe.generate',
   'nanomoe.plan',
+  'nanomoe.compare',
 )
 PACKAGES = ('nanomoe', 'trainers')
 # {config key: (module, table of the names that the key accepts)}.

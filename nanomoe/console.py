@@ -51,6 +51,9 @@ COMMANDS = {
   'plan': Command(
     'nanomoe.plan', 'Prints the memory, the work and the time of a run.'
   ),
+  'compare': Command(
+    'nanomoe.compare', 'Compares runs: configs, costs, and losses.'
+  ),
   'export': Command(
     'nanomoe.export', 'Exports a checkpoint to Hugging Face transformers.'
   ),

@@ -48,6 +48,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 INNER = {
   *('activations', 'attention', 'causal_blocks', 'cluster', 'config'),
   *(
+    'comparison',
     'convolution',
     'dropout',
     'event_files',

@@ -48,12 +48,13 @@ ARROWS = {
     *('task', 'optimizers', 'model', 'moe', 'ops', 'data', 'run', 'config'),
   ),
   'portable': ('task', 'sampling', 'model', 'data', 'run', 'config'),
+  'comparison': ('planning', 'data', 'run', 'config'),
   'callbacks': ('task', 'sampling', 'model', 'moe', 'ops', 'data', 'run'),
 }
 # They may import every room; no room imports them.
 DOORS = (
   *('__main__', 'console', 'main', 'launch', 'evaluate', 'generate', 'plan'),
-  *('export', 'import_hf'),
+  *('export', 'import_hf', 'compare'),
   'experiment',
 )
 MAX_ENTRIES = 20  # In a folder, beside the doors.

@@ -33,6 +33,7 @@ RESULT_KEYS = {
   'peak_memory_bytes',
   'versions',
   'devices',
+  'cpu',
   'argv',
   'revision',
 }

@@ -22,7 +22,14 @@ MAX_LAYERS = 8
 # Multiples of the batch that are compiled to find the largest one. Memory bends
 # upwards: with small batches the peak is in the optimizer.
 BATCH_FACTORS = (1, 4, 16)
-
+# Keys of `work`.
+WORK = (
+  'num_params',
+  'num_active_params',
+  'flops_per_token',
+  'active_flops_per_token',
+  'generation_problem',
+)
 
 Number = float | int
 
@@ -84,6 +91,7 @@ def make(
     },
     math.prod(compiled_sizes.values()),
   )
+  del found['generation_problem']  # It is no need of a run.
   points = {(p[0], p[1]): p for p in found.pop('points')}
   steps = _steps(config, depths)
 
@@ -123,6 +131,34 @@ def make(
   if target.peak_flops:
     plan |= _time(config, target, plan)
   return plan
+
+
+def work(
+  config: Config, vocab_size: int, num_devices: int = 0
+) -> dict[str, Any]:
+  """Returns the parameters and the FLOPs of a model, without compilation.
+
+  A child process traces the step on a CPU. This process needs no device.
+
+  Args:
+    config: Checked config.
+    vocab_size: Number of tokens in the vocabulary.
+    num_devices: Number of devices, as in `Target`.
+
+  Returns:
+    `num_params`, `num_active_params`, `flops_per_token` and
+    `active_flops_per_token`, as in a plan, and `generation_problem`, as of
+    `nanomoe.model.build`.
+
+  Raises:
+    UserError: The config does not divide over the mesh, or a part of it cannot
+      be built.
+  """
+  sizes = _mesh(config, num_devices)
+  request = {'config': config.to_dict(), 'vocab_size': vocab_size}
+  request |= {'sizes': sizes, 'compiled_sizes': dict.fromkeys(sizes, 1)}
+  found = ask({**request, 'depths': [], 'batch_sizes': []}, 1)
+  return {name: found[name] for name in WORK}
 
 
 def _mesh(config: Config, num_devices: int) -> dict[str, int]:

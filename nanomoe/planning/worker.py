@@ -18,7 +18,7 @@ import jax
 from nanomoe.config import schema
 from nanomoe.config.schema import Config
 from nanomoe.model import parameters
-from nanomoe.model.build import resolve_auto
+from nanomoe.model.build import generation_problem, resolve_auto
 from nanomoe.planning import collectives, program
 from nanomoe.run import jax_settings
 from trainers.errors import UserError
@@ -35,7 +35,7 @@ class Request(NamedTuple):
     sizes: Size of each axis of the mesh of the run.
     compiled_sizes: Size of each axis of the mesh of the compiled programs; its
       data axis may be smaller.
-    depths: Values of `model.num_layers` to compile.
+    depths: Values of `model.num_layers` to compile; none compiles nothing.
     batch_sizes: Values of `batch_size` to compile, of the mesh of the run.
   """
 
@@ -90,6 +90,7 @@ def answer(request: Request) -> dict[str, Any]:
     ),
     'state': program.state_bytes(whole),
     'logits': program.logits_bytes(config, whole, vocab_size),
+    'generation_problem': generation_problem(config),
   }
   points, process = [], {}
   for batch_size in request.batch_sizes:

@@ -41,8 +41,9 @@ def parse_flags(
   values: flags.FlagValues,
   usage: str | None,
   more_help: Callable[[], str] = str,
-) -> None:
-  """Sets the flags of a command from argv, which must hold nothing else.
+  takes_words: bool = False,
+) -> list[str]:
+  """Sets the flags of a command from argv; returns the other words.
 
   --help prints `usage`, the flags and `more_help()`, and exits.
 
@@ -51,6 +52,7 @@ def parse_flags(
     values: Flags of the command.
     usage: First lines of the help.
     more_help: Returns further lines of the help.
+    takes_words: Whether there may be words that are no flags.
 
   Raises:
     UserError: There is an unknown flag, a bad value or an unexpected word.
@@ -63,10 +65,11 @@ def parse_flags(
     rest = values(argv)
   except flags.Error as error:
     raise UserError(' '.join(str(error).split())) from error
-  if rest[1:]:
+  if rest[1:] and not takes_words:
     raise UserError(
       f'unexpected argument {rest[1]!r}; options have the form --name=value'
     )
+  return rest[1:]
 
 
 def define_workdir(values: flags.FlagValues) -> flags.FlagHolder:

@@ -59,7 +59,7 @@ class History:
     in the file.
 
     Raises:
-      UserError: No record has the metric.
+      UserError: No record has the metric, or a value is not a number.
     """
     found = {r['step']: r[name] for r in self.records if name in r}
     if not found:
@@ -69,7 +69,13 @@ class History:
       )
     steps = sorted(found)
     # JSON has null for NaN and infinities.
-    values = np.array([found[step] for step in steps], np.float64)
+    try:
+      values = np.array([found[step] for step in steps], np.float64)
+    except (TypeError, ValueError) as error:
+      raise UserError(
+        f'{self.workdir / "metrics.jsonl"}: the file is damaged ({name!r} is '
+        'not a number in each record)'
+      ) from error
     return Series(np.array(steps), values)
 
   def train_seconds(self, steps: Sequence[float] | np.ndarray) -> np.ndarray:

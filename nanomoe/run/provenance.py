@@ -1,9 +1,11 @@
 """Provenance of a run: versions, devices, command and revision."""
 
+import contextlib
 from importlib import metadata
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 from typing import Any
@@ -27,6 +29,7 @@ def facts() -> dict[str, Any]:
   return {
     'versions': versions(),
     'devices': [f'{d.device_kind} {d.id}' for d in jax.devices()],
+    'cpu': cpu(),
     'argv': sys.argv,
     'environment': _environment(),
     'revision': _revision(),
@@ -39,6 +42,20 @@ def versions() -> dict[str, str | None]:
     'python': platform.python_version(),
     **{name: _version(name) for name in _PACKAGES},
   }
+
+
+def cpu() -> str:
+  """Returns the model of this machine's CPU and the usable number of cores."""
+  name = platform.processor()
+  with contextlib.suppress(OSError):
+    text = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8')
+    found = re.search(r'^model name\s*:\s*(.+)$', text, re.MULTILINE)
+    name = found[1] if found else name
+  if hasattr(os, 'sched_getaffinity'):  # Linux; jobs of a sweep share cores.
+    cores = len(os.sched_getaffinity(0))
+  else:
+    cores = os.cpu_count()
+  return f'{name or platform.machine()}, {cores} cores'
 
 
 def _environment() -> dict[str, str]:
