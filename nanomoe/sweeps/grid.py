@@ -7,7 +7,6 @@ import re
 from typing import Any, NamedTuple
 
 from nanomoe.config.overrides import number
-from nanomoe.config.validation import shown
 from trainers.errors import UserError
 
 MAX_JOBS = 10_000
@@ -172,7 +171,7 @@ def check_keys(
   if both:
     raise UserError(
       [
-        f'--config.{key}={shown(value)}: the sweep sets it too; give it once'
+        f'--config.{key}={value}: the sweep sets it too; give it once'
         for key, value in both.items()
       ]
     )

@@ -118,7 +118,7 @@ def make(
   lines += [x for path in sorted(paths - {''}) for x in path_problems(path)]
   counts = Counter(job.name for job in jobs)
   lines += [
-    f'{job}: {count} jobs of the sweep are this one; each must differ'
+    f'--over: {count} jobs are {job}; all jobs must differ'
     for job, count in counts.items()
     if count > 1
   ]
@@ -131,9 +131,8 @@ def check_directories(jobs: Iterable[Job], out: pathlib.Path) -> None:
   """Raises an error if a run in `out` cannot be resumed as the job.
 
   Raises:
-    UserError: A line for each difference from a run.
+    UserError: A line for each difference from the first such run.
   """
-  lines = []
   for job in jobs:
     old = workdir_lib.read_config(out / job.name)
     if old is None:
@@ -142,9 +141,13 @@ def check_directories(jobs: Iterable[Job], out: pathlib.Path) -> None:
     try:
       resume.resume_config(old, job.load(), asked)
     except UserError as error:
-      lines += [f'--out={out}: {job.name}: {x}' for x in error.problems]
-  if lines:
-    raise UserError(lines)
+      raise UserError(
+        [
+          f'--out={out}: {job.name}: '
+          + line.replace('choose another --workdir', 'choose another --out')
+          for line in error.problems
+        ]
+      ) from error
 
 
 def name(changes: Mapping[str, Any]) -> str:

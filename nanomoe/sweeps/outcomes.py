@@ -9,6 +9,8 @@ from nanomoe.sweeps.jobs import Job
 
 METRIC = 'val/cross_entropy'
 OUTPUT = 'output.txt'  # What the processes of a job have printed.
+# Statuses of jobs that are trained further, by this command or by the next.
+OPEN = ('running', 'pending', 'killed', 'interrupted')
 
 
 class Point(NamedTuple):
@@ -24,7 +26,7 @@ class Point(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What a job has reached. No time is in it: it is the same after a kill.
+  """State that a job has reached. It has no times, so kills do not change it.
 
   Attributes:
     name: Name of the job.

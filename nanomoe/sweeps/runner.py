@@ -26,8 +26,6 @@ LOG = 'sweep.log'
 _POLL_SECONDS = 0.1
 # Between two looks at the evaluations of runs that may stop early.
 _LOOK_SECONDS = 0.5
-# Statuses of jobs that this call or the next one starts.
-_OPEN = ('running', 'pending', 'killed', 'interrupted')
 _SIGNALS = {int(number) for number in signal.valid_signals()}
 
 # Returns the next job given all jobs so far and their outcomes; None if there
@@ -147,7 +145,7 @@ class _Runner:
     states = [self._state(index) for index in range(len(self._jobs))]
     if self._has_rule:
       progress = [
-        stopping.Progress(points, status not in _OPEN)
+        stopping.Progress(points, status not in outcomes.OPEN)
         for status, _, points in states
       ]
       for index, step in enumerate(stopping.stops(progress)):
@@ -204,7 +202,7 @@ class _Runner:
       self._say(index, 'waiting for its process of an earlier start')
       self._slots.append(_Slot(index, share))
       return
-    if self._state(index)[0] not in _OPEN:
+    if self._state(index)[0] not in outcomes.OPEN:
       return
     if self._has_rule and self.outcomes()[index].status == 'stopped':
       return
