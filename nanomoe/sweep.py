@@ -219,7 +219,13 @@ def main(overrides: list[Override]) -> int:
 def _show_plan(plan: Plan) -> int:
   """Prints the jobs and an estimate of the time; returns the exit code."""
   outcomes = runner.collect(plan.jobs, plan.out, plan.options.early_stopping)
-  left = _left(plan, outcomes)
+  pairs = zip(plan.jobs, outcomes, strict=True)
+  left = [job for job, outcome in pairs if outcome.status in OPEN]
+  num_jobs = len(plan.jobs)
+  if plan.ask and (job := plan.ask(plan.jobs, outcomes)):
+    num_jobs = plan.options.num_jobs or 0
+    # The next job stands for all that Optuna has not suggested yet.
+    left += [job] * (num_jobs - len(plan.jobs))
   cli.show(table.text(outcomes) + '\n\n')
   try:
     found = estimate.make(plan.jobs, left, plan.out, plan.options.jobs)
@@ -227,9 +233,7 @@ def _show_plan(plan: Plan) -> int:
     raise UserError([f'no estimate: {x}' for x in error.problems]) from error
   time = datetime.timedelta(seconds=round(found.seconds))
   source = f', {found.source}' if found.source else ''
-  cli.show(
-    f'{len(left)} of {len(plan.jobs)} jobs are left: about {time}{source}\n'
-  )
+  cli.show(f'{len(left)} of {num_jobs} jobs are left: about {time}{source}\n')
   return 0
 
 
@@ -245,11 +249,6 @@ def _write_script(plan: Plan, num_parallel: int) -> int:
   print(f'{len(indices)} of {len(plan.jobs)} jobs are left', file=sys.stderr)
   cli.show(f'{shlex.join(["sbatch", str(path)])}\n')
   return 0
-
-
-def _left(plan: Plan, outcomes: Sequence[Outcome]) -> list[Job]:
-  pairs = zip(plan.jobs, outcomes, strict=True)
-  return [job for job, outcome in pairs if outcome.status in OPEN]
 
 
 if __name__ == '__main__':
