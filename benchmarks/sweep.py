@@ -1,31 +1,27 @@
-"""Named runs, one after the other, that go on where they were stopped.
+"""Studies: tables of named runs, trained by the runner of `nanomoe sweep`.
 
-A module with a table of runs is a study: `python -m benchmarks.STUDY
---workdir=DIR` trains each in DIR/NAME by `python -m nanomoe.main`, then writes
-benchmarks/results/STUDY.json and prints its table. The same command goes on
-after Ctrl-C, SIGTERM or kill -9, and skips what is done; DIR/sweep.log tells
-all. With --table, nothing is trained: the figures are of what is done.
+`python -m benchmarks.STUDY --workdir=DIR` trains each run in DIR/NAME, then
+writes benchmarks/results/STUDY.json and prints its table. The same command
+resumes the study after Ctrl-C, SIGTERM or kill -9, and skips finished runs.
+With --table, nothing is trained: the figures are those of finished runs.
 """
 
 from collections.abc import Callable, Collection, Mapping
-import datetime
-import fcntl
-import json
 import pathlib
-import subprocess
 import sys
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from benchmarks import results, variant
-from benchmarks.peers import ROOT
 from nanomoe import experiment
 from nanomoe.config import home
 from nanomoe.config import overrides as config_lib
 from nanomoe.config.schema import Config
 from nanomoe.model.build import generation_problem
 from nanomoe.run import cli
+from nanomoe.sweeps import runner
+from nanomoe.sweeps.jobs import Job
 
 
 class Earlier(str):
@@ -39,54 +35,31 @@ class Run(NamedTuple):
   changes: Mapping[str, Any] = {}
   seed: int = 0
 
-  def words(self, directory: pathlib.Path) -> list[str]:
-    """The command that starts it there, and goes on with it."""
+  def job(self, name: str, directory: pathlib.Path) -> Job:
+    """Returns the run as a job of a sweep.
+
+    Args:
+      name: Name of the run.
+      directory: Directory of all runs of the study.
+    """
     changes = {**self.changes, 'seed': self.seed}
     for key, value in changes.items():
       if isinstance(value, Earlier):
-        changes[key] = directory.parent / value
-    return [
-      *(sys.executable, '-m', 'nanomoe.main', '-q'),
-      *(f'--config={self.config}', f'--workdir={directory}'),
-      *(f'--config.{key}={value}' for key, value in changes.items()),
-    ]
+        changes[key] = directory / value
+    overrides = [(key, str(value)) for key, value in changes.items()]
+    return Job(name, self.config, overrides, changes)
 
   def load(self) -> Config:
+    """Returns the config, with the seed of the file."""
     changes = [(key, str(value)) for key, value in self.changes.items()]
     return config_lib.apply(config_lib.load_file(self.config), changes)
-
-
-def train(runs: Mapping[str, Run], directory: pathlib.Path) -> list[str]:
-  """Trains all that are not done; the names of those that failed."""
-  directory.mkdir(parents=True, exist_ok=True)
-  failed = []
-  with open(directory / 'sweep.log', 'a', encoding='utf-8') as log:
-    for name, run in runs.items():
-      words = run.words(directory / name)
-      _wait_for_other_process(directory / name)
-      if is_done(directory / name, words):
-        continue
-      _tell(log, f'{name}: {" ".join(words)}')
-      code = _call(words, log)
-      _tell(log, f'{name}: exit code {code}')
-      if code == cli.INTERRUPTED:
-        raise KeyboardInterrupt
-      failed += [name] if code else []
-  return failed
-
-
-def is_done(directory: pathlib.Path, words: list[str]) -> bool:
-  """Whether these words finished it: after others they may mean more steps."""
-  path = directory / 'result.json'
-  result = json.loads(path.read_text()) if path.exists() else {}
-  return result.get('status') == 'done' and result['argv'][1:] == words[3:]
 
 
 def gather(runs: Mapping[str, Run], directory: pathlib.Path) -> dict[str, Any]:
   """{name: figures} of the runs that are done."""
   figures = {}
   for name, run in runs.items():
-    if is_done(directory / name, run.words(directory / name)):
+    if run.job(name, directory).status(directory / name) == 'done':
       config = experiment.resolve_auto(run.load())
       logged = results.of_run(directory / name)
       num_flops = variant.flops(config, logged['result']['vocab_size'])
@@ -141,38 +114,15 @@ def main(
   def start(_: None) -> int:
     path = home.expand(str(workdir.value), '--workdir')
     directory = pathlib.Path(path).absolute()
-    failed = [] if only_table.value else train(runs, directory)
+    jobs = [run.job(name, directory) for name, run in runs.items()]
+    outcomes = [] if only_table.value else runner.run(jobs, directory)
     more = results.read(study) or {} if only_table.value else measure(directory)
     results.write(study, {**more, 'runs': gather(runs, directory)})
     print(table(results.read(study) or {}))
-    for name in failed:
-      print(f'error: {name} failed: {directory}/sweep.log', file=sys.stderr)
+    failed = [outcome for outcome in outcomes if outcome.status != 'done']
+    for outcome in failed:
+      text = f'{outcome.name}: {outcome.status}: {outcome.reason}'
+      print(f'error: {text}', file=sys.stderr)
     return 1 if failed else 0
 
   cli.run(start, lambda argv: cli.parse_flags(argv, values, usage))
-
-
-def _call(words: list[str], log: Any) -> int:
-  # Ctrl-C is for us alone: a second signal would end it before it saved.
-  process = subprocess.Popen(
-    words, cwd=ROOT, stdout=log, stderr=log, process_group=0
-  )
-  try:
-    return process.wait()
-  except KeyboardInterrupt:
-    process.terminate()  # It saves.
-    process.wait()
-    raise
-
-
-def _wait_for_other_process(directory: pathlib.Path) -> None:
-  """The run of a sweep that was killed goes on, and holds its log."""
-  if (directory / 'log.txt').exists():
-    with open(directory / 'log.txt', encoding='utf-8') as log:
-      fcntl.flock(log, fcntl.LOCK_EX)
-
-
-def _tell(log: Any, line: str) -> None:
-  now = datetime.datetime.now().isoformat(' ', 'seconds')
-  for file in (log, sys.stderr):
-    print(now, line, file=file, flush=True)

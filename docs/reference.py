@@ -30,6 +30,7 @@ MODULES = {
 COMMANDS = (
   'nanomoe.main',
   'nanomoe.launch',
+  'nanomoe.sweep',
   'nanomoe.evaluate',
   'nanomoe.generate',
   'nanomoe.plan',

@@ -42,6 +42,9 @@ COMMANDS = {
   'launch': Command(
     'nanomoe.launch', 'Trains in several processes of this machine.'
   ),
+  'sweep': Command(
+    'nanomoe.sweep', 'Trains runs that differ in some config keys.'
+  ),
   'evaluate': Command(
     'nanomoe.evaluate', 'Prints the exact loss of a checkpoint as JSON.'
   ),
@@ -69,6 +72,8 @@ TABLES = {
   'optimizers': ('nanomoe.optimizers', 'OPTIMIZERS'),
   'callbacks': ('nanomoe.experiment', 'CALLBACKS'),
 }
+# Commands with --config.KEY=VALUE.
+_WITH_KEYS = ('train', 'launch', 'sweep', 'plan', 'import_hf')
 KINDS = (*TABLES, 'configs')
 SHELLS = ('bash', 'zsh')
 _CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
@@ -183,7 +188,7 @@ def completion(shell: str) -> str:
       f'--{flag.name}' + ('' if isinstance(flag, flags.BooleanFlag) else '=')
       for flag in cli.own_flags(values)
     ]
-    words += keys if name in ('train', 'launch', 'plan', 'import_hf') else []
+    words += keys if name in _WITH_KEYS else []
     cases.append(f'    {name}) words="{" ".join(words)}" ;;')
   names = ' '.join([*COMMANDS, 'list', 'completion', '--version', '--help'])
   start = (

@@ -1,15 +1,14 @@
 """Command that trains in several processes of this machine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import os
-import pathlib
 import socket
 import sys
 
 from absl import flags
 
 from nanomoe import main as train
-from nanomoe.run import cli, supervisor, terminal
+from nanomoe.run import cli, shares, supervisor, terminal
 from trainers.errors import UserError
 
 # A docstring would be missing from --help under `python -OO`.
@@ -64,46 +63,19 @@ def commands(num_processes: int, words: list[str]) -> list[supervisor.Command]:
   if num_processes == 1:
     return [supervisor.Command([*base, *words])]
   base.append(f'--coordinator=127.0.0.1:{_free_port()}')
-  cores, gpus = _cores(), _gpus(os.environ)
+  cores, gpus = shares.cores(), shares.gpus(os.environ)
   return [
     supervisor.Command(
       [*base, f'--process_id={index}', *words],
-      _environ(share(gpus, index, num_processes)),
-      share(cores, index, num_processes),
+      _environ(shares.share(gpus, index, num_processes)),
+      shares.share(cores, index, num_processes),
     )
     for index in range(num_processes)
   ]
 
 
-def share(whole: Sequence[int], index: int, num_shares: int) -> Sequence[int]:
-  """Returns a share of cores or devices, or none if there are too few.
-
-  Args:
-    whole: Cores or devices of the machine.
-    index: Number of the share.
-    num_shares: Number of shares, of equal size.
-  """
-  size = len(whole) // num_shares
-  return whole[index * size : (index + 1) * size]
-
-
 def _environ(gpus: Sequence[int]) -> dict[str, str]:
   return {'JAX_LOCAL_DEVICE_IDS': ','.join(map(str, gpus))} if gpus else {}
-
-
-def _cores() -> list[int]:
-  """Returns the cores that this process may use, none if unknown."""
-  if sys.platform != 'linux':
-    return []
-  return sorted(os.sched_getaffinity(0))
-
-
-def _gpus(environ: Mapping[str, str]) -> Sequence[int]:
-  """Returns the indices of the NVIDIA GPUs that this process may use."""
-  visible = environ.get('CUDA_VISIBLE_DEVICES')
-  if visible is not None:
-    return range(len([name for name in visible.split(',') if name]))
-  return range(len(list(pathlib.Path('/proc/driver/nvidia/gpus').glob('*'))))
 
 
 def _free_port() -> int:

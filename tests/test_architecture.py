@@ -49,12 +49,13 @@ ARROWS = {
   ),
   'portable': ('task', 'sampling', 'model', 'data', 'run', 'config'),
   'comparison': ('planning', 'data', 'run', 'config'),
+  'sweeps': ('data', 'run', 'config'),
   'callbacks': ('task', 'sampling', 'model', 'moe', 'ops', 'data', 'run'),
 }
 # They may import every room; no room imports them.
 DOORS = (
   *('__main__', 'console', 'main', 'launch', 'evaluate', 'generate', 'plan'),
-  *('export', 'import_hf', 'compare'),
+  *('export', 'import_hf', 'compare', 'sweep'),
   'experiment',
 )
 MAX_ENTRIES = 20  # In a folder, beside the doors.
@@ -179,7 +180,7 @@ def test_every_package_is_listed_for_installation():
       assert any(fnmatch.fnmatch(name, pattern) for pattern in include), name
 
 
-@pytest.mark.parametrize('name', ['main', 'launch', 'plan'])
+@pytest.mark.parametrize('name', ['main', 'launch', 'plan', 'sweep'])
 def test_a_command_is_light_and_answers_before_jax(name):
   code = (
     f'import sys, nanomoe.{name}\n'

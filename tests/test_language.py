@@ -5,7 +5,7 @@ import ast
 from absl import flags
 import pytest
 
-from nanomoe import evaluate, generate, launch, main, plan
+from nanomoe import evaluate, generate, launch, main, plan, sweep
 from nanomoe.config import schema
 from nanomoe.run import cli
 from tests.shrunk import ROOT
@@ -46,7 +46,9 @@ def test_a_preposition_would_be_found():
   assert not _is_bad('Directory of the run.')
 
 
-@pytest.mark.parametrize('module', [main, launch, evaluate, generate, plan])
+@pytest.mark.parametrize(
+  'module', [main, launch, sweep, evaluate, generate, plan]
+)
 def test_no_flag_begins_with_a_preposition(module):
   values: flags.FlagValues = module._FLAGS
   texts = {

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.process_group import free_port
 from nanomoe import launch
+from nanomoe.run import shares
 from tests.shrunk import ROOT
 
 # The words of this process are Python texts, one for each child.
@@ -227,12 +228,12 @@ def test_a_mistake_is_one_line_and_starts_nothing(run):
   ],
 )
 def test_cores_and_devices_are_shared(whole, index, num_shares, own):
-  assert launch.share(whole, index, num_shares) == own
+  assert shares.share(whole, index, num_shares) == own
 
 
 def test_processes_differ_in_their_number_cores_and_devices(monkeypatch):
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6,7')
-  monkeypatch.setattr(launch, '_cores', lambda: [0, 1, 2, 3, 4])
+  monkeypatch.setattr(shares, 'cores', lambda: [0, 1, 2, 3, 4])
   first, second = launch.commands(2, ['--config=x'])
   assert {*first.words} ^ {*second.words} == {
     '--process_id=0',

@@ -1,129 +1,579 @@
-"""Sweeps go on where they were; a study's runs are what they say."""
+"""Sweeps: their jobs, and that any kill leaves the table as it would be."""
 
+import itertools
 import json
+import math
 import os
+import pathlib
+import random
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 
-import jax
-import jax.numpy as jnp
+from absl.testing import flagsaver
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
 import pytest
 
-from benchmarks import (
-  ablation,
-  config_runs,
-  precision_curves,
-  results,
-  routing_study,
-  sweep,
-)
-from benchmarks.sweep import Run
-from nanomoe import experiment
-from nanomoe.config import overrides as config_lib
+from benchmarks import peers
+from nanomoe import sweep as sweep_lib
 from nanomoe.config import schema
-from nanomoe.model import parameters as parameters_lib
-from tests.shrunk import TINY
+from nanomoe.run import shares
+from nanomoe.sweeps import (
+  estimate,
+  grid,
+  jobs,
+  outcomes,
+  runner,
+  search,
+  slurm,
+  stopping,
+  table,
+)
+from nanomoe.sweeps.jobs import Job
+from nanomoe.sweeps.outcomes import Point
+from tests import runs
+from tests.shrunk import ROOT, TINY
+from trainers.errors import UserError
 
-# Stands for nanomoe.main: each start of it has the next exit code.
+CONFIG = 'configs/base.py'
+SWEEP = [sys.executable, '-m', 'nanomoe.sweep', f'--config={CONFIG}']
+
+# Stands for nanomoe.main: trains by appending losses to metrics.jsonl. Each
+# start ends with the next exit code; -1 is a loop that a signal must end.
 STAND_IN = """
-import json, pathlib, sys
-directory = pathlib.Path(sys.argv[2])
-directory.mkdir(exist_ok=True)
+import fcntl, json, os, pathlib, signal, sys, time
+directory, codes, losses, seconds = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 starts = directory / 'starts'
 number = len(starts.read_text()) if starts.exists() else 0
 starts.write_text('.' * (number + 1))
-code = int(sys.argv[3].split(',')[number])
-result = {'status': 'running' if code else 'done', 'argv': sys.argv}
+(directory / 'cores').write_text(str(len(os.sched_getaffinity(0))))
+code = int(codes.split(',')[number])
+(directory / 'metrics.jsonl').write_text('')
+for step, loss in enumerate(json.loads(losses), 1):
+  time.sleep(float(seconds))
+  with open(directory / 'metrics.jsonl', 'a') as f:
+    f.write(json.dumps({'step': step, 'val/cross_entropy': loss}) + chr(10))
+if code == 3:
+  result = {'status': 'diverged', 'stop_reason': 'too many refused updates'}
+else:
+  result = {'status': 'running' if code else 'done'}
 (directory / 'result.json').write_text(json.dumps(result))
+if code == 2:
+  print('error: config.x=1: it is wrong', file=sys.stderr)
+if code < 0:
+  os.kill(os.getpid(), -code)
 sys.exit(code)
 """
 
 
-class StandIn(Run):
-  """Its config is the exit codes of its starts."""
+class StandIn(Job):
+  """Job whose config is the exit codes, losses and seconds of its process."""
 
-  def words(self, directory):
+  def words(self, workdir):
     code = [sys.executable, '-c', STAND_IN]
-    return [*code, '-q', str(directory), self.config]
+    return [*code, str(workdir), *self.config.split(';')]
+
+  def status(self, workdir):
+    path = workdir / 'result.json'
+    status = json.loads(path.read_text())['status'] if path.exists() else ''
+    return status if status in jobs.ENDED else ''
 
 
-@pytest.fixture
-def starts(tmp_path):
-  def of(*names):
-    return [len((tmp_path / name / 'starts').read_text()) for name in names]
-
-  return of
+def stand_in(name, codes='0', losses=(), seconds=0.0):
+  return StandIn(name, f'{codes};{json.dumps(list(losses))};{seconds}')
 
 
-def test_what_is_done_is_skipped_and_the_rest_goes_on(tmp_path, starts):
-  runs = {
-    'good': StandIn('0'),
-    'bad': StandIn('2,3,0'),
-    'killed': StandIn('-9,0'),
+def statuses(found):
+  return {outcome.name: outcome.status for outcome in found}
+
+
+def starts(directory, *names):
+  return [len((directory / name / 'starts').read_text()) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def _flags():
+  """Flags that a test sets are those of no other test."""
+  saved = flagsaver.save_flag_values(sweep_lib._FLAGS)
+  yield
+  flagsaver.restore_flag_values(saved, sweep_lib._FLAGS)
+
+
+# The jobs.
+
+AXES = st.dictionaries(
+  st.sampled_from(['seed', 'batch_size', 'num_train_steps', 'eval_iters']),
+  st.lists(st.integers(1, 99), min_size=1, max_size=4, unique=True),
+  max_size=3,
+)
+
+
+@settings(deadline=None)
+@given(AXES)
+def test_a_grid_is_the_product_of_its_values(values):
+  texts = [f'{key}={",".join(map(str, v))}' for key, v in values.items()]
+  found = grid.expand(grid.parse(texts), [])
+  assert [tuple(map(int, item.values())) for item in found] == [
+    *itertools.product(*values.values())
+  ]
+  assert all([*item] == [*values] for item in found)
+  assert grid.expand(grid.from_mapping(values), []) == found
+
+
+@pytest.mark.parametrize(
+  ('text', 'values'),
+  [
+    ('seed=0..2', ['0', '1', '2']),
+    ('seed=-1..1', ['-1', '0', '1']),
+    ('seed=7..7,9', ['7', '9']),
+    ('a=1e2..101', ['100', '101']),
+    ('a=x', ['x']),
+    ('a=', ['']),
+    ('a=b=c', ['b=c']),
+    ('data.path=../a..b,../c', ['../a..b', '../c']),
+    ('a=[1,2],(3,4)', ['[1,2]', '(3,4)']),
+    ("a='1,2',{'b':1,'c':2}", ["'1,2'", "{'b':1,'c':2}"]),
+  ],
+)
+def test_values_of_an_axis(text, values):
+  (axis,) = grid.parse([text])
+  assert axis.values() == values
+
+
+def test_each_assignment_of_a_sweep_function_has_the_whole_grid():
+  start = [{'batch_size': '1'}, {'batch_size': '2'}]
+  found = grid.expand(grid.parse(['seed=0,1']), start)
+  assert [(x['batch_size'], x['seed']) for x in found] == [
+    *itertools.product('12', '01')
+  ]
+
+
+TEXTS = st.text(st.characters(codec='utf-8'), max_size=200)
+CHANGES = st.dictionaries(
+  st.sampled_from([*schema.FIELDS, 'callbacks.a.b', 'callbacks.c.b']),
+  TEXTS | st.integers() | st.floats() | st.booleans() | st.none(),
+  max_size=12,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(CHANGES, min_size=2, max_size=4))
+def test_names_are_short_safe_and_unique(changes):
+  names = [jobs.name(c) for c in changes]
+  for name, c in zip(names, changes, strict=True):
+    assert re.fullmatch(r'[A-Za-z0-9._+,=~-]{1,100}', name)
+    assert name not in ('.', '..')
+    assert name == jobs.name(dict(reversed(c.items())))
+  # As texts, for NaN is not equal to itself.
+  distinct = {json.dumps(c, sort_keys=True) for c in changes}
+  assert len(set(names)) == len(distinct)
+
+
+def test_a_name_has_the_shortest_end_of_a_key_that_no_other_key_has():
+  name = jobs.name({'seed': 0, 'optimizer.learning_rate': 3e-4})
+  assert name == 'learning_rate=0.0003,seed=0'
+  name = jobs.name({'callbacks.non_finite.patience': 2, 'moe.router.type': 'X'})
+  assert name == 'non_finite.patience=2,router.type=X'
+
+
+def test_a_job_has_the_config_of_its_command(tmp_path):
+  from nanomoe.config import overrides as config_lib  # noqa: PLC0415
+
+  (job,) = jobs.make(
+    CONFIG, [('moe.top_k', '1')], [{'optimizer.learning_rate': '3e-4'}]
+  )
+  assert job.changes == {'optimizer.learning_rate': 3e-4}
+  words = job.words(tmp_path)
+  rest, overrides = config_lib.split_arguments(words[3:])
+  assert rest == ['-q', f'--config={CONFIG}', f'--workdir={tmp_path}']
+  config = config_lib.apply(config_lib.load_file(CONFIG), overrides)
+  assert config.to_dict() == job.load().to_dict()
+  assert config.moe.top_k == 1
+  assert config.optimizer.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+  ('words', 'lines'),
+  [
+    ([], ['--over']),
+    (['--over=optimizer.lerning_rate=1,2'], ['optimizer.learning_rate']),
+    (['--over=moe.top_k=b', '--over=seed=0,a'], ["'b'", "'a'"]),
+    (['--over=seed=2..0'], ['seed=2..0']),
+    (['--over=seed'], ['KEY=VALUE']),
+    (['--over=seed=0,,1'], ['empty']),
+    (['--over=seed=0,0'], ['seed=0']),
+    (['--over=seed=0', '--over=seed=1'], ['twice']),
+    (['--over=seed=0..20000'], ['10000']),
+    (['--over=seed=1..200', '--over=batch_size=1..200'], ['40000']),
+    (['--over=optimizer.learning_rate=1e-4..1e-2'], ['--search=random']),
+    (['--over=seed=0', '--config.seed=1'], ['--config.seed']),
+    (['--over=moe.top_k=1,99'], ['top_k']),
+    (['--over=data.path=/no/file,/no/text'], ['/no/file', '/no/text']),
+    (['--over=seed=0', '--num_jobs=2'], ['--num_jobs=2']),
+    (['--over=seed=0', '--search=random'], ['--num_jobs']),
+    (['--over=seed=0,1', '--search=random', '--num_jobs=3'], ['only 2']),
+    (
+      ['--over=moe.activation=1..2', '--search=random', '--num_jobs=1'],
+      ['moe.activation'],
+    ),
+    (['--over=seed=0', '--out=/proc/none'], ['--out=/proc/none']),
+    (
+      ['--over=seed=0', '--launcher=slurm', '--early_stopping=median'],
+      ['--early_stopping=median'],
+    ),
+  ],
+)
+def test_a_mistake_is_a_line_and_nothing_starts(words, lines, tmp_path):
+  out = [f'--out={tmp_path}/out'] * (not any('--out' in w for w in words))
+  with pytest.raises(UserError) as error:
+    sweep_lib.main(
+      sweep_lib._parse(['sweep', f'--config={CONFIG}', *words, *out])
+    )
+  assert len(error.value.problems) == len(lines)
+  for problem, part in zip(error.value.problems, lines, strict=True):
+    assert part in problem
+    assert '\n' not in problem
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_run_that_is_not_the_job_is_refused(tmp_path):
+  (job,) = jobs.make(CONFIG, [], [{'seed': '0'}])
+  (tmp_path / job.name).mkdir()
+  values = job.load().to_dict()
+  (tmp_path / job.name / 'config.json').write_text(json.dumps(values))
+  jobs.check_directories([job], tmp_path)
+  (other,) = jobs.make(CONFIG, [('batch_size', '3')], [{'seed': '0'}])
+  with pytest.raises(
+    UserError, match=r'seed=0: batch_size was 32.*another --out'
+  ):
+    jobs.check_directories([other], tmp_path)
+
+
+def test_a_run_is_done_if_it_has_the_config_and_the_steps(tmp_path):
+  (job,) = jobs.make(CONFIG, [('num_train_steps', '9')], [{'seed': '0'}])
+  values = job.load().to_dict()
+  values['moe']['dispatch'] = 'dense'  # What 'auto' has become.
+
+  def status(step=9, kind='done', reason='', **changes):
+    (tmp_path / 'config.json').write_text(json.dumps({**values, **changes}))
+    result = {'status': kind, 'step': step, 'stop_reason': reason}
+    (tmp_path / 'result.json').write_text(json.dumps(result))
+    return job.status(tmp_path)
+
+  assert job.status(tmp_path) == ''
+  assert status() == 'done'
+  assert status(num_train_steps=8) == ''
+  # Killed after the config of more steps was written.
+  assert status(step=8) == ''
+  assert status(step=8, reason='no new best') == 'done'
+  assert status(step=8, kind='diverged', reason='NaN') == 'diverged'
+  assert status(kind='interrupted') == ''
+  (tmp_path / 'result.json').write_text('{')
+  assert job.status(tmp_path) == ''
+
+
+def config_file(directory, sweep):
+  path = directory / 'mine.py'
+  path.write_text(
+    'from configs import base\n'
+    'def get_config():\n'
+    '  return base.get_config()\n'
+    f'def sweep():\n{sweep}\n'
+  )
+  return path
+
+
+def test_a_config_file_can_yield_its_jobs(tmp_path, capsys):
+  path = config_file(
+    tmp_path,
+    '  for rate in (1e-3, 3e-4):\n'
+    "    yield {'optimizer.learning_rate': rate, 'model.bias': False}",
+  )
+  words = [f'--config={path}', '--over', 'seed=0..1', f'--out={tmp_path}/out']
+  assert sweep_lib._parse(['sweep', *words, '--launcher=slurm']) == []
+  assert sweep_lib.main([]) == 0
+  capsys.readouterr()
+  rows = json.loads((tmp_path / 'out/sweep.json').read_text())['jobs']
+  assert [row['name'] for row in rows] == [
+    f'bias=false,learning_rate={rate},seed={seed}'
+    for rate, seed in itertools.product((0.001, 0.0003), (0, 1))
+  ]
+
+
+@pytest.mark.parametrize(
+  ('sweep', 'part'),
+  [
+    ('  yield 3', 'dicts'),
+    ('  return 1 / 0', 'ZeroDivisionError'),
+    ("  yield {'seeed': 1}", "'seed'"),
+    ("  yield {'seed': 1}", '--over'),
+  ],
+)
+def test_a_mistake_in_a_sweep_function_is_a_line(sweep, part, tmp_path):
+  path = config_file(tmp_path, sweep)
+  with pytest.raises(UserError) as error:
+    sweep_lib.sweep(path, {'seed': '0..1'}, out=tmp_path / 'out')
+  (line,) = error.value.problems
+  assert part in line
+
+
+# Random search.
+
+
+def test_random_draws_are_reproducible_and_in_range():
+  axes = grid.parse(
+    [
+      'optimizer.learning_rate=1e-4..1e-1',
+      'optimizer.weight_decay=0..0.5',
+      'moe.num_experts=2..5',
+      'moe.activation=gelu,relu2',
+    ]
+  )
+  found = search.dimensions(axes)
+  drawn = search.random(found, 400, seed=3)
+  assert search.random(found, 40, seed=3) == drawn[:40]
+  assert search.random(found, 40, seed=4) != drawn[:40]
+  values = {key: [item[key] for item in drawn] for key in drawn[0]}
+  assert set(values['moe.num_experts']) == set('2345')
+  assert set(values['moe.activation']) == {'gelu', 'relu2'}
+  rates = np.array(values['optimizer.learning_rate'], float)
+  assert (rates >= 1e-4).all()
+  assert (rates <= 1e-1).all()
+  # The logarithm is uniform on [-4, -1]: its mean and its deviation.
+  logs = np.log10(rates)
+  assert logs.mean() == pytest.approx(-2.5, abs=5 * 0.866 / 20)
+  assert logs.std() == pytest.approx(3 / math.sqrt(12), rel=0.1)
+  decays = np.array(values['optimizer.weight_decay'], float)
+  assert decays.mean() == pytest.approx(0.25, abs=5 * 0.144 / 20)
+
+
+# The median stopping rule.
+
+
+def stops_in_order(curves, min_runs):
+  """Stops of runs that train one after the other, by the paper's words."""
+  kept, found = [], []
+  for curve in curves:
+    stop = None
+    for at in range(1, len(curve) + 1):
+      means = [
+        statistics.fmean(other[:at]) for other in kept if len(other) >= at
+      ]
+      is_poor = len(means) >= min_runs and (
+        min(curve[:at]) > statistics.median(means)
+      )
+      if is_poor:
+        stop = at
+        break
+    kept.append(curve[:stop])
+    found.append(stop)
+  return found
+
+
+# Enough runs that some are decided upon before others have begun.
+CURVES = st.lists(
+  st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=1, max_size=3),
+  min_size=4,
+  max_size=7,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(CURVES, st.data())
+def test_the_median_rule_does_not_depend_on_the_order_of_events(curves, data):
+  expected = stops_in_order(curves, stopping.MIN_RUNS)
+  whole = [[Point(*pair) for pair in enumerate(c, 1)] for c in curves]
+  final = [stopping.Progress(points, True) for points in whole]
+  assert stopping.stops(final) == expected
+  # What is decided early is decided as it is at the end.
+  lengths = [data.draw(st.integers(0, len(points))) for points in whole]
+  early = [
+    stopping.Progress(points[:length], False)
+    for points, length in zip(whole, lengths, strict=True)
+  ]
+  for now, then in zip(stopping.stops(early), expected, strict=True):
+    assert now in (None, then)
+
+
+def test_a_loss_that_is_not_finite_is_the_worst():
+  good = [stopping.Progress([Point(1, 2.0)], True)] * stopping.MIN_RUNS
+  bad = stopping.Progress([Point(1, math.nan)], True)
+  assert stopping.stops([*good, bad])[-1] == 1
+  assert stopping.stops([bad] * 9)[-1] is None
+
+
+@pytest.mark.parametrize('num_parallel', [1, 4])
+def test_poor_jobs_stop_at_the_same_step_side_by_side(num_parallel, tmp_path):
+  good = [stand_in(f'good{i}', losses=(2.0, 1.0)) for i in range(3)]
+  # Its process would take 20 seconds.
+  poor = stand_in('poor', '0', (3.0, *[0.0] * 400), 0.05)
+  last = stand_in('last', losses=(1.5, 1.0))
+  begin = time.monotonic()
+  sweep = [*good, poor, last]
+  found = runner.run(
+    sweep, tmp_path, num_parallel=num_parallel, early_stopping='median'
+  )
+  assert time.monotonic() - begin < 15
+  assert [x.status for x in found] == [*['done'] * 3, 'stopped', 'done']
+  assert found[3].step == 1
+  assert found[3].best_val_loss == 3.0
+  again = runner.run(sweep, tmp_path, early_stopping='median')
+  assert again == found
+  assert starts(tmp_path, 'poor') == [1]
+
+
+# The runner.
+
+
+def test_done_jobs_are_skipped_and_failures_are_isolated(tmp_path):
+  sweep = [
+    stand_in('bad', '2,1,0'),
+    stand_in('killed', '-9,0'),
+    stand_in('interrupted', '75,0'),
+    stand_in('diverged', '3', [5.0, None]),
+    stand_in('good', '0', [3.0, 2.0, 2.5]),
+  ]
+  found = runner.run(sweep, tmp_path)
+  assert statuses(found) == {x.name: x.name for x in sweep} | {
+    'bad': 'failed',
+    'good': 'done',
   }
-  assert sweep.train(runs, tmp_path) == ['bad', 'killed']
-  assert sweep.train(runs, tmp_path) == ['bad']
-  assert sweep.train(runs, tmp_path) == []
-  assert sweep.train(runs, tmp_path) == []
-  assert starts(*runs) == [1, 3, 2]
-  log = (tmp_path / 'sweep.log').read_text()
-  assert log.count('exit code') == 6
+  assert found[0].reason == 'config.x=1: it is wrong'
+  assert 'SIGKILL' in found[1].reason
+  assert found[3].reason == 'too many refused updates'
+  assert found[3].best_val_loss == 5.0
+  assert found[4] == ('good', 'done', 3, 2.5, 2.0, 2, '')
+  assert table.best(found) == found[4]
+  found = runner.run(sweep, tmp_path)
+  assert [x.status for x in found] == [
+    *('failed', 'done', 'done', 'diverged', 'done')
+  ]
+  # The second start has printed nothing.
+  assert found[0].reason == 'exit code 1'
+  found = str(runner.run(sweep, tmp_path))  # NaN is not equal to itself.
+  assert str(runner.run(sweep, tmp_path)) == found
+  assert str(runner.collect(sweep, tmp_path)) == found
+  assert starts(tmp_path, *(x.name for x in sweep)) == [3, 2, 2, 1, 1]
 
 
-def test_a_run_that_was_interrupted_ends_the_sweep(tmp_path, starts):
-  runs = {'stopped': StandIn('75,0'), 'later': StandIn('0')}
-  with pytest.raises(KeyboardInterrupt):
-    sweep.train(runs, tmp_path)
-  assert not (tmp_path / 'later').exists()
-  assert sweep.train(runs, tmp_path) == []
-  assert starts(*runs) == [2, 1]
+def test_jobs_side_by_side_divide_the_cores(tmp_path, monkeypatch):
+  cores = shares.cores()
+  sweep = [stand_in(str(i), seconds=0.2, losses=[1.0]) for i in range(4)]
+  num_parallel = min(len(cores), 4)
+  runner.run(sweep, tmp_path, num_parallel=num_parallel)
+  for job in sweep:
+    used = int((tmp_path / job.name / 'cores').read_text())
+    assert used == len(cores) // num_parallel
 
 
-def test_other_words_mean_another_end(tmp_path, starts):
-  """More steps, for example: what is there goes on, or refuses."""
-  assert sweep.train({'a': StandIn('0')}, tmp_path) == []
-  assert sweep.train({'a': StandIn('0,0')}, tmp_path) == []
-  assert starts('a') == [2]
+def test_jobs_side_by_side_divide_the_gpus(tmp_path, monkeypatch):
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,7')
+
+  class Prints(StandIn):
+    def words(self, workdir):
+      code = 'import os, time; print(os.environ["CUDA_VISIBLE_DEVICES"])'
+      return [sys.executable, '-c', f'{code}; time.sleep(0.5)']
+
+  runner.run([Prints(x, '') for x in 'ab'], tmp_path, num_parallel=2)
+  outputs = [(tmp_path / x / outcomes.OUTPUT).read_text() for x in 'ab']
+  assert outputs == ['4\n', '7\n']
 
 
-def test_a_run_whose_sweep_was_killed_is_waited_for(tmp_path):
-  runs = {'a': StandIn('2')}
-  words = runs['a'].words(tmp_path / 'a')
-  result = json.dumps({'status': 'done', 'argv': words[2:]})
+def test_two_sweeps_in_a_directory_are_refused(tmp_path):
+  with (
+    runner._opened_log(tmp_path),
+    pytest.raises(UserError, match=r'another sweep'),
+  ):
+    runner.run([stand_in('a')], tmp_path)
+
+
+SWEEPS_STAND_INS = """
+import pathlib, sys
+from nanomoe.run import cli
+from nanomoe.sweeps import runner
+from tests.test_sweep import stand_in
+def main(_):
+  sweep = [stand_in(x, '0,0', [1.0] * 8, 0.1) for x in 'abc']
+  runner.run(sweep, pathlib.Path(sys.argv[1]), num_parallel=2)
+  return 0
+cli.run(main, lambda words: words)
+"""
+
+
+def test_jobs_of_a_killed_sweep_end_and_the_next_sweep_waits(tmp_path):
+  """A process of the killed sweep may still hold the output of its job."""
+  sweep = [stand_in('a', '0,0')]
   (tmp_path / 'a').mkdir()
   script = (
     'import fcntl, pathlib, sys, time\n'
     'directory = pathlib.Path(sys.argv[1])\n'
-    'log = open(directory / "log.txt", "w")\n'
+    f'log = open(directory / "{outcomes.OUTPUT}", "w")\n'
     'fcntl.flock(log, fcntl.LOCK_EX)\n'
     'print("locked", flush=True)\n'
     'time.sleep(0.5)\n'
-    '(directory / "result.json").write_text(sys.argv[2])\n'
+    '(directory / "result.json").write_text(\'{"status": "done"}\')\n'
   )
   with subprocess.Popen(
-    [sys.executable, '-c', script, tmp_path / 'a', result],
-    stdout=subprocess.PIPE,
+    [sys.executable, '-c', script, tmp_path / 'a'], stdout=subprocess.PIPE
   ) as other:
+    assert other.stdout
     other.stdout.readline()
-    assert sweep.train(runs, tmp_path) == []
+    assert statuses(runner.run(sweep, tmp_path)) == {'a': 'done'}
   assert not (tmp_path / 'a' / 'starts').exists()
 
 
-def test_an_interrupted_sweep_lets_its_run_save(tmp_path):
-  """One signal, for Ctrl-C is not for its group: a second would end it."""
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_the_jobs_of_a_sweep(number, tmp_path):
+  """Ctrl-C ends the sweep with 75; also kill -9 leaves no job behind."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', SWEEPS_STAND_INS, str(tmp_path)],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    # A shell's background jobs ignore SIGINT.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+  )
+  while not all((tmp_path / x / 'metrics.jsonl').exists() for x in 'ab'):
+    time.sleep(0.05)
+    assert process.poll() is None
+  process.send_signal(number)
+  code = process.wait(timeout=20)
+  assert code == (75 if number == signal.SIGINT else -signal.SIGKILL)
+  assert process.stderr
+  process.stderr.close()
+  deadline = time.monotonic() + 10
+  while any(outcomes.is_running(tmp_path / x) for x in 'ab'):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  sweep = [stand_in(x, '0,0', [1.0] * 8, 0.1) for x in 'abc']
+  found = runner.run(sweep, tmp_path, num_parallel=3)
+  assert set(statuses(found).values()) == {'done'}
+  assert starts(tmp_path, 'a', 'b', 'c') == [2, 2, 1]
+
+
+def test_an_interrupted_sweep_lets_its_jobs_save(tmp_path):
+  """Each job gets one signal: a second one would end it before it saved."""
   script = (
     'import os, pathlib, signal, sys\n'
     'both = {signal.SIGINT, signal.SIGTERM}\n'
-    'signal.pthread_sigmask(signal.SIG_BLOCK, both)\n'  # None comes too soon.
-    'pathlib.Path(sys.argv[1]).touch()\n'
+    'signal.pthread_sigmask(signal.SIG_BLOCK, both)\n'
+    'path = pathlib.Path(sys.argv[1]) / "saved"\n'
+    'path.touch()\n'
     'while signal.sigtimedwait(both, 60 if not sys.argv[2:] else 0.3):\n'
     '  sys.argv.append("again")\n'
-    '  with open(sys.argv[1], "a") as f: f.write(f"{os.getpgrp()} saved.")\n'
+    '  with open(path, "a") as f: f.write(f"{os.getpgrp()} saved.")\n'
   )
-  path = tmp_path / 'saved'
+
+  class Saves(StandIn):
+    def words(self, workdir):
+      return [sys.executable, '-c', script, str(workdir)]
+
+  path = tmp_path / 'a' / 'saved'
 
   def interrupt():
     while not path.exists():
@@ -134,8 +584,8 @@ def test_an_interrupted_sweep_lets_its_run_save(tmp_path):
   old = signal.signal(signal.SIGINT, signal.default_int_handler)
   threading.Thread(target=interrupt).start()
   try:
-    with open(tmp_path / 'log', 'w') as log, pytest.raises(KeyboardInterrupt):
-      sweep._call([sys.executable, '-c', script, str(path)], log)
+    with pytest.raises(KeyboardInterrupt):
+      runner.run([Saves('a', '')], tmp_path)
   finally:
     signal.signal(signal.SIGINT, old)
   group, told = path.read_text().split()
@@ -143,95 +593,257 @@ def test_an_interrupted_sweep_lets_its_run_save(tmp_path):
   assert told == 'saved.'
 
 
-def test_the_words_of_a_run_are_its_config(tmp_path):
-  changes = {'moe.top_k': 1, 'moe.router.type': 'Softmax', 'data.path': ''}
-  run = Run('configs/quick.py', changes, seed=7)
-  rest, overrides = config_lib.split_arguments(run.words(tmp_path)[2:])
-  assert rest[1:] == [
-    '-q',
-    '--config=configs/quick.py',
-    f'--workdir={tmp_path}',
+def test_a_table_has_a_row_for_each_job_and_the_reasons():
+  found = [
+    outcomes.Outcome('a', 'done', 20, 2.5, 2.25, 10),
+    outcomes.Outcome('b', 'failed', reason='x=1: it is wrong'),
+    outcomes.Outcome('c', 'diverged', 5, math.nan, math.nan, 5, 'NaN'),
   ]
-  file = config_lib.load_file('configs/quick.py')
-  config = config_lib.apply(file, overrides)
-  own = {**changes, 'seed': 7}
-  flat = dict(schema.flatten(config.to_dict()))
-  assert {key: flat[key] for key in own} == own
-  assert run.load().to_dict() == {**config.to_dict(), 'seed': 0}
+  lines = table.text(found).splitlines()
+  assert lines[2].split() == ['a', 'done', '20', '2.500000', '2.250000', '10']
+  assert lines[3].split() == ['b', 'failed']
+  assert lines[6] == 'best: a'
+  assert lines[8:] == ['b: failed: x=1: it is wrong', 'c: diverged: NaN']
 
 
-def test_figures_of_a_run_are_those_it_logged(tmp_path):
-  metrics = [
-    {'step': 2, 'train/loss': 5.0, 'train/cross_entropy': 4.0},
-    {'step': 4, 'train/loss': 4.0, 'train/cross_entropy': 3.0},
-    {'step': 4, 'val/cross_entropy': 3.5, 'val/bits_per_char': 5.0},
-    {'step': 6, 'val/cross_entropy': 2.5, 'val/bits_per_char': 4.0},
+# The command.
+
+
+def words_of(corpus, out, *more, changes=None):
+  values = {**TINY, 'data.path': corpus, **(changes or {})}
+  given = [f'--config.{key}={value}' for key, value in values.items()]
+  return [*SWEEP, f'--out={out}', *given, *more]
+
+
+def test_a_killed_sweep_ends_with_the_losses_of_an_undisturbed_run(
+  finished, corpus, tmp_path, run
+):
+  workdir, _ = finished
+  seed = json.loads((workdir / 'config.json').read_text())['seed']
+  words = words_of(corpus, tmp_path / 'out', f'--over=seed={seed}')
+  process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+  metrics = tmp_path / 'out' / f'seed={seed}' / 'metrics.jsonl'
+  while not metrics.exists() or not metrics.read_text().count('\n'):
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.kill()
+  process.wait()
+  again = run(words, timeout=300)
+  assert again.returncode == 0, again.stderr
+  assert f'best: seed={seed}' in again.stdout
+  (row,) = json.loads((tmp_path / 'out/sweep.json').read_text())['jobs']
+  points = outcomes.curve(workdir)
+  assert (row['step'], row['val_loss']) == points[-1]
+  assert row['best_val_loss'] == min(point.loss for point in points)
+  assert runs.metrics_of(metrics.parent) == runs.metrics_of(workdir)
+
+
+def test_a_dry_run_lists_jobs_and_measures_finished_runs(
+  finished, corpus, tmp_path, capsys
+):
+  workdir, _ = finished
+  (tmp_path / 'seed=0').symlink_to(workdir)
+  words = words_of(corpus, tmp_path, '--over=seed=0..2', '--dry_run')
+  assert sweep_lib.main(sweep_lib._parse(words[2:])) == 0
+  out = capsys.readouterr().out
+  assert re.search(r'seed=0 +done', out)
+  assert re.search(r'seed=2 +pending', out)
+  assert '2 of 3 jobs are left' in out
+  assert not (tmp_path / 'seed=1').exists()
+  assert not (tmp_path / table.FILE).exists()
+  # A job of equal size takes as long as the run did.
+  all_jobs = [
+    Job(name, CONFIG, [('seed', name[-1]), *_pairs(corpus)])
+    for name in ('seed=0', 'seed=1', 'seed=2')
   ]
-  changes = {'moe.router.type': 'ExpertChoice', 'data.path': tmp_path / 'text'}
-  run = Run('configs/base.py', {**TINY, **changes})
-  result = {**dict.fromkeys(results._KEPT, 1), 'vocab_size': 5}
-  for name, status in (('done', 'done'), ('half', 'interrupted')):
-    directory = tmp_path / name
-    directory.mkdir()
-    (directory / 'metrics.jsonl').write_text(
-      '\n'.join(map(json.dumps, metrics))
+  found = estimate.make(all_jobs, all_jobs[1:], tmp_path, num_parallel=2)
+  seconds = runs.result_of(workdir)['seconds_by_phase']
+  assert found.seconds == pytest.approx(sum(seconds.values()))
+
+
+def _pairs(corpus):
+  return [(k, str(v)) for k, v in {**TINY, 'data.path': corpus}.items()]
+
+
+# SLURM.
+
+SBATCH = r"""#!/usr/bin/env bash
+# Stands for sbatch: runs the tasks of an array one after the other.
+set -e
+array=$(sed -n 's/^#SBATCH --array=\([^%]*\).*/\1/p' "$1")
+for part in ${array//,/ }; do
+  for task in $(seq "${part%-*}" "${part#*-}"); do
+    SLURM_ARRAY_TASK_ID=$task SLURM_JOB_ID=9$task bash "$1" || true
+  done
+done
+"""
+SRUN = '#!/usr/bin/env bash\nexec "$@"\n'
+SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$RECORD.requeued"\n'
+PYTHON = r"""#!/usr/bin/env bash
+# Stands for Python; the second job is interrupted.
+printf '%s\n' "$PWD" "$@" END >> "$RECORD"
+[[ "$*" == *seed=1* ]] && exit 75
+exit 0
+"""
+
+
+def test_the_array_script_runs_each_job_that_is_left(
+  corpus, tmp_path, capsys, monkeypatch
+):
+  out = tmp_path / "it's 100% mine"
+  bin_directory = tmp_path / 'bin'
+  bin_directory.mkdir()
+  tools = {'sbatch': SBATCH, 'srun': SRUN, 'scontrol': SCONTROL}
+  for name, text in {**tools, 'py': PYTHON}.items():
+    (bin_directory / name).write_text(text)
+    (bin_directory / name).chmod(0o755)
+  words = words_of(corpus, out, '--over=seed=0..2', '--launcher=slurm')
+  monkeypatch.chdir(ROOT)
+  assert sweep_lib.main(sweep_lib._parse([*words[2:], '--jobs=2'])) == 0
+  command = capsys.readouterr().out
+  assert not (out / 'seed=0').exists()
+  script = (out / slurm.FILE).read_text()
+  assert '#SBATCH --array=0-2%2\n' in script
+  environ = {
+    **os.environ,
+    'PATH': f'{bin_directory}:{os.environ["PATH"]}',
+    'PYTHON': str(bin_directory / 'py'),
+    'RECORD': str(tmp_path / 'record'),
+  }
+  subprocess.run(['bash', '-c', command], env=environ, cwd='/', check=True)
+  record = (tmp_path / 'record').read_text()
+  *starts_of_jobs, rest = record.split('\nEND\n')
+  assert not rest
+  changes = [{'seed': str(seed)} for seed in range(3)]
+  expected = jobs.make(CONFIG, _pairs(corpus), changes)
+  for job, text in zip(expected, starts_of_jobs, strict=True):
+    assert text.splitlines() == [str(ROOT), *job.words(out / job.name)[1:]]
+  assert (tmp_path / 'record.requeued').read_text() == 'requeue 91\n'
+
+
+@pytest.mark.parametrize(
+  ('numbers', 'text'),
+  [([0], '0'), ([0, 1, 2, 5, 7, 8], '0-2,5,7-8'), ([3, 5], '3,5')],
+)
+def test_numbers_of_tasks_are_ranges(numbers, text):
+  assert slurm._ranges(numbers) == text
+
+
+# Slow tests.
+
+
+def _children(pid: int) -> list[int]:
+  found = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    try:
+      parent = path.read_text().rpartition(')')[2].split()[1]
+    except OSError:
+      continue
+    if int(parent) == pid:
+      found.append(int(path.parent.name))
+  return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='it reads /proc')
+@pytest.mark.parametrize('rule', ['none', 'median'])
+def test_a_sweep_killed_at_random_moments_has_the_table_of_a_calm_one(
+  rule, corpus, tmp_path, run
+):
+  def words(name):
+    return words_of(
+      corpus,
+      tmp_path / name,
+      '--over=optimizer.learning_rate=1e-5,1e-3',
+      '--over=seed=0..2',
+      '--jobs=2',
+      f'--early_stopping={rule}',
     )
-    (directory / 'result.json').write_text(
-      json.dumps({**result, 'status': status, 'argv': run.words(directory)[2:]})
+
+  calm = run(words('calm'), timeout=600)
+  assert calm.returncode == 0, calm.stderr
+  rng = random.Random(rule)
+  kills = 0
+  while True:
+    process = subprocess.Popen(
+      words('killed'), cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-  runs = {'done': run, 'half': run, 'not begun': run}
-  figures = sweep.gather(runs, tmp_path)
-  assert list(figures) == ['done']
-  got = figures['done']
-  assert [list(row.values()) for row in got['rows']] == [
-    [4, 3.0, 3.5, 5.0],
-    [6, 3.0, 2.5, 4.0],
-  ]
-  assert got['last'] == {'val/cross_entropy': 2.5, 'val/bits_per_char': 4.0}
-  assert got['is_causal'] is False
-  assert got['changes']['data.path'] == 'text'
-  assert got['gflop'] > 0
-  assert json.loads(json.dumps(figures)) == figures
-
-
-def parameters(config, **model):
-  config.model.update(model)
-  task = experiment.build_task(experiment.resolve_auto(config), 65)
-  batch = {'inputs': jnp.zeros((1, config.block_size), jnp.int32)}
-  params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
-  return parameters_lib.count(params, config.moe.top_k)
-
-
-@pytest.mark.parametrize('name', routing_study.VARIANTS)
-def test_a_variant_of_routing_has_the_active_parameters_of_all(name):
-  """And all have as many in all, but for what routers and dense layers are."""
-  counted, dense, wide = (
-    parameters(routing_study.RUNS[f'{n}-0'].load(), num_layers=1)
-    for n in (name, 'dense', 'dense_total')
+    while kills < 5 and process.poll() is None:
+      time.sleep(rng.uniform(0.5, 12))
+      victims = _children(process.pid) if kills % 2 else [process.pid]
+      if victims and process.poll() is None:
+        os.kill(rng.choice(victims), signal.SIGKILL)
+        kills += 1
+    out, _ = process.communicate(timeout=600)
+    if process.returncode == 0:
+      break
+    assert process.returncode in (1, -signal.SIGKILL)
+  assert kills == 5
+  assert out == calm.stdout
+  first, second = (
+    (tmp_path / name / table.FILE).read_text() for name in ('calm', 'killed')
   )
-  total = wide['num_params']
-  if name not in ('dense', 'dense_total'):
-    assert counted['num_params'] == pytest.approx(total, rel=0.02)
-  if name != 'dense_total':
-    assert counted['num_active_params'] == pytest.approx(
-      dense['num_active_params'], rel=0.03
+  assert first == second
+
+
+OPTUNA = """
+import json, pathlib, sys
+from nanomoe.sweeps import grid, jobs, runner, search
+from tests.test_sweep import StandIn
+out, num_parallel, limit = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:4])
+texts = ['optimizer.learning_rate=1e-4..1e-1', 'moe.num_experts=2..16',
+         'moe.activation=gelu,relu2']
+found = search.dimensions(grid.parse(texts))
+pairs = []
+def make(drawn):
+  (job,) = jobs.make('configs/base.py', [('moe.top_k', '1')], [drawn])
+  rate = job.changes['optimizer.learning_rate']
+  loss = (rate - 0.01) ** 2 + (drawn['moe.activation'] == 'gelu')
+  # Stand-ins that train for different times.
+  seconds = (len(job.name) % 3) / 20
+  config = f'0,0,0,0;{json.dumps([loss])};{seconds}'
+  return StandIn(job.name, config, job.overrides, job.changes)
+ask = search.optuna_ask(found, limit, 0, num_parallel, make)
+facts = {'search': 'optuna'}
+def record(all_jobs, outcomes):
+  from nanomoe.sweeps import table
+  table.write(out, facts, all_jobs, outcomes)
+given = [make(drawn) for drawn in search.stored(out, facts)]
+for outcome in runner.run(given, out, num_parallel=num_parallel, ask=ask,
+                          record=record):
+  print(*outcome)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('num_parallel', [1, 3])
+def test_a_killed_optuna_sweep_asks_for_the_same_jobs(num_parallel, tmp_path):
+  python = peers.python_with('optuna', ['optuna==5.0.0'])
+  # Everything but Optuna is that of the tests.
+  path = [str(ROOT), *[p for p in sys.path if p.endswith('site-packages')]]
+  environ = {**os.environ, 'PYTHONPATH': ':'.join(path)}
+
+  def start(name, limit=16):
+    out = tmp_path / name
+    out.mkdir(exist_ok=True)
+    words = [python, '-c', OPTUNA, out, str(num_parallel), str(limit)]
+    return subprocess.Popen(
+      words, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True
     )
 
-
-def test_runs_of_a_study_differ_in_what_they_are_named_after():
-  seen = {}
-  for study in (ablation, routing_study, precision_curves):
-    for name, run in study.RUNS.items():
-      assert name.rpartition('-')[2] == str(run.seed)
-      key = json.dumps([run.config, run.changes, run.seed], sort_keys=True)
-      assert seen.setdefault((study, key), name) == name
-
-
-@pytest.mark.parametrize('name', config_runs.CONFIGS)
-def test_a_config_uses_for_a_token_about_what_base_does(name):
-  counted = parameters(config_runs.RUNS[name].load())
-  # 4 layers of attention, two experts of 512 and a router of 4, by hand.
-  attention = 4 * (128 * 128 + 128)
-  experts = 2 * (2 * 128 * 512 + 512 + 128) + 4 * 128
-  layers = 4 * (attention + experts)
-  assert counted['num_active_params'] == pytest.approx(layers, rel=0.1)
+  calm, _ = start('calm').communicate(timeout=300)
+  assert len(calm.splitlines()) == 16
+  rng = random.Random(0)
+  for _ in range(5):
+    with start('killed') as process:
+      time.sleep(rng.uniform(1.5, 5))
+      process.kill()
+  # A sweep with fewer jobs is the beginning of one with more.
+  start('killed', 8).communicate(timeout=300)
+  killed, _ = start('killed').communicate(timeout=300)
+  assert killed == calm
+  rows = [line.split() for line in calm.splitlines()]
+  assert all(row[1] == 'done' for row in rows)
+  # Later suggestions are better than the first ones, which are random.
+  losses = [float(row[4]) for row in rows]
+  assert statistics.fmean(losses[10:]) < statistics.fmean(losses[:10])

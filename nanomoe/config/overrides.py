@@ -5,7 +5,7 @@ mistakes at once, one line each, and accepts the arguments of a spec.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import importlib.util
 import inspect
@@ -15,7 +15,7 @@ import pathlib
 import re
 import sys
 import types
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
@@ -25,6 +25,7 @@ from nanomoe.config.schema import Config
 from trainers import spec as spec_lib
 from trainers.errors import UserError
 
+_T = TypeVar('_T')
 Override = tuple[str, str]  # Key and value, both as given.
 
 
@@ -70,7 +71,57 @@ def load_file(path: str) -> Config:
     UserError: The file does not exist or fails, or its get_config() does not
       return a ConfigDict, or takes no argument, or needs one.
   """
-  name, argument = _split_argument(path)
+  argument = _split_argument(path)[1]
+
+  def read(module):
+    if not hasattr(module, 'get_config'):
+      raise UserError(
+        f'--config={path}: get_config is missing; it must be a function that '
+        'returns a ConfigDict'
+      )
+    config = module.get_config(*_arguments(path, module, argument))
+    if not isinstance(config, ConfigDict):
+      raise UserError(f'--config={path}: get_config() must return a ConfigDict')
+    return schema.make(older.rename(_plain(config)))
+
+  return _read_module(path, read)
+
+
+def load_sweep(path: str) -> list[dict[str, Any]]:
+  """Returns what sweep() of a config file yields, or [] without a sweep().
+
+  Args:
+    path: Path of the file, as in `load_file`.
+
+  Raises:
+    UserError: The file does not exist or fails, or sweep() yields something
+      other than {key: value}.
+  """
+
+  def read(module):
+    if not hasattr(module, 'sweep'):
+      return []
+    found = list(module.sweep())
+    for item in found:
+      if not isinstance(item, Mapping) or not all(
+        isinstance(key, str) for key in item
+      ):
+        raise UserError(
+          f'--config={path}: sweep() yields {validation.shown(str(item))}; it '
+          'must yield dicts of dotted keys and values'
+        )
+    return [dict(item) for item in found]
+
+  return _read_module(path, read)
+
+
+def _read_module(path: str, read: Callable[[types.ModuleType], _T]) -> _T:
+  """Returns `read` of the module of a config file.
+
+  Raises:
+    UserError: The file does not exist, or the file or `read` fails.
+  """
+  name = _split_argument(path)[0]
   try:
     file = pathlib.Path(home.expand(name, '--config'))
     # Configs of NanoMoE are found from any current directory.
@@ -97,17 +148,7 @@ def load_file(path: str) -> Config:
   try:
     with _importable(name, module, file.parent):
       spec.loader.exec_module(module)
-      if not hasattr(module, 'get_config'):
-        raise UserError(
-          f'--config={path}: get_config is missing; it must be a function that '
-          'returns a ConfigDict'
-        )
-      config = module.get_config(*_arguments(path, module, argument))
-      if not isinstance(config, ConfigDict):
-        raise UserError(
-          f'--config={path}: get_config() must return a ConfigDict'
-        )
-      return schema.make(older.rename(_plain(config)))
+      return read(module)
   except UserError:
     raise
   except (Exception, SystemExit) as error:  # The file can raise anything.

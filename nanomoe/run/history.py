@@ -103,7 +103,7 @@ def read(workdir: pathlib.Path) -> History:
   """
   config = workdir_lib.config_of(workdir)
   # A run that ends meanwhile is called running, with all of its records.
-  is_running = _is_locked(workdir / 'log.txt')
+  is_running = is_locked(workdir / 'log.txt')
   return History(
     workdir,
     config,
@@ -113,11 +113,36 @@ def read(workdir: pathlib.Path) -> History:
   )
 
 
-def _is_locked(path: pathlib.Path) -> bool:
-  """Returns whether another process holds the lock of a run's log."""
+def curve(
+  workdir: pathlib.Path, name: str, is_running: bool
+) -> list[tuple[int, float]]:
+  """Returns (step, value) of a scalar metric after step 0, in order of steps.
+
+  Unlike `read`, it serves runs that have not recorded anything yet, and leaves
+  the lock of the log alone: a run that starts in this moment needs it.
+
+  Args:
+    workdir: Directory of the run.
+    name: Name of the metric.
+    is_running: Whether the last line may be incomplete.
+
+  Raises:
+    UserError: metrics.jsonl is damaged.
+  """
+  records = _records(workdir / 'metrics.jsonl', is_running)
+  found = {r['step']: r[name] for r in records if name in r and r['step']}
+  # JSON has null for NaN and infinities.
+  return [
+    (step, float('nan') if found[step] is None else float(found[step]))
+    for step in sorted(found)
+  ]
+
+
+def is_locked(path: pathlib.Path) -> bool:
+  """Returns whether another process holds the lock of a file."""
   try:
-    with path.open('rb') as log:
-      fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with path.open('rb') as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except BlockingIOError:
     return True
   except OSError:  # No log, or a file system without locks.

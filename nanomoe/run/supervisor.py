@@ -22,16 +22,16 @@ _PASSED_ON = (
 _COLOURS = (36, 33, 32, 35, 34, 31)
 _MAX_LINE = 1 << 20
 
-# A child takes its cores, asks Linux to kill it once its parent has died
+# A child takes its cores, asks Linux for a signal once its parent has died
 # (PR_SET_PDEATHSIG is 1), and becomes the command.
 _SHIM = """
-import ctypes, os, signal, sys
-parent, cores, *command = sys.argv[1:]
+import ctypes, os, sys
+parent, number, cores, *command = sys.argv[1:]
 if cores:
   os.sched_setaffinity(0, set(map(int, cores.split(','))))
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+ctypes.CDLL(None).prctl(1, int(number))
 if os.getppid() != int(parent):
-  sys.exit(128 + signal.SIGKILL)
+  sys.exit(128 + int(number))
 os.execv(command[0], command)
 """
 
@@ -201,14 +201,24 @@ class _Supervisor:
         os.killpg(self._children[index].pid, signal.SIGKILL)
 
 
-def _start(command: Command) -> subprocess.Popen:
+def bound_words(command: Command, number: signal.Signals) -> list[str]:
+  """Returns the words that start a child on its cores, bound to this process.
+
+  Args:
+    command: Command of the child.
+    number: Signal that the child gets once this process has died, on Linux.
+  """
   words = list(command.words)
-  if sys.platform == 'linux':
-    cores = ','.join(map(str, command.cores))
-    shim = [sys.executable, '-I', '-S', '-c', _SHIM]
-    words = [*shim, str(os.getpid()), cores, *words]
+  if sys.platform != 'linux':
+    return words
+  cores = ','.join(map(str, command.cores))
+  shim = [sys.executable, '-I', '-S', '-c', _SHIM]
+  return [*shim, str(os.getpid()), str(int(number)), cores, *words]
+
+
+def _start(command: Command) -> subprocess.Popen:
   return subprocess.Popen(
-    words,
+    bound_words(command, signal.SIGKILL),
     stdin=subprocess.DEVNULL,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
