@@ -1,6 +1,6 @@
 """Routing of a text: the experts and the weights of each token, by layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -43,6 +43,52 @@ class Trace(NamedTuple):
   experts: Int[np.ndarray, 'layers tokens k']
   weights: Float[np.ndarray, 'layers tokens k']
   computed: Bool[np.ndarray, 'layers tokens k']
+
+  @property
+  def windows(self) -> Int[np.ndarray, ' tokens']:
+    """Returns the number of each token's window, from 0 on."""
+    return np.cumsum(self.positions == 0) - 1
+
+  def of_layers(self, indices: Sequence[int]) -> 'Trace':
+    """Returns the trace of some layers.
+
+    Args:
+      indices: Indices into `layers`.
+    """
+    i = list(indices)
+    return self._replace(
+      layers=tuple(self.layers[j] for j in i),
+      experts=self.experts[i],
+      weights=self.weights[i],
+      computed=self.computed[i],
+    )
+
+
+def join(traces: Sequence[Trace]) -> Trace:
+  """Returns the trace of several texts, one after the other.
+
+  Args:
+    traces: Traces of one model.
+  """
+  first = traces[0]
+  experts, weights, computed = (
+    _joined([list(getattr(t, name)) for t in traces], empty)
+    for name, empty in _empty(first.num_experts).items()
+  )
+  return Trace(
+    np.concatenate([t.tokens for t in traces]),
+    np.concatenate([t.positions for t in traces]),
+    first.layers,
+    first.num_experts,
+    experts,
+    weights,
+    computed,
+  )
+
+
+def _empty(num_experts: int) -> dict[str, Any]:
+  """Returns the value of an empty choice in each array of a trace."""
+  return {'experts': num_experts, 'weights': 0.0, 'computed': False}
 
 
 def trace(
@@ -99,7 +145,7 @@ def trace(
     )
   experts, weights, computed = (
     _joined([[layer[i] for layer in batch] for batch in batches], empty)
-    for i, empty in enumerate((num_experts, 0.0, False))
+    for i, empty in enumerate(_empty(num_experts).values())
   )
   positions = np.arange(len(tokens), dtype=np.int32) % block_size
   return Trace(
@@ -145,7 +191,7 @@ def _apply(
     mutable=['intermediates'],
   )
   (_, aux, _), variables = output
-  sown = flatten_dict(variables.get('intermediates', {}))
+  sown: Any = flatten_dict(variables.get('intermediates', {}))
   found = {path: x[0] for path, x in sown.items() if path[-1] == CHOICES}
   return aux and aux.load, found
 
