@@ -9,7 +9,7 @@ from nanomoe.inspection.trace import Trace
 
 NUM_CONTEXTS = 5  # Contexts of an expert.
 RADIUS = 24  # Characters on each side of a token.
-_SAME = 6  # Characters before a token by which two contexts are equal.
+_SAME = 2  # Characters before a token by which two contexts are equal.
 
 
 class Context(NamedTuple):

@@ -77,15 +77,16 @@ function inspectable(container, cells, columns, describe, detail) {
 }
 const detailLine = hint => h('p', {class: 'detail', 'aria-live': 'polite'}, hint);
 
-// Color of a lift: red above 1, blue below, full at a factor of 8.
+// Color of a lift: orange above 1, blue below, full at the factor FULL.
+const FULL = about.num_experts > 8 ? 16 : about.num_experts > 4 ? 8 : 4;
 function color(lift) {
   if (lift === null) return 'transparent';
-  const x = Math.max(-3, Math.min(3, Math.log2(Math.max(lift, .125)))) / 3;
-  return `rgb(var(--${x > 0 ? 'more' : 'less'}) / ${(0.78 * Math.abs(x)).toFixed(3)})`;
+  const x = Math.log2(Math.max(1 / FULL, Math.min(FULL, lift))) / Math.log2(FULL);
+  return `rgb(var(--${x > 0 ? 'more' : 'less'}) / ${((x > 0 ? .8 : .45) * Math.abs(x)).toFixed(3)})`;
 }
 const shownLift = x => x === null ? '–' : x >= 9.95 ? x.toFixed(0) : x.toFixed(1);
-const scale = () => h('div', {class: 'scale'}, '⅛ of chance',
-  h('span', {class: 'ramp'}), '8 times chance');
+const scale = () => h('div', {class: 'scale'}, `1/${FULL} of chance or less`,
+  h('span', {class: 'ramp'}), `${FULL} times chance or more`);
 
 // A table of lifts, with a row for each label and a column for each expert.
 function heat({corner, rows, columns, lift, weak, describe, mono}) {
@@ -226,7 +227,7 @@ function lifts(kind) {
   const range = (low, high) => low === null ? 'unknown' : `${low.toFixed(2)} to ${high.toFixed(2)}`;
   return [source(f),
     h('p', null, `Mutual information ${f.information[l].toFixed(3)} bits; ` +
-      `${f.null_information[l].toFixed(3)} bits after permutation of the labels (p ${f.p_value[l] <= 1.001 / (f.num_permutations + 1) ? '≤' : '='} ${f.p_value[l].toFixed(3)}).`),
+      `${f.null_information[l].toFixed(3)} bits after permutation of the labels (p ${f.p_value[l] * (f.num_permutations + 1) < 1.5 ? '≤' : '='} ${f.p_value[l].toFixed(3)}).`),
     scale(),
     ...heat({
       corner: `${KINDS[kind]} \\ expert`, rows: names, columns: experts(), mono: kind === 'token',
@@ -268,6 +269,11 @@ function predictability() {
   return [source(f),
     h('p', null, `Accuracy on ${plural(f.num_held_out, 'held-out token')}. The mark is the accuracy of the most frequent expert, ${percent(f.base[l], 1)}.`),
     meter(rows.filter(([, x]) => x[l] !== null).map(([name, x]) => [name, x[l], f.base[l]])),
+    h('h3', null, 'All layers'),
+    h('div', {class: 'scroll', tabindex: 0, role: 'group', 'aria-label': 'All layers'}, h('table', null,
+      h('thead', null, h('tr', null, ['Layer', 'Most frequent', ...rows.map(([name]) => name)].map(x => h('th', {scope: 'col'}, x)))),
+      h('tbody', null, some.layers.map((layer, i) => h('tr', null, h('th', {scope: 'row'}, String(layer)),
+        [f.base, ...rows.map(([, x]) => x)].map(x => h('td', null, percent(x[i], 1)))))))),
   ];
 }
 

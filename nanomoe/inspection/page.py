@@ -19,7 +19,7 @@ def html(values: dict[str, Any]) -> str:
     '/* STYLE */': _asset('page.css'),
     '/* SCRIPT */': _asset('page.js'),
     # "<" could end the element that holds the JSON.
-    'DATA': to_json(values).replace('<', '\\u003c'),
+    '@DATA@': to_json(values).replace('<', '\\u003c'),
   }
   page = _asset('page.html')
   for place, text in parts.items():
