@@ -12,7 +12,6 @@ from nanomoe.config import home, overrides, validation
 from nanomoe.config.schema import Field
 from nanomoe.data import corpus
 from nanomoe.run import backend, cli, history, terminal, trusted_imports
-from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 from trainers.files import jsonable, to_json, write_atomically
 
@@ -22,10 +21,10 @@ log = logging.getLogger(__name__)
 _USAGE = """
 python -m nanomoe.routing --workdir=DIR
 
-Writes an HTML page about the experts that tokens choose, which needs no network,
-and the same figures as JSON: DIR/routing.html and DIR/routing.json. The text is
-the validation split of the run, or other texts (--text=FILE). With several
-texts, the page compares them.
+Writes an HTML page about the experts that tokens choose, which needs no
+network, and the same figures as JSON: DIR/routing.html and DIR/routing.json.
+The text is the validation split of the run, or other texts (--text=FILE). The
+page compares several texts.
 """
 _NUM_TOKENS = Field(int, 'Largest number of tokens of each text', 1, 1 << 20)
 MAX_TEXTS = 20
@@ -41,7 +40,8 @@ _TEXT = flags.DEFINE_multi_string(
 _OUT = flags.DEFINE_string(
   'out',
   None,
-  'Path of the page, which ends in .html. Default: routing.html in the workdir.',
+  'Path of the page, which ends in .html. Default: routing.html in the '
+  'workdir.',
   flag_values=_FLAGS,
 )
 _NUM_TOKENS_FLAG = flags.DEFINE_string(

@@ -1,5 +1,6 @@
 """Co-activation: experts of one token, and first choices of two layers."""
 
+import itertools
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
@@ -67,7 +68,7 @@ def across_layers(trace: Trace) -> Pairs:
   num_experts = trace.num_experts
   first = trace.experts[:, :, 0].astype(np.int64)
   counts = np.zeros((len(first) - 1, num_experts, num_experts), np.int64)
-  for i, (before, after) in enumerate(zip(first[:-1], first[1:], strict=True)):
+  for i, (before, after) in enumerate(itertools.pairwise(first)):
     both = (before < num_experts) & (after < num_experts)
     pair = before[both] * num_experts + after[both]
     counts[i] = np.bincount(pair, minlength=num_experts**2).reshape(

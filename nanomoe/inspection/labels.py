@@ -1,7 +1,7 @@
 """Labels of tokens: the token itself, its class, position, speaker or text."""
 
-from collections.abc import Callable, Sequence
 import codecs
+from collections.abc import Callable, Sequence
 import re
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ def of_positions(positions: Int[np.ndarray, ' tokens']) -> Labels:
   ids = np.array([int(p).bit_length() for p in range(positions.max() + 1)])
   starts = [0, *(1 << i for i in range(ids.max()))]
   names = [
-    str(start) if start < 2 else f'{start}–{2 * start - 1}' for start in starts
+    str(start) if start < 2 else f'{start}-{2 * start - 1}' for start in starts
   ]
   return Labels(names, ids[positions], np.arange(len(positions)))
 
@@ -118,8 +118,8 @@ def of_speakers(
   """Returns the speaker of each token as its label.
 
   A line after an empty one that consists of a capitalized name and a colon
-  begins a speech, which does not leave its text. The tokens of that line have no
-  label.
+  begins a speech, which does not leave its text. The tokens of that line have
+  no label.
 
   Args:
     text_pieces: Characters of each token.

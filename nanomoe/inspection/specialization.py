@@ -57,7 +57,7 @@ def specialization(
     labels: Labels of the tokens.
     seed: Random seed of permutations and resamples.
   """
-  layers = [_of_layer(experts, trace, labels, seed) for experts in trace.experts]
+  layers = [_of_layer(x, trace, labels, seed) for x in trace.experts]
   return Specialization(*map(np.stack, zip(*layers, strict=True)))
 
 
