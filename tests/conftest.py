@@ -53,6 +53,7 @@ INNER = {
     'event_files',
     'heads',
     'history',
+    'inspection',
     'hlo',
     'language',
     'losses',

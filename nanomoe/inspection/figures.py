@@ -21,6 +21,7 @@ from nanomoe.run.history import Series
 # Limits of a figure keep the page below 5 MB, whatever the model.
 MAX_LAYERS = 12
 MAX_EXPERTS = 64  # Of a layer: those with the highest loads.
+MAX_ROWS = 512  # Experts of all layers together.
 MAX_TOKENS = 4096  # Of the colored text.
 MAX_CHOICES = 4  # Of a token in the colored text.
 MAX_COLUMNS = 64  # Of the loads over time.
@@ -61,7 +62,9 @@ def make(
     loads: Recorded loads of training, `[records, layers, experts]`; None if the
       run has no records.
   """
-  indices = _spread(len(trace.layers), MAX_LAYERS)
+  num_rows = min(trace.num_experts, MAX_EXPERTS)
+  num_layers = min(MAX_LAYERS, MAX_ROWS // num_rows)
+  indices = _spread(len(trace.layers), num_layers)
   shown = trace.of_layers(indices)
   experts = [_most_loaded(x, trace.num_experts) for x in shown.experts]
   common = {

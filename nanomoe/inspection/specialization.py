@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 import numpy as np
 
 from nanomoe.inspection.labels import Labels
@@ -62,7 +62,7 @@ def specialization(
 
 
 def lift_of(
-  counts: Float[np.ndarray, '*batch experts labels'],
+  counts: Real[np.ndarray, '*batch experts labels'],
 ) -> Float[np.ndarray, '*batch experts labels']:
   """Returns `P(expert | label) / P(expert)`, NaN where it is undefined."""
   counts = np.asarray(counts, float)
@@ -79,7 +79,7 @@ def lift_of(
 
 
 def information_of(
-  counts: Float[np.ndarray, '*batch experts labels'],
+  counts: Real[np.ndarray, '*batch experts labels'],
 ) -> Float[np.ndarray, '*batch']:
   """Returns the mutual information of expert and label, in bits."""
   total = counts.sum(axis=(-1, -2), keepdims=True).clip(1)
@@ -90,7 +90,8 @@ def information_of(
 
 def _of_layer(
   experts: Int[np.ndarray, 'tokens k'], trace: Trace, labels: Labels, seed: int
-) -> Specialization:
+) -> tuple[np.ndarray, ...]:
+  """Returns the arrays of a `Specialization`, of one layer."""
   is_choice = (experts < trace.num_experts) & (labels.ids[:, None] >= 0)
   token, _ = np.nonzero(is_choice)  # Token of each choice.
   cell = experts[is_choice].astype(np.int64) * len(labels.names)
@@ -120,14 +121,14 @@ def _of_layer(
     resampled = (drawn @ of_group.astype(float)).reshape(-1, *shape)
   else:  # The windows' variation is unknown.
     resampled = np.zeros((1, *shape))
-  return Specialization(
+  return (
     counts,
     lift_of(counts),
     *_ends(lift_of(resampled)),
     *_ends(lift_of(null)),
     information,
-    null_information.mean(),
-    np.asarray((1 + extreme) / (1 + len(null))),
+    np.asarray(null_information.mean()),
+    np.asarray((1 + extreme) / (1 + len(null)), float),
   )
 
 
