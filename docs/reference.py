@@ -32,6 +32,7 @@ COMMANDS = (
   'nanomoe.launch',
   'nanomoe.evaluate',
   'nanomoe.generate',
+  'nanomoe.routing',
   'nanomoe.plan',
 )
 PACKAGES = ('nanomoe', 'trainers')

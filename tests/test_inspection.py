@@ -317,8 +317,8 @@ def test_every_figure_states_layers_split_and_tokens(rng, trace):
     assert 'num_tokens' in figure
   assert made['specialization_text']['labels'] == ['a', 'b']
   assert made['loads']['without_expert'] == [
-    round(sum(not choices(trace, l, t) for t in range(TOKENS)) / TOKENS, 4)
-    for l in range(LAYERS)
+    round(sum(not choices(trace, i, t) for t in range(TOKENS)) / TOKENS, 4)
+    for i in range(LAYERS)
   ]
 
 

@@ -111,7 +111,7 @@ def test_a_damaged_record_is_named(trained, tmp_path):
   for path in ('config.json', 'vocabulary.json'):
     shutil.copy(trained[0] / path, tmp_path)
   (tmp_path / 'metrics.jsonl').write_text('nonsense\n')
-  with pytest.raises(UserError, match='metrics.jsonl, line 1'):
+  with pytest.raises(UserError, match=r'metrics\.jsonl, line 1'):
     routing.routing(tmp_path)
 
 
