@@ -33,9 +33,9 @@ def build(tiny):
 
 
 def _trace(built, **arguments):
-  _, *rest = built
+  _, task, params, state = built
   arguments = {'block_size': BLOCK, 'batch_size': 2, **arguments}
-  return trace_lib.trace(*rest, TOKENS, **arguments)
+  return trace_lib.trace(task, params, state, TOKENS, **arguments)
 
 
 def _reports(built):
@@ -87,7 +87,13 @@ def test_trace_has_the_choices_that_the_model_reports(build, router):
     assert (np.diff(found.weights, axis=-1) <= 0).all()
 
 
-@pytest.mark.parametrize('dispatch', DISPATCH)
+@pytest.mark.parametrize(
+  'dispatch',
+  [
+    name if name == 'capacity' else pytest.param(name, marks=pytest.mark.slow)
+    for name in DISPATCH
+  ],
+)
 def test_every_dispatch_gives_the_same_trace_and_drops_what_it_reports(
   build, dispatch
 ):
@@ -109,8 +115,12 @@ def test_every_dispatch_gives_the_same_trace_and_drops_what_it_reports(
 @pytest.mark.parametrize(
   'changes',
   [
-    {'model.num_layers': 5, 'moe.first_dense_layers': 1, 'moe.every': 2},
-    {'model.num_layers': 4, 'moe.num_shared': 1},
+    {
+      'model.num_layers': 5,
+      'moe.first_dense_layers': 1,
+      'moe.every': 2,
+      'moe.num_shared': 1,
+    },
   ],
 )
 def test_scanned_layers_are_traced_as_unrolled_ones(build, changes):

@@ -119,8 +119,9 @@ def pair_lift(
 
 def _experts(values: Float[np.ndarray, 'layers experts columns']) -> list[str]:
   """Returns the names of the rows of `draw(values)`."""
-  shape = values.shape[:2]
-  return axes.experts(*shape, heatmap.some_layers(*shape))
+  num_layers, num_experts, _ = values.shape
+  every = heatmap.some_layers(num_layers, num_experts)
+  return axes.experts(num_layers, num_experts, every)
 
 
 def draw(

@@ -135,9 +135,10 @@ function loads() {
     h('p', null,
       `${plural(f.num_choices[l], 'choice')}; ${percent(f.without_expert[l], 1)} of the tokens have no expert; ` +
       `${percent(f.dropped[l], 1)} of the choices were dropped.`),
-    meter(experts().map((e, i) => [
-      h('span', {class: 'name'}, swatch(e), `Expert ${e}`), f.share[l][i], fair, hue(e),
-    ]), Math.max(...f.share[l], 2 * fair)),
+    h('div', {class: 'long', tabindex: experts().length > 12 ? 0 : null},
+      meter(experts().map((e, i) => [
+        h('span', {class: 'name'}, swatch(e), `Expert ${e}`), f.share[l][i], fair, hue(e),
+      ]), Math.max(...f.share[l], 2 * fair))),
   ];
 }
 
@@ -349,7 +350,7 @@ document.body.append(
     h('p', {class: 'facts'}, `${about.workdir}, step ${count(about.step)}${about.is_running ? ' (in progress)' : ''}: ` +
       `router ${about.router}, ${about.num_experts} experts, top ${about.top_k}, ${plural(about.layers.length, 'layer')} of experts, tokenizer ${about.tokenizer}.`),
     h('p', {class: 'soft facts'}, `Text: ${texts}, in windows of ${about.block_size}.`),
-    hidden ? h('p', {class: 'soft'}, `Shown are layers ${some.layers.join(', ')} of ${about.layers.join(', ')}.`) : null,
+    hidden ? h('p', {class: 'soft'}, `Shown are ${some.layers.length} of the ${about.layers.length} layers of experts: ${some.layers.join(', ')}.`) : null,
     cut ? h('p', {class: 'soft'}, `Shown are the ${some.experts[0].length} experts of each layer with the highest loads.`) : null),
   h('div', {class: 'bar'}, h('div', null,
     h('label', {for: 'layer'}, 'Layer', select),

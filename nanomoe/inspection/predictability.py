@@ -56,7 +56,9 @@ def predictability(trace: Trace) -> Predictability:
       for x in features
     ]
     rows.append([*found, *[np.nan] * (4 - len(found))])
-  return Predictability(*np.array(rows).T, int(np.count_nonzero(~is_counted)))
+  base, token, position, previous = np.array(rows).T
+  num_held_out = int(np.count_nonzero(~is_counted))
+  return Predictability(base, token, position, previous, num_held_out)
 
 
 def accuracy(
