@@ -23,10 +23,12 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, 43).astype(np.int32)
 def build(tiny):
   """build(changes) -> config, task, params and model_state."""
 
-  def make(changes):
+  def make(changes, is_abstract=False):
     config = resolve_auto(tiny({'block_size': BLOCK, **changes}))
     task = task_lib.build_task(config, VOCAB)
     batch = {'inputs': np.zeros((1, BLOCK), np.int32)}
+    if is_abstract:  # Nothing is compiled.
+      return config, task, *jax.eval_shape(task.init, keys.make(0), batch)
     return config, task, *task.init(keys.make(0), batch)
 
   return make
@@ -48,7 +50,17 @@ def _reports(built):
     yield mask.ravel(), run(batch)
 
 
-@pytest.mark.parametrize('router', ROUTERS)
+def _mostly_slow(names, *quick):
+  """Returns parameters, of which all but `quick` are slow."""
+  return [
+    name if name in quick else pytest.param(name, marks=pytest.mark.slow)
+    for name in names
+  ]
+
+
+@pytest.mark.parametrize(
+  'router', _mostly_slow(ROUTERS, 'TopK', 'ExpertChoice')
+)
 def test_trace_has_the_choices_that_the_model_reports(build, router):
   """Loads, first choices and tokens agree with the aux of the model."""
   built = build({'moe.router.type': router, 'moe.top_k': 2})
@@ -87,13 +99,7 @@ def test_trace_has_the_choices_that_the_model_reports(build, router):
     assert (np.diff(found.weights, axis=-1) <= 0).all()
 
 
-@pytest.mark.parametrize(
-  'dispatch',
-  [
-    name if name == 'capacity' else pytest.param(name, marks=pytest.mark.slow)
-    for name in DISPATCH
-  ],
-)
+@pytest.mark.parametrize('dispatch', _mostly_slow(DISPATCH, 'capacity'))
 def test_every_dispatch_gives_the_same_trace_and_drops_what_it_reports(
   build, dispatch
 ):
@@ -141,16 +147,16 @@ def test_training_is_the_same_program_with_and_without_the_hook(
   build, scan, monkeypatch
 ):
   """The jaxprs of loss and gradient are equal, text by text."""
-  _, task, params, state = build({'model.scan_layers': scan})
+  _, task, params, state = build({'model.scan_layers': scan}, is_abstract=True)
   ones = np.ones((2, BLOCK), np.float32)
   ids = jnp.zeros((2, BLOCK), jnp.int32)
   batch = {'inputs': ids, 'targets': ids, 'weights': ones}
 
   def program():
-    def loss(params):
+    def loss(params, state):
       return task.loss(params, state, batch, keys.make(0), train=True)[0].sum
 
-    return str(jax.make_jaxpr(jax.grad(loss))(params))
+    return str(jax.make_jaxpr(jax.grad(loss))(params, state))
 
   with_hook = program()
   monkeypatch.setattr(MoE, 'sow', lambda *_: pytest.fail('no') or False)
