@@ -33,6 +33,7 @@ COMMANDS = (
   'nanomoe.sweep',
   'nanomoe.evaluate',
   'nanomoe.generate',
+  'nanomoe.routing',
   'nanomoe.plan',
   'nanomoe.compare',
 )

@@ -51,6 +51,9 @@ COMMANDS = {
   'generate': Command(
     'nanomoe.generate', 'Prints text that a checkpoint generates.'
   ),
+  'routing': Command(
+    'nanomoe.routing', 'Writes a page about the experts that tokens choose.'
+  ),
   'plan': Command(
     'nanomoe.plan', 'Prints the memory, the work and the time of a run.'
   ),

@@ -54,6 +54,7 @@ INNER = {
     'event_files',
     'heads',
     'history',
+    'inspection',
     'hlo',
     'language',
     'losses',

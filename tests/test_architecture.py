@@ -50,12 +50,13 @@ ARROWS = {
   'portable': ('task', 'sampling', 'model', 'data', 'run', 'config'),
   'comparison': ('planning', 'data', 'run', 'config'),
   'sweeps': ('data', 'run', 'config'),
+  'inspection': ('task', 'model', 'moe', 'data', 'run', 'config'),
   'callbacks': ('task', 'sampling', 'model', 'moe', 'ops', 'data', 'run'),
 }
 # They may import every room; no room imports them.
 DOORS = (
   *('__main__', 'console', 'main', 'launch', 'evaluate', 'generate', 'plan'),
-  *('export', 'import_hf', 'compare', 'sweep'),
+  *('export', 'import_hf', 'compare', 'sweep', 'routing'),
   'experiment',
 )
 MAX_ENTRIES = 20  # In a folder, beside the doors.

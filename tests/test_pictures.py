@@ -10,6 +10,7 @@ from nanomoe.callbacks import (
   CoActivation,
   LoadHistory,
   Specialization,
+  axes,
   specialization,
 )
 from nanomoe.callbacks.heatmap import colored
@@ -28,6 +29,41 @@ class Loop(types.SimpleNamespace):
 
   def write_texts(self, step, texts):
     self.texts.update(texts)
+
+
+def plot(labeled, shape):
+  """Returns the heat map of a labeled picture; the margins have ink."""
+  height, width = shape[:2]
+  assert labeled.shape[0] > height and labeled.shape[1] > width
+  margin = labeled[:-height], labeled[-height:, :-width]
+  assert all((part < 128).any() for part in margin)
+  return labeled[-height:, -width:]
+
+
+def test_labels_are_beside_their_rows_and_above_their_columns():
+  """Each label has the ink of its text at the middle of its cell."""
+  image = np.full((60, 90, 3), 200, np.uint8)
+  labeled = axes.labeled(image, 'title', ['a', 'wide b', 'c'], ['x', 'y', 'z'])
+  assert (labeled[-60:, -90:] == 200).all()
+  left, top = labeled.shape[1] - 90, labeled.shape[0] - 60
+  for i, text in enumerate(['a', 'wide b', 'c']):
+    ink = axes._line(text)
+    y = top + int(20 * i + 10 - ink.shape[0] / 2)
+    found = labeled[y : y + ink.shape[0], : left - axes.GAP, 0]
+    np.testing.assert_array_equal(found[:, -ink.shape[1] :], ink)
+  for i, text in enumerate('xyz'):
+    ink = axes._line(text)
+    x = left + int(30 * i + 15 - ink.shape[1] / 2)
+    found = labeled[top - axes.GAP - len(ink) : top - axes.GAP, x:, 0]
+    np.testing.assert_array_equal(found[:, : ink.shape[1]], ink)
+
+
+def test_labels_that_overlap_are_left_out_and_wide_ones_are_rotated():
+  image = np.zeros((8, 50, 3), np.uint8)
+  many = [f'expert {i}' for i in range(100)]
+  labeled = axes.labeled(image, 'a', many, ['long label', 'ü 漢'])
+  assert labeled.shape[0] > 8 + len('long label') * 5
+  assert labeled.shape[0] < 200 and labeled.shape[1] < 150
 
 
 def test_colors_are_of_what_is_relative():
@@ -53,7 +89,8 @@ def test_time_goes_to_the_right_in_proportion_to_steps():
   log(history, loop, 30, [[0.0, 1.0], [0.5, 0.5]])
   log(history, loop, 40, [[1.0, 0.0], [0.5, 0.5]])
   history.on_eval_end(loop, 'val', {})
-  image = loop.images['train/load_history']
+  labeled = loop.images['train/load_history']
+  image = plot(labeled, history.draw().shape)
   height, width = len(image) // 4, 512
   first = image[height // 2]
   expected = colored(np.array([[0.0, 2.0]]))[0]
@@ -124,7 +161,9 @@ def test_an_expert_s_tokens_are_named_and_red():
     "    layer 0, expert 0, 50.0%: 'a' 2.0",
     "    layer 0, expert 1, 50.0%: 'b' 2.0",
   ]
-  image = loop.images['val/specialization']
+  lifts = specialization.lift(counts, np.array([[[0.5], [0.5]]]))
+  shape = specialization.draw(lifts).shape
+  image = plot(loop.images['val/specialization'], shape)
   height, width = len(image) // 2, image.shape[1] // 4
   wanted = colored(np.array([[2, 0, 1, np.nan], [0, 2, 1, np.nan]]))
   cells = image[height // 3 :: height, width // 2 :: width]
@@ -137,7 +176,8 @@ def test_pairs_are_relative_to_chance():
   counts = np.stack([np.zeros((2, 2)), np.diag([30, 10]), np.ones((2, 2))])
   metrics = {'val/first_choices': counts.tolist()}
   CoActivation().on_eval_end(loop, 'val', metrics)
-  image = loop.images['val/co_activation']
+  shape = specialization.draw(counts[1:]).shape
+  image = plot(loop.images['val/co_activation'], shape)
   height, width = len(image) // 4, image.shape[1] // 2
   cells = image[height // 3 :: height, width // 2 :: width]
   # 30 of 40 are a share of 3/4: 4/3 of it, where all are.

@@ -25,7 +25,7 @@ from tests.shrunk import TINY
 def test_the_words_of_a_run_are_its_config(tmp_path):
   changes = {'moe.top_k': 1, 'moe.router.type': 'Softmax', 'data.path': ''}
   run = Run('configs/quick.py', changes, seed=7)
-  rest, overrides = config_lib.split_arguments(run.job('a').words(tmp_path)[2:])
+  rest, overrides = config_lib.split_arguments(run.job('a', tmp_path).words(tmp_path)[2:])
   assert rest[1:] == [
     '-q',
     '--config=configs/quick.py',
@@ -53,7 +53,7 @@ def test_figures_of_a_run_are_those_it_logged(tmp_path):
   for name, status in (('done', 'done'), ('half', 'interrupted')):
     directory = tmp_path / name
     directory.mkdir()
-    config = json.dumps(run.job(name).load().to_dict())
+    config = json.dumps(run.job(name, tmp_path).load().to_dict())
     (directory / 'config.json').write_text(config)
     (directory / 'metrics.jsonl').write_text(
       '\n'.join(map(json.dumps, metrics))

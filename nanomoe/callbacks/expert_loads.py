@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float, UInt8
 import numpy as np
 
-from nanomoe.callbacks import heatmap
+from nanomoe.callbacks import axes, heatmap
 from trainers.callbacks import Callback
 
 
@@ -27,7 +27,13 @@ class ExpertLoads(Callback):
 
   def _draw(self, loop, split: str, metrics: dict[str, Any]) -> None:
     name = f'{split}/expert_load'
-    image = draw(np.asarray(metrics[name]))
+    load = np.asarray(metrics[name])
+    image = axes.labeled(
+      draw(load),
+      f'step {loop.step}: layers by experts; white is a balanced load',
+      [f'layer {i}' for i in range(load.shape[0])],
+      [f'expert {e}' for e in range(load.shape[1])],
+    )
     loop.writer.write_images(loop.step, {name: image})
 
 
@@ -62,17 +68,18 @@ class LoadHistory(Callback):
 
   MAX_COLUMNS = 128
   WIDTH = 512  # Pixels.
+  NUM_STEPS = 6  # Labels of the axis of time.
   EVEN = 127  # Level of a balanced load; the highest level is twice that.
 
   def __init__(self):
     self.ends: list[int] = []  # The last step of each column.
     self.levels = np.zeros((0, 0), np.uint8)  # [columns, experts].
-    self._num_experts = 1
+    self._num_layers = self._num_experts = 1
 
   def on_log(self, loop, metrics):
     """Adds the loads since the last log as a column."""
     load = np.asarray(metrics['train/expert_load'])
-    self._num_experts = load.shape[1]
+    self._num_layers, self._num_experts = load.shape
     load = load[heatmap.some_layers(*load.shape)]
     level = np.clip(np.nan_to_num(relative(load)), 0, 2) * self.EVEN
     self._add(loop.step, level.round().astype(np.uint8).reshape(1, -1))
@@ -93,7 +100,15 @@ class LoadHistory(Callback):
   def on_eval_end(self, loop, split, metrics):
     """Draws the history, if there is one."""
     if self.ends:
-      loop.writer.write_images(loop.step, {'train/load_history': self.draw()})
+      shape = self._num_layers, self._num_experts
+      parts = (np.arange(self.NUM_STEPS) + 0.5) / self.NUM_STEPS
+      image = axes.labeled(
+        self.draw(),
+        f'step {loop.step}: experts by steps; white is a balanced load',
+        axes.experts(*shape, heatmap.some_layers(*shape)),
+        [f'step {step:.0f}' for step in parts * self.ends[-1]],
+      )
+      loop.writer.write_images(loop.step, {'train/load_history': image})
 
   def draw(self) -> heatmap.Image:
     """Returns the history as a heat map; columns are as wide as their steps."""
@@ -109,6 +124,7 @@ class LoadHistory(Callback):
       return {}
     return {
       'ends': self.ends,
+      'num_layers': self._num_layers,
       'num_experts': self._num_experts,
       'levels': base64.b64encode(self.levels.tobytes()).decode(),
     }
@@ -118,3 +134,6 @@ class LoadHistory(Callback):
     self.ends, self._num_experts = state['ends'], state['num_experts']
     levels = np.frombuffer(base64.b64decode(state['levels']), np.uint8)
     self.levels = levels.reshape(len(self.ends), -1)
+    # Checkpoints of older versions lack it; few models have layers left out.
+    num_layers = self.levels.shape[1] // self._num_experts
+    self._num_layers = state.get('num_layers', num_layers)

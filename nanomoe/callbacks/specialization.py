@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 import numpy as np
 
-from nanomoe.callbacks import heatmap
+from nanomoe.callbacks import axes, heatmap
 from trainers.callbacks import Callback
 
 
@@ -32,7 +32,13 @@ class Specialization(Callback):
     share = np.asarray(metrics[f'{split}/expert_load'])
     token_lift = lift(counts, share[..., None])
     name = f'{split}/specialization'
-    loop.writer.write_images(loop.step, {name: draw(token_lift)})
+    image = axes.labeled(
+      draw(token_lift),
+      f'step {loop.step}: experts by tokens; white is lift 1, red 2 or more',
+      _experts(token_lift),
+      self.names,
+    )
+    loop.writer.write_images(loop.step, {name: image})
     text = self._text(counts, share, token_lift)
     loop.writer.write_texts(loop.step, {f'{name}/tokens': text})
 
@@ -72,7 +78,13 @@ class CoActivation(Callback):
     """Draws the split's pairs of first choices."""
     counts = np.asarray(metrics.get(f'{split}/first_choices', []))
     if len(counts) > 1:
-      image = draw(pair_lift(counts[1:]))
+      image = axes.labeled(
+        draw(pair_lift(counts[1:])),
+        f'step {loop.step}: experts by those of the next layer; white is lift '
+        '1, red 2 or more',
+        _experts(counts[:-1]),
+        [f'expert {e}' for e in range(counts.shape[2])],
+      )
       loop.writer.write_images(loop.step, {f'{split}/co_activation': image})
 
 
@@ -103,6 +115,13 @@ def pair_lift(
   share = counts.sum(axis=1) / counts.sum(axis=(1, 2))[:, None].clip(1)
   by_column = lift(counts.swapaxes(1, 2), share[..., None])
   return by_column.swapaxes(1, 2)
+
+
+def _experts(values: Float[np.ndarray, 'layers experts columns']) -> list[str]:
+  """Returns the names of the rows of `draw(values)`."""
+  num_layers, num_experts, _ = values.shape
+  every = heatmap.some_layers(num_layers, num_experts)
+  return axes.experts(num_layers, num_experts, every)
 
 
 def draw(

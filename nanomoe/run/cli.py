@@ -79,11 +79,13 @@ def define_workdir(values: flags.FlagValues) -> flags.FlagHolder:
   )
 
 
-def define_step(values: flags.FlagValues) -> flags.FlagHolder:
+def define_step(
+  values: flags.FlagValues, default: str = 'best'
+) -> flags.FlagHolder:
   """Defines --step of a command that reads a checkpoint."""
   return flags.DEFINE_string(
     'step',
-    'best',
+    default,
     'Step of the checkpoint: a number, best or latest.',
     flag_values=values,
   )
