@@ -5,7 +5,7 @@ mistakes at once, one line each, and accepts the arguments of a spec.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import importlib.util
 import inspect
@@ -107,7 +107,7 @@ def load_file(path: str) -> Config:
         raise UserError(
           f'--config={path}: get_config() must return a ConfigDict'
         )
-      return schema.make(older.rename(_plain(config)))
+      return plain(config)
   except UserError:
     raise
   except (Exception, SystemExit) as error:  # The file can raise anything.
@@ -164,6 +164,25 @@ def _importable(name: str, module: types.ModuleType, directory: pathlib.Path):
       sys.path.pop()
 
 
+def plain(config: ConfigDict) -> Config:
+  """Returns a config without references, with today's names of values."""
+  return schema.make(older.rename(_plain(config)))
+
+
+def from_values(values: Mapping[str, Any]) -> list[Override]:
+  """Returns overrides, given Python values.
+
+  Args:
+    values: Values by dotted key; sections may be nested.
+  """
+  overrides = []
+  for key, value in schema.flatten(_plain(values)):
+    # The text '5' of an argument would otherwise be read as a number.
+    is_argument = key not in schema.FIELDS and not key.endswith('.type')
+    overrides.append((key, repr(value) if is_argument else str(value)))
+  return overrides
+
+
 def _plain(value: Any) -> Any:
   """Returns a value with references resolved and sequences as lists, for JSON.
 
@@ -178,9 +197,13 @@ def _plain(value: Any) -> Any:
   if isinstance(value, ConfigDict):
     items = value.iteritems(preserve_field_references=True)
     return {k: _plain(v) for k, v in items}
+  if isinstance(value, Mapping):
+    return {str(k): _plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
     return [_plain(v) for v in value]
-  return value
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  return value.tolist() if hasattr(value, 'tolist') else value
 
 
 def apply(config: Config, overrides: list[Override]) -> Config:
