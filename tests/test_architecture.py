@@ -48,6 +48,7 @@ ARROWS = {
     *('task', 'optimizers', 'model', 'moe', 'ops', 'data', 'run', 'config'),
   ),
   'portable': ('task', 'sampling', 'model', 'data', 'run', 'config'),
+  'inspection': ('task', 'model', 'moe', 'data', 'run', 'config'),
   'callbacks': ('task', 'sampling', 'model', 'moe', 'ops', 'data', 'run'),
 }
 # They may import every room; no room imports them.

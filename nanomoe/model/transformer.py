@@ -296,7 +296,7 @@ class Transformer(nn.Module):
       in_axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
       scan = nn.scan(
         functools.partial(Period.__call__, train=train),
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True, 'routing': True},
         in_axes=in_axes,
         length=(len(self.blocks) - len(unrolled)) // self.period,

@@ -13,6 +13,9 @@ from nanomoe.moe.losses import Shares
 from nanomoe.moe.routing import RouterInputs, Routing
 from trainers.metrics import Mean
 
+# Name of the choices of a layer in the collection 'intermediates' of Flax.
+CHOICES = 'choices'
+
 
 class MoEAux(NamedTuple):
   """Report of a layer on its routing.
@@ -30,6 +33,20 @@ class MoEAux(NamedTuple):
   losses: Mapping[str, Mean | Shares]
   metrics: Mapping[str, Mean]
   expert: Int[Array, 'rows k']
+  token: Int[Array, ' rows'] | None
+
+
+class Choices(NamedTuple):
+  """Experts and weights of each row, which `MoE` sows for the inspection.
+
+  Attributes:
+    expert: Experts of each row, as in `Routing`.
+    weight: Weights of these experts, as in `Routing`.
+    token: Token of each row, as in `Routing`.
+  """
+
+  expert: Int[Array, 'rows k']
+  weight: Float[Array, 'rows k']
   token: Int[Array, ' rows'] | None
 
 
@@ -70,6 +87,12 @@ class MoE(nn.Module):
     """
     # Route: the experts of each token, with their weights.
     routing = self.router()(x, inputs, train=train)
+    # Nothing is stored, unless a caller makes the collection mutable.
+    self.sow(
+      'intermediates',
+      CHOICES,
+      Choices(routing.expert, routing.weight, routing.token),
+    )
     experts = self.experts(self.param, x.shape[-1])
     # Dispatch tokens to experts, apply the experts, combine their outputs.
     tokens = x.reshape(-1, x.shape[-1])  # [tokens, d_model]

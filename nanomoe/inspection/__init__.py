@@ -1,0 +1,1 @@
+"""Inspection of a trained model: which experts its tokens choose, and why."""
