@@ -65,6 +65,7 @@ TABLES = {
   'attention': ('nanomoe.model.attention', 'ATTENTIONS'),
   'optimizers': ('nanomoe.optimizers', 'OPTIMIZERS'),
   'callbacks': ('nanomoe.experiment', 'CALLBACKS'),
+  'writers': ('nanomoe.experiment', 'WRITERS'),
 }
 KINDS = (*TABLES, 'configs')
 SHELLS = ('bash', 'zsh')
