@@ -54,7 +54,7 @@ ARROWS = {
 # They may import every room; no room imports them.
 DOORS = (
   *('__main__', 'console', 'main', 'launch', 'evaluate', 'generate', 'plan'),
-  *('export', 'import_hf'),
+  *('export', 'import_hf', 'api', 'session'),
   'experiment',
 )
 MAX_ENTRIES = 20  # In a folder, beside the doors.

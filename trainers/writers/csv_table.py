@@ -53,7 +53,7 @@ class Csv(Writer):
     self._put({'step': step, **cells})
 
   def _put(self, cells: dict[str, Any]) -> None:
-    """Writes cells into the last row if it has their step, or into a new one."""
+    """Writes cells into the last row if it has their step, else a new row."""
     assert self._file
     is_same = self._row.get('step') == cells['step']
     self._row = {**self._row, **cells} if is_same else cells
