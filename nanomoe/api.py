@@ -74,9 +74,13 @@ class Run:
       self.workdir = _path(workdir)
       self.config: schema.Config = workdir_lib.config_of(self.workdir)
       trusted_imports.check(
-        trusted_imports.paths(self.config.to_dict()), allow_imports
+        trusted_imports.paths(
+          self.config.to_dict(), trusted_imports.OF_A_MODEL
+        ),
+        allow_imports,
       )
     self._step = str(step)
+    self._allow_imports = frozenset(allow_imports)
 
   @property
   def result(self) -> Mapping[str, Any]:
@@ -256,6 +260,9 @@ class Run:
       UserError: A change is not allowed, or the run cannot resume.
       KeyboardInterrupt: A signal stopped the run, which is saved.
     """
+    with _as_arguments():
+      named = trusted_imports.paths(self.config.to_dict())
+      trusted_imports.check(named, self._allow_imports)
     return train(
       self.config,
       self.workdir,
@@ -367,7 +374,8 @@ def train(
       named = [key for key, _ in pairs]
       whole = resume.resume_config(old, whole, named, allow_changed)
     session.fit(whole, workdir, allow_changed, progress=progress)
-  return Run(workdir)
+  # The caller has named the plug-ins of this config.
+  return Run(workdir, allow_imports=trusted_imports.paths(whole.to_dict()))
 
 
 def _base(

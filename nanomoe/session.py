@@ -101,7 +101,7 @@ def _fit(
         f'{trainer.stop_reason}: step {trainer.step} is saved; '
         f'nanomoe.load({str(workdir)!r}).resume() continues'
       )
-    if progress and not (display and status == 'done'):
+    if status != 'done' or (progress and not display):
       main_lib.report(trainer, workdir, set())
 
 

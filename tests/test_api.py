@@ -20,6 +20,7 @@ import nanomoe
 from nanomoe import evaluate, experiment, generate, session
 from nanomoe.inspection import trace as trace_lib
 from nanomoe.run import history
+from nanomoe.run import workdir as workdir_lib
 from tests import runs
 from tests.shrunk import ROOT, TINY
 from trainers.callbacks import Callback
@@ -111,26 +112,40 @@ def test_the_run_is_done_and_says_so(run):
   assert '12/12' in text
 
 
-def test_a_config_has_three_forms(changes, tmp_path, monkeypatch):
+@pytest.fixture
+def configs(monkeypatch):
+  """The configs of runs that are begun and not trained."""
+  begun = []
+
+  def fit(config, workdir, *_, **__):
+    begun.append(config.to_dict())
+    workdir.mkdir(parents=True)
+    workdir_lib.write_json(workdir / 'config.json', begun[-1])
+
+  monkeypatch.setattr(session, 'fit', fit)
+  return begun
+
+
+def test_a_config_has_three_forms(changes, configs, tmp_path):
   """Each trains with the same config."""
-  configs = []
-  monkeypatch.setattr(
-    session, 'fit', lambda config, *_, **__: configs.append(config)
-  )
-  monkeypatch.setattr(nanomoe.api, 'Run', lambda _: None)
   nested: dict = {}
   for key, value in changes.items():
     section, _, name = key.rpartition('.')
     values = nested.setdefault(section, {}) if section else nested
     values[name] = value
-  whole = base.get_config()
-  nanomoe.train(changes, tmp_path / 'a')
-  nanomoe.train(nested, tmp_path / 'a')
-  nanomoe.train(whole, tmp_path / 'a', overrides=changes)
-  nanomoe.train('configs/base.py', tmp_path / 'a', overrides=changes)
-  nanomoe.train({'seed': 3, **changes}, tmp_path, overrides={'seed': 0})
-  assert all(c.to_dict() == configs[0].to_dict() for c in configs)
-  assert configs[0].model.d_model == TINY['model.d_model']
+  for i, (config, overrides) in enumerate(
+    [
+      (changes, None),
+      (nested, None),
+      (base.get_config(), changes),
+      ('configs/base.py', changes),
+      (ROOT / 'configs' / 'base.py', nested),
+      ({**changes, 'seed': 3}, {'seed': 0}),
+    ]
+  ):
+    nanomoe.train(config, tmp_path / str(i), overrides=overrides)
+  assert configs[0]['model']['d_model'] == TINY['model.d_model']
+  assert all(config == configs[0] for config in configs)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +159,12 @@ def test_a_config_has_three_forms(changes, tmp_path, monkeypatch):
     (True, True),
   ],
 )
-def test_values_keep_their_types(value, expected, tmp_path, monkeypatch):
-  configs = []
-  monkeypatch.setattr(
-    session, 'fit', lambda config, *_, **__: configs.append(config)
-  )
-  monkeypatch.setattr(nanomoe.api, 'Run', lambda _: None)
+def test_values_keep_their_types(value, expected, configs, tmp_path):
   callback = {'type': 'EarlyStopping', 'argument': value}
-  nanomoe.train({'callbacks': {'mine': callback}}, tmp_path)
-  assert configs[0].to_dict()['callbacks']['mine']['argument'] == expected
+  nanomoe.train({'callbacks': {'mine': callback}}, tmp_path / 'run')
+  found = configs[0]['callbacks']['mine']['argument']
+  assert found == expected
+  assert type(found) is type(expected)
 
 
 def test_metrics_are_the_recorded_ones(run):

@@ -177,6 +177,10 @@ def from_values(values: Mapping[str, Any]) -> list[Override]:
   """
   overrides = []
   for key, value in schema.flatten(_plain(values)):
+    if isinstance(value, os.PathLike):
+      value = os.fspath(value)
+    if hasattr(value, 'tolist'):  # NumPy and JAX arrays have it.
+      value = value.tolist()
     # The text '5' of an argument would otherwise be read as a number.
     is_argument = key not in schema.FIELDS and not key.endswith('.type')
     overrides.append((key, repr(value) if is_argument else str(value)))
@@ -198,12 +202,10 @@ def _plain(value: Any) -> Any:
     items = value.iteritems(preserve_field_references=True)
     return {k: _plain(v) for k, v in items}
   if isinstance(value, Mapping):
-    return {str(k): _plain(v) for k, v in value.items()}
+    return {k: _plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
     return [_plain(v) for v in value]
-  if isinstance(value, os.PathLike):
-    return os.fspath(value)
-  return value.tolist() if hasattr(value, 'tolist') else value
+  return value
 
 
 def apply(config: Config, overrides: list[Override]) -> Config:

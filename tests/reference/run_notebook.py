@@ -20,6 +20,9 @@ def main(notebook: str, directory: str, output: str) -> None:
   NotebookClient(cells, timeout=900, resources=resources).execute()
   for cell in cells.cells:
     cell.metadata.pop('execution', None)  # Times differ from run to run.
+    # Libraries warn there of the machine, such as of a slow compilation.
+    if cell.cell_type == 'code':
+      cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
   pathlib.Path(output).write_text(nbformat.writes(cells) + '\n')
 
 

@@ -6,6 +6,7 @@ import importlib
 import pathlib
 import shutil
 from typing import Any
+import uuid
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Wandb(Tracker):
   def start(self, step: int, hparams: Mapping[str, Any]) -> None:
     if self._run:  # A rollback.
       self._run.finish(quiet=True)
-    identity = self._load() or {'id': self._wandb.util.generate_id()}
+    identity = self._load() or {'id': uuid.uuid4().hex[:8]}
     self._store(identity)
     if self._journal:
       for path in self._directory.glob(f'offline-run-*-{identity["id"]}'):

@@ -186,35 +186,37 @@ class Writers:
     self.clu = metric_writers.MultiWriter(self._extra)
 
   def start(self, step: int, file_size: int) -> None:
-    """Opens the files of the run, at its start and after each rollback.
+    """Opens the files and starts the writers, also after each rollback.
 
     Args:
       step: Last step that is kept; later steps in the files are superseded.
       file_size: Bytes of metrics.jsonl that are kept.
     """
-    if self._workdir is None:
-      return
+    if self._workdir is not None:
+      self._open(self._workdir, step, file_size)
+    for extra in self._extra:
+      if isinstance(extra.writer, Writer):
+        extra.call('start', step, self._board.hparams)
+
+  def _open(self, workdir: pathlib.Path, step: int, file_size: int) -> None:
     if self._run:
       self._run.call('close')
     if self._file:
       self._file.close()
     self._file = self._run = None
     self._size = file_size
-    path = self._workdir / 'metrics.jsonl'
+    path = workdir / 'metrics.jsonl'
     try:
       self._file = MetricsFile(path, file_size)
     except OSError as error:
       _warn(path.name, error)
     try:
-      writer = RunWriter(self._workdir, self._board, step, self.splits)
+      writer = RunWriter(workdir, self._board, step, self.splits)
     except Exception as error:  # For example: a directory cannot be created.
       _warn(RunWriter.__name__, error)
     else:
       self._run = Guarded(writer)
       self.clu = metric_writers.MultiWriter([self._run, *self._extra])
-    for extra in self._extra:
-      if isinstance(extra.writer, Writer):
-        extra.call('start', step, self._board.hparams)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """Writes metrics to every writer.
