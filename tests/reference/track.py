@@ -25,6 +25,8 @@ TYPES = {'Wandb': wandb_run.Wandb, 'MLflow': mlflow_run.MLflow}
 def main(workdir: str, kind: str, start: str, stop: str, factor: str, end: str):
   path = pathlib.Path(workdir)
   path.mkdir(exist_ok=True)
+  # The machine may be busy with other tests.
+  writers.PATIENCE_SECONDS = writers.PATIENCE_AT_ENDS_SECONDS = 600
   tracker = TYPES[kind](path)
   hparams = {'optimizer.learning_rate': float(factor), 'seed': 0}
   run = writers.Writers(path, [tracker], TensorBoardLayout(hparams=hparams))
