@@ -56,7 +56,7 @@ class Wandb(Tracker):
 
   def start(self, step: int, hparams: Mapping[str, Any]) -> None:
     if self._run:  # A rollback.
-      self._run.finish(quiet=True)
+      self._run.finish()
     identity = self._load() or {'id': uuid.uuid4().hex[:8]}
     self._store(identity)
     if self._journal:
@@ -99,7 +99,7 @@ class Wandb(Tracker):
     result = self._result()
     self._run.summary.update(result)
     is_well = result.get('status') in ('done', 'interrupted', 'running')
-    self._run.finish(exit_code=0 if is_well else 1, quiet=True)
+    self._run.finish(exit_code=0 if is_well else 1)
 
   def _record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
     if self._journal:
