@@ -4,18 +4,16 @@ import configparser
 import csv
 import json
 import math
-import os
 import signal
 import subprocess
-import time
+import sys
 
 import numpy as np
 import pytest
 
 from benchmarks import peers
 from nanomoe import experiment
-from tests import runs
-from tests.shrunk import ROOT, TINY
+from tests.shrunk import ROOT
 from trainers.errors import UserError
 from trainers.writers.csv_table import Csv
 from trainers.writers.run_writer import TensorBoardLayout
@@ -148,7 +146,7 @@ def test_writers_are_told_where_a_run_begins(tmp_path):
 def test_a_missing_package_is_one_line(
   kind, package, tiny, tmp_path, monkeypatch
 ):
-  monkeypatch.setitem(__import__('sys').modules, package, None)
+  monkeypatch.setitem(sys.modules, package, None)
   monkeypatch.setenv('MLFLOW_ALLOW_FILE_STORE', 'true')
   with pytest.raises(UserError) as error:
     experiment.build_writers(tiny({'writers.mine.type': kind}), tmp_path)
@@ -163,116 +161,98 @@ def test_a_writer_has_a_short_name(tiny, tmp_path):
   assert isinstance(writer, Csv)
 
 
-TRACKED = {
-  'writers.a.type': 'Csv',
-  'writers.b.type': 'Wandb',
-  'writers.c.type': 'MLflow',
-  'checkpoint.keep_latest': 5,
-}
+# Start, stop, learning rate and end of each process. The first one is killed
+# after step 9, and its newest checkpoint is that of step 6.
+STARTS = [(0, 9, 1, 'kill'), (6, 8, 2, 'interrupted'), (8, 12, 3, 'done')]
 
 
-def _environment():
-  """The interpreter and the variables of a run with real trackers."""
+@pytest.fixture(scope='module')
+def python():
+  """The interpreter of an environment with the real packages."""
   options = configparser.ConfigParser()
   options.read(ROOT / 'setup.cfg')
   ours = options['options']['install_requires'].split('\n')[1:]
-  python = peers.python_with('trackers', ['wandb', 'mlflow', *ours])
-  return python, peers.environment(ours=True)
+  return peers.python_with('trackers', ['wandb', 'mlflow', *ours])
 
 
-@pytest.mark.slow
-def test_real_trackers_continue_after_kills(corpus, tmp_path):
-  """Each has every step once, with the values of metrics.jsonl."""
-  python, environment = _environment()
-  workdir = tmp_path / 'run'
-  values = {**TINY, **TRACKED, 'data.path': corpus, 'num_train_steps': 400}
-  values['eval_interval'] = 40
-  words = [
-    *(python, '-m', 'nanomoe.main', '--config=configs/base.py'),
-    f'--workdir={workdir}',
-    *(f'--config.{key}={value}' for key, value in values.items()),
-  ]
-
-  def kill_after(step):
-    process = subprocess.Popen(words, cwd=ROOT, env=environment)
-    deadline = time.monotonic() + 600
-    while _last_step(workdir) < step:
-      assert process.poll() is None
-      assert time.monotonic() < deadline
-      time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-  kill_after(90)
-  kill_after(170)
-  first = json.loads((workdir / 'wandb.json').read_text())
-  # Another learning rate: superseded steps get other values.
-  words += ['--config.optimizer.learning_rate=1e-3']
-  finished = subprocess.run(
-    words, cwd=ROOT, env=environment, capture_output=True, text=True
-  )
-  assert finished.returncode == 0, finished.stderr
-  assert 'failed' not in finished.stderr
+def _tracked(python, workdir, kind) -> tuple[dict, list[str]]:
+  """Returns what a tracker has of three starts, and its id at each."""
+  environment = peers.environment(ours=True)
+  reference = ROOT / 'tests' / 'reference'
+  ids = []
+  for start in STARTS:
+    words = [python, reference / 'track.py', workdir, kind, *map(str, start)]
+    process = subprocess.run(
+      words, env=environment, capture_output=True, text=True
+    )
+    killed = start[-1] == 'kill'
+    assert process.returncode == (-signal.SIGKILL if killed else 0)
+    assert 'failed' not in process.stderr, process.stderr
+    ids.append((workdir / f'{kind.lower()}.json').read_text())
   process = subprocess.run(
-    [python, ROOT / 'tests/reference/read_trackers.py', workdir],
+    [python, reference / 'read_trackers.py', workdir, kind.lower()],
     env=environment,
     capture_output=True,
     text=True,
-    check=True,
   )
-  found = json.loads(process.stdout)
-  expected = _scalars(workdir)
-  assert read(workdir / 'metrics.csv') == expected
-  result = runs.result_of(workdir)
+  assert process.returncode == 0, process.stderr
+  return json.loads(process.stdout), ids
 
-  wandb = found['wandb']
-  assert wandb['id'] == first['id']
-  history = {
-    int(step): {k: v for row in rows for k, v in row.items() if k in names}
-    for step, rows in wandb['history'].items()
-    if (names := set(expected.get(int(step), {})))
-  }
-  assert history == expected
-  assert all(len(rows) == 1 for rows in wandb['history'].values())
-  assert wandb['config']['optimizer.learning_rate']['value'] == 1e-3
-  assert wandb['summary']['best_val_loss'] == result['best_val_loss']
-  assert wandb['summary']['status'] == 'done'
-  assert wandb['exit'] == 0
-  assert {'.png', '.html'} <= set(wandb['media'])
 
-  mlflow = found['mlflow']
+def _expected() -> dict[int, dict[str, float]]:
+  """Scalars by step: of the start that did the step last."""
+  found = {}
+  for start, stop, factor, _ in STARTS:
+    for step in range(start + 1, stop + 1):
+      loss = float(step * factor)
+      found[step] = {
+        'train/loss': loss,
+        'train/load/0': loss,
+        'train/load/1': 1.0,
+        **({} if step % 2 else {'val/loss': -loss}),
+      }
+  return {step: cells for step, cells in found.items() if step <= 12}
+
+
+@pytest.mark.slow
+def test_wandb_has_each_step_once_after_a_kill(python, tmp_path):
+  found, ids = _tracked(python, tmp_path / 'run', 'Wandb')
+  assert len(set(ids)) == 1
+  assert json.loads(ids[0])['id'] == found['id']
+  assert all(len(rows) == 1 for rows in found['history'].values())
+  history = {int(step): rows[0] for step, rows in found['history'].items()}
+  expected = _expected()
+  assert set(history) == set(expected)
+  for step, cells in expected.items():
+    assert cells.items() <= history[step].items()
+    assert ('loads' in history[step]) == ('sample' in history[step])
+    assert ('sample' in history[step]) == (step % 2 == 0)
+  assert found['config']['optimizer.learning_rate'] == 3
+  assert found['summary']['best_val_loss'] == 0.5
+  assert found['summary']['status'] == 'done'
+  assert found['exit'] == 0
+  assert found['media'] == ['.html'] * 6 + ['.png'] * 6
+
+
+@pytest.mark.slow
+def test_mlflow_has_each_step_once_after_a_kill(python, tmp_path):
+  found, ids = _tracked(python, tmp_path / 'run', 'MLflow')
+  assert len(set(ids)) == 1
+  assert json.loads(ids[0])['run_id'] == found['id']
+  history = found['history']
+  assert history.pop('result/best_val_loss') == [[12, 0.5]]
+  assert history.pop('result/step') == [[12, 12]]
   by_step: dict = {}
-  for name, points in mlflow['history'].items():
-    assert len({step for step, _ in points}) == len(points), name
+  for name, points in history.items():
     for step, value in points:
-      if not name.startswith('result/'):
-        by_step.setdefault(step, {})[name] = value
-  assert by_step == expected
-  assert mlflow['params']['optimizer.learning_rate'] == '0.001'
-  assert mlflow['status'] == 'FINISHED'
-  last = mlflow['history']['result/best_val_loss'][-1]
-  assert last[1] == result['best_val_loss']
-  assert mlflow['tags']['result.status'] == 'done'
-  kinds = {os.path.splitext(path)[1] for path in mlflow['files']}
-  assert kinds == {'.png', '.txt'}
-
-
-def _last_step(workdir) -> int:
-  try:
-    lines = (workdir / 'metrics.jsonl').read_bytes().split(b'\n')[:-1]
-  except FileNotFoundError:
-    return 0
-  return json.loads(lines[-1])['step'] if lines else 0
-
-
-def _scalars(workdir) -> dict:
-  """{step: {metric: value}} of metrics.jsonl, vectors by element."""
-  found: dict = {}
-  for line in runs.lines_of(workdir):
-    cells = found.setdefault(line.pop('step'), {})
-    for name, value in line.items():
-      values = {name: value}
-      if isinstance(value, list):
-        values = {f'{name}/{i}': x for i, x in enumerate(value)}
-      cells.update({k: v for k, v in values.items() if np.ndim(v) == 0})
-  return found
+      assert name not in by_step.setdefault(step, {})
+      by_step[step][name] = value
+  assert by_step == _expected()
+  assert found['params'] == {'optimizer.learning_rate': '3.0', 'seed': '0'}
+  assert found['status'] == 'FINISHED'
+  assert found['tags']['result.status'] == 'done'
+  steps = range(2, 13, 2)
+  assert found['files'] == [
+    *(f'images/loads/{step:08d}-0.png' for step in steps),
+    *(f'texts/sample/{step:08d}.txt' for step in steps),
+  ]

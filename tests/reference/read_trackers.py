@@ -1,6 +1,6 @@
-"""Reads what trackers have of a run, with their own packages, as JSON.
+"""Reads what a tracker has of a run, with its own package, as JSON.
 
-python tests/reference/read_trackers.py WORKDIR
+python tests/reference/read_trackers.py WORKDIR wandb|mlflow
 
 It runs in an environment with wandb and mlflow.
 """
@@ -94,5 +94,5 @@ def of_mlflow(workdir: pathlib.Path) -> dict:
 
 
 if __name__ == '__main__':
-  path = pathlib.Path(sys.argv[1])
-  print(json.dumps({'wandb': of_wandb(path), 'mlflow': of_mlflow(path)}))
+  read = {'wandb': of_wandb, 'mlflow': of_mlflow}[sys.argv[2]]
+  print(json.dumps(read(pathlib.Path(sys.argv[1]))))

@@ -13,9 +13,9 @@ import pathlib
 import signal
 import sys
 
-import nanomoe  # noqa: F401 (It keeps CLU from importing TensorFlow.)
 import numpy as np
 
+import nanomoe  # noqa: F401 (It keeps CLU from importing TensorFlow.)
 from trainers.writers import mlflow_run, wandb_run, writers
 from trainers.writers.run_writer import TensorBoardLayout
 
