@@ -273,13 +273,14 @@ class Run:
 
   def __repr__(self) -> str:
     found = self.result
-    best = found.get('best_val_loss')
-    score = f', best val {best:.4f} at step {found["best_step"]}'
-    steps = f'step {found.get("step", 0)}/{self.config.num_train_steps}'
-    return (
-      f'<Run {str(self.workdir)!r}: {self.status}, {steps}'
-      f'{score if best is not None else ""}>'
-    )
+    facts = [
+      self.status,
+      f'step {found.get("step", 0)}/{self.config.num_train_steps}',
+    ]
+    if found.get('best_step') is not None:
+      value, step = found['best_val_loss'], found['best_step']
+      facts.append(f'best val {value:.4f} at step {step}')
+    return f'<Run {str(self.workdir)!r}: {", ".join(facts)}>'
 
   @functools.cached_property
   def _restored(self) -> Restored:

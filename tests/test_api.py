@@ -282,14 +282,15 @@ def test_without_pandas_a_frame_is_refused(run, monkeypatch):
 def test_an_interrupt_saves_and_the_run_resumes(run, changes, tmp_path):
   """In the main thread of a process that goes on."""
   workdir = tmp_path / 'run'
-  callback = {'type': 'tests.test_api.Interrupting', 'step': 5}
+  callback = {'type': 'tests.test_api.Interrupting', 'step': 3}
   before = _state_of_process()
-  with pytest.raises(KeyboardInterrupt, match='SIGINT: step 5 is saved'):
+  with pytest.raises(KeyboardInterrupt, match='SIGINT: step 3 is saved'):
     nanomoe.train(
       {**changes, 'callbacks.stop': callback}, workdir, progress=False
     )
   assert _state_of_process() == before
   stopped = nanomoe.load(workdir)
+  assert repr(stopped).endswith(': interrupted, step 3/12>')
   assert stopped.status == 'interrupted'
   # Another thread has no signals.
   threading.Thread(target=lambda: stopped.resume(progress=False)).start()
