@@ -53,6 +53,7 @@ NAMES = {
   'optimizer.type': ('nanomoe.optimizers', 'OPTIMIZERS'),
   'optimizer.schedule.type': ('nanomoe.schedules', 'SCHEDULES'),
   'callbacks.NAME.type': ('nanomoe.experiment', 'CALLBACKS'),
+  'writers.NAME.type': ('nanomoe.experiment', 'WRITERS'),
 }
 
 # Meaning of each status in EXIT_CODES. A status without a row fails the build.

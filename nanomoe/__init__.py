@@ -1,4 +1,8 @@
-"""Sparse Mixture-of-Experts language models in JAX."""
+"""Sparse Mixture-of-Experts language models in JAX.
+
+`nanomoe.train`, `nanomoe.load` and `nanomoe.Run` are those of `nanomoe.api`,
+which is imported by the first access to one of them.
+"""
 
 import contextlib
 import importlib
@@ -6,10 +10,25 @@ from importlib import machinery
 from importlib import util as importlib_util
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+  from nanomoe.api import Run, load, train
+
+__all__ = ['Run', 'load', 'train']
 __version__ = '0.1.0'
 
 _HOME = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+
+def __getattr__(name: str) -> Any:
+  if name not in __all__:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module('nanomoe.api'), name)
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})
 
 
 def _put_current_directory_last() -> None:

@@ -74,6 +74,7 @@ TABLES = {
   'attention': ('nanomoe.model.attention', 'ATTENTIONS'),
   'optimizers': ('nanomoe.optimizers', 'OPTIMIZERS'),
   'callbacks': ('nanomoe.experiment', 'CALLBACKS'),
+  'writers': ('nanomoe.experiment', 'WRITERS'),
 }
 # Commands with --config.KEY=VALUE.
 _WITH_KEYS = ('train', 'launch', 'sweep', 'plan', 'import_hf')

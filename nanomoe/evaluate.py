@@ -78,7 +78,6 @@ def evaluate(
 
   from nanomoe import experiment  # noqa: PLC0415
   from nanomoe.data import pipeline as text_lib  # noqa: PLC0415
-  from nanomoe.data.windows import ShortSplit, Windows  # noqa: PLC0415
   from nanomoe.moe.dispatch import registry  # noqa: PLC0415
   from trainers.checkpoint import compatibility  # noqa: PLC0415
   from trainers.evaluator import Evaluator  # noqa: PLC0415
@@ -91,24 +90,13 @@ def evaluate(
     compatibility.check(run.identity, {'data': dataset.fingerprint})
     of = {'split': split}
   else:
-    split = 'whole'
     try:
-      tokens = text_lib.tokenize(
-        {split: other.text}, run.tokenizer, other.fingerprint
+      dataset = text_lib.whole(
+        other.text, run.tokenizer, config, other.fingerprint
       )
     except UserError as error:
       raise UserError(f'--data={data}: {error}') from error
-    try:
-      dataset = Windows(
-        tokens,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        block_size=config.block_size,
-        eval_iters=0,
-      )
-    except ShortSplit as error:
-      raise UserError(f'--data={data!r}: {error}') from error
-    of = {'data': data}
+    split, of = text_lib.WHOLE, {'data': data}
   num_tokens = 0
 
   def batches():

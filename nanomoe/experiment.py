@@ -55,6 +55,9 @@ from trainers.mesh import Placement, make_mesh, num_batch_parts
 from trainers.runtime import keys, processes
 from trainers.step import Spikes
 from trainers.trainer import Trainer
+from trainers.writers.csv_table import Csv
+from trainers.writers.mlflow_run import MLflow
+from trainers.writers.wandb_run import Wandb
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ CALLBACKS = {
   **{name: getattr(callbacks, name) for name in callbacks.__all__},
   'RoutingAlarm': RoutingAlarm,
 }
+WRITERS = {'Csv': Csv, 'MLflow': MLflow, 'Wandb': Wandb}
 # Largest number of tokens whose experts are counted; a picture has one column
 # per token.
 MAX_WATCHED = 128
@@ -388,5 +392,9 @@ def build_writers(
 ) -> list[MetricWriter]:
   """Returns the metric writers that the config adds."""
   return spec.build_group(
-    'writers', config.writers.to_dict(), {}, (MetricWriter,), workdir=directory
+    'writers',
+    config.writers.to_dict(),
+    WRITERS,
+    (MetricWriter,),
+    workdir=directory,
   )

@@ -1,6 +1,6 @@
 """Command that continues prompts with a trained model."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import logging
 import pathlib
 import sys
@@ -11,6 +11,7 @@ from absl import flags
 from nanomoe.config import home, schema, validation
 from nanomoe.config import overrides as config_lib
 from nanomoe.data import corpus
+from nanomoe.data.tokenizer import Tokenizer
 from nanomoe.run import backend, cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
@@ -100,7 +101,7 @@ def generate(
       prompt is empty or has an unknown character, or the model is not causal.
       It is raised before the first piece.
   """
-  numbers = _checked(
+  numbers = checked(
     num_tokens=num_tokens,
     temperature=temperature,
     top_k=top_k,
@@ -108,42 +109,54 @@ def generate(
     seed=seed,
   )
   workdir = pathlib.Path(home.expand(str(workdir), '--workdir'))
-  prompts = [_without_mark(prompt) for prompt in prompts]
   config = workdir_lib.config_of(workdir)
   trusted_imports.check(
     trusted_imports.paths(config.to_dict(), trusted_imports.OF_A_MODEL),
     allow_imports,
   )
-  if not all(prompts):
-    raise UserError(
-      "--prompt='': it is empty; it must have at least one character"
-    )
-  for prompt in prompts:
-    try:
-      prompt.encode()
-    except UnicodeEncodeError as error:
-      raise UserError(
-        f'--prompt={prompt!r}: it is not UTF-8 from character {error.start} on'
-      ) from error
+  prompts = checked_prompts(prompts)
 
   backend.start()
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
   from nanomoe.model import build  # noqa: PLC0415 (JAX takes seconds)
-  from nanomoe.sampling import Generator, Sampling  # noqa: PLC0415
+  from nanomoe.sampling import Generator  # noqa: PLC0415
 
   if reason := build.generation_problem(config):
     raise UserError(f'no text can be generated: {reason}')
   run = experiment.restore(config, workdir, str(step))
   trained = run.params, run.model_state
   generator = Generator(run.task.logits, trained, config.block_size)
+  return pieces(generator, run.tokenizer, prompts, numbers)
+
+
+def pieces(
+  generator: Any,
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  numbers: Mapping[str, Any],
+) -> Iterator[list[str]]:
+  """Yields the next piece of each continuation, as `generate` does.
+
+  Args:
+    generator: `nanomoe.sampling.Generator` of the model.
+    tokenizer: Tokenizer of the run.
+    prompts: Texts to continue, as of `checked_prompts`.
+    numbers: Value of each name in `NUMBERS`, as of `checked`.
+
+  Raises:
+    UserError: A prompt has an unknown character. It is raised before the first
+      piece.
+  """
+  from nanomoe.sampling import Sampling  # noqa: PLC0415 (JAX takes seconds)
+
   try:
-    tokens = [run.tokenizer.encode(prompt).tolist() for prompt in prompts]
+    tokens = [tokenizer.encode(prompt).tolist() for prompt in prompts]
   except UserError as error:
     raise UserError(f'--prompt: {error}') from error
   num_tokens, seed = numbers['num_tokens'], numbers['seed']
   sampling = Sampling(*(numbers[k] for k in Sampling._fields))
   drawn = generator(tokens, num_tokens, sampling, seed)
-  texts = [Text(run.tokenizer.decode, row) for row in tokens]
+  texts = [Text(tokenizer.decode, row) for row in tokens]
   return (
     [
       text.add(int(token), last=i == num_tokens)
@@ -153,13 +166,13 @@ def generate(
   )
 
 
-def _checked(**numbers: Any) -> dict[str, Any]:
+def checked(**numbers: Any) -> dict[str, Any]:
   """Returns `numbers` as Python's own; a text is read as a config key's value.
 
   Raises:
-    UserError: a line for each that is not allowed.
+    UserError: A line for each number that is not allowed.
   """
-  checked, lines = {}, []
+  found, lines = {}, []
   for name, given in numbers.items():
     _, field = NUMBERS[name]
     value = given
@@ -174,10 +187,34 @@ def _checked(**numbers: Any) -> dict[str, Any]:
     if reason:
       lines.append(f'--{name}={validation.shown(given)}: {reason}')
     else:
-      checked[name] = field.kind(value)
+      found[name] = field.kind(value)
   if lines:
     raise UserError(lines)
-  return checked
+  return found
+
+
+def checked_prompts(prompts: Sequence[str]) -> list[str]:
+  """Returns prompts without byte order marks.
+
+  Args:
+    prompts: Texts to continue.
+
+  Raises:
+    UserError: A prompt is empty or is not UTF-8.
+  """
+  prompts = [_without_mark(prompt) for prompt in prompts]
+  if not all(prompts):
+    raise UserError(
+      "--prompt='': it is empty; it must have at least one character"
+    )
+  for prompt in prompts:
+    try:
+      prompt.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f'--prompt={prompt!r}: it is not UTF-8 from character {error.start} on'
+      ) from error
+  return prompts
 
 
 def _without_mark(prompt: str) -> str:
@@ -223,7 +260,7 @@ def main(_: None) -> int:
   pieces = generate(
     pathlib.Path(_WORKDIR.value),
     prompts,
-    **_checked(**{name: _FLAGS[name].value for name in NUMBERS}),
+    **checked(**{name: _FLAGS[name].value for name in NUMBERS}),
     step=_STEP.value,
     allow_imports=_ALLOW_IMPORTS.value,
   )

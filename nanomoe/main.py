@@ -139,7 +139,7 @@ def requested_config(
       if workdir
       else '--config is missing; give --config=FILE, such as configs/base.py'
     )
-  config = _checked(config, overrides, workdir, is_new=old is None)
+  config = checked(config, overrides, workdir, is_new=old is None)
   if not _CONFIG.value:
     given = {value for key, value in overrides if key.endswith('.type')}
     named = trusted_imports.paths(config.to_dict())
@@ -194,7 +194,7 @@ def main(overrides: list[config_lib.Override]) -> int:
     trainer.callbacks.append(LiveProgress(console))
   code = exit_code(trainer.fit())
   if is_first:
-    _report(trainer, workdir, trusted_imports.paths(config.to_dict()))
+    report(trainer, workdir, trusted_imports.paths(config.to_dict()))
   if place:
     peers.finish(code)
   return code
@@ -221,8 +221,23 @@ def exit_code(status: str) -> int:
   return EXIT_CODES.get(status, STOPPED)
 
 
-def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
-  """Returns the config with its overrides; reports all mistakes together."""
+def checked(
+  config: config_lib.Config,
+  overrides: list[config_lib.Override],
+  workdir: pathlib.Path | None,
+  is_new: bool,
+) -> config_lib.Config:
+  """Returns the config with its overrides.
+
+  Args:
+    config: Config of a file or of a run.
+    overrides: Keys and values.
+    workdir: Directory of the run, if it is given.
+    is_new: Whether the run has not begun.
+
+  Raises:
+    UserError: A line for each mistake in the config and in the paths.
+  """
   lines = []
   given = {**dict(schema.flatten(config.to_dict())), **dict(overrides)}
   # An unknown home directory is reported by config_lib.apply.
@@ -248,7 +263,7 @@ def _checked(config, overrides, workdir: pathlib.Path | None, is_new: bool):
   return config
 
 
-def _report(trainer, workdir: pathlib.Path, named: set[str]) -> None:
+def report(trainer, workdir: pathlib.Path, named: set[str]) -> None:
   """Logs the end of the run, and the command that resumes it."""
   import jax  # noqa: PLC0415 (it takes seconds)
 

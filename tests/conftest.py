@@ -62,7 +62,7 @@ INNER = {
   ),
   *('ngrams', 'norms', 'numerics', 'optimizers', 'parameters', 'pictures'),
   *('positions', 'prefetch', 'report', 'spec', 'statistics', 'tokenizers'),
-  *('windows', 'writers'),
+  *('trackers', 'windows', 'writers'),
 }
 
 

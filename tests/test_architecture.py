@@ -56,7 +56,7 @@ ARROWS = {
 # They may import every room; no room imports them.
 DOORS = (
   *('__main__', 'console', 'main', 'launch', 'evaluate', 'generate', 'plan'),
-  *('export', 'import_hf', 'compare', 'sweep', 'routing'),
+  *('export', 'import_hf', 'compare', 'sweep', 'routing', 'api', 'session'),
   'experiment',
 )
 MAX_ENTRIES = 20  # In a folder, beside the doors.

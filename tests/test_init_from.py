@@ -116,6 +116,6 @@ def test_a_resumed_run_does_not_need_its_source(finished, tiny, tmp_path):
   config.num_train_steps = 3
   missing = [('init_from', str(source))]
   with pytest.raises(UserError, match='there is no run'):
-    main._checked(config, missing, None, is_new=True)
-  main._checked(config, missing, tmp_path / 'run', is_new=False)
+    main.checked(config, missing, None, is_new=True)
+  main.checked(config, missing, tmp_path / 'run', is_new=False)
   assert experiment.build(config, tmp_path / 'run').fit() == 'done'

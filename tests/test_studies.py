@@ -25,7 +25,8 @@ from tests.shrunk import TINY
 def test_the_words_of_a_run_are_its_config(tmp_path):
   changes = {'moe.top_k': 1, 'moe.router.type': 'Softmax', 'data.path': ''}
   run = Run('configs/quick.py', changes, seed=7)
-  rest, overrides = config_lib.split_arguments(run.job('a', tmp_path).words(tmp_path)[2:])
+  words = run.job('a', tmp_path).words(tmp_path)
+  rest, overrides = config_lib.split_arguments(words[2:])
   assert rest[1:] == [
     '-q',
     '--config=configs/quick.py',

@@ -22,6 +22,10 @@ class UserError(Exception):
     self.problems = [problems] if isinstance(problems, str) else list(problems)
     super().__init__('\n'.join(self.problems))
 
+  def _render_traceback_(self) -> list[str]:
+    """Returns the lines that IPython shows instead of a traceback."""
+    return [f'error: {line}' for line in self.problems]
+
 
 class PeerError(Exception):
   """Error: another process of the run failed.

@@ -21,9 +21,12 @@ class Interrupt:
 
   Attributes:
     name: Name of the first signal, or None.
+    ends_process: Whether the second signal ends the process. If not, it raises
+      KeyboardInterrupt, so that a notebook keeps its variables.
   """
 
   name: str | None = None
+  ends_process: bool = True
 
   def __init__(self):
     self._seen = _Seen()
@@ -34,6 +37,8 @@ class Interrupt:
   def _handle(self, number, frame):
     del frame
     if self._seen.is_second(number):
+      if not self.ends_process:
+        raise KeyboardInterrupt(signal.Signals(number).name)
       os._exit(128 + number)
     if self.name is None:
       self.name = signal.Signals(number).name
@@ -60,7 +65,11 @@ class Interrupt:
       number: signal.signal(number, self._handle) for number in _handled()
     }
     try:
-      with _leaving_at_second(previous):
+      with (
+        _leaving_at_second(previous)
+        if self.ends_process
+        else contextlib.nullcontext()
+      ):
         yield self
     finally:
       for number, handler in previous.items():

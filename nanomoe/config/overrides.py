@@ -82,7 +82,7 @@ def load_file(path: str) -> Config:
     config = module.get_config(*_arguments(path, module, argument))
     if not isinstance(config, ConfigDict):
       raise UserError(f'--config={path}: get_config() must return a ConfigDict')
-    return schema.make(older.rename(_plain(config)))
+    return plain(config)
 
   return _read_module(path, read)
 
@@ -205,6 +205,29 @@ def _importable(name: str, module: types.ModuleType, directory: pathlib.Path):
       sys.path.pop()
 
 
+def plain(config: ConfigDict) -> Config:
+  """Returns a config without references, with today's names of values."""
+  return schema.make(older.rename(_plain(config)))
+
+
+def from_values(values: Mapping[str, Any]) -> list[Override]:
+  """Returns overrides, given Python values.
+
+  Args:
+    values: Values by dotted key; sections may be nested.
+  """
+  overrides = []
+  for key, value in schema.flatten(_plain(values)):
+    if isinstance(value, os.PathLike):
+      value = os.fspath(value)
+    if hasattr(value, 'tolist'):  # NumPy and JAX arrays have it.
+      value = value.tolist()
+    # The text '5' of an argument would otherwise be read as a number.
+    is_argument = key not in schema.FIELDS and not key.endswith('.type')
+    overrides.append((key, repr(value) if is_argument else str(value)))
+  return overrides
+
+
 def _plain(value: Any) -> Any:
   """Returns a value with references resolved and sequences as lists, for JSON.
 
@@ -219,6 +242,8 @@ def _plain(value: Any) -> Any:
   if isinstance(value, ConfigDict):
     items = value.iteritems(preserve_field_references=True)
     return {k: _plain(v) for k, v in items}
+  if isinstance(value, Mapping):
+    return {k: _plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
     return [_plain(v) for v in value]
   return value

@@ -21,6 +21,7 @@ from trainers.task import Batch, Dataset
 
 DATASETS = {'Windows': Windows}
 VOCABULARY = 'vocabulary.json'
+WHOLE = 'whole'  # Split of a text that is evaluated as a whole.
 TRAIN_SHARE = 0.9  # Share of the training split; the rest is for validation.
 COUNTED_BATCHES = 16  # Batches that estimate the frequencies of tokens.
 
@@ -183,6 +184,29 @@ def frequent(
       count += np.bincount(inputs.ravel(), minlength=len(tokens))
     tokens = np.argsort(-count, kind='stable')[:at_most]
   return sorted(tokens.tolist(), key=lambda token: token_bytes[token])
+
+
+def whole(
+  text: str | LargeText, tokenizer: Tokenizer, config: Config, fingerprint: str
+) -> Windows:
+  """Returns a dataset that evaluates a whole text, as its split `WHOLE`.
+
+  Args:
+    text: Text to evaluate.
+    tokenizer: Tokenizer of the run.
+    config: Config of the run.
+    fingerprint: Fingerprint of the text.
+
+  Raises:
+    UserError: A part of the text has no token, or it has less than two tokens.
+  """
+  return Windows(
+    tokenize({WHOLE: text}, tokenizer, fingerprint),
+    seed=config.seed,
+    batch_size=config.batch_size,
+    block_size=config.block_size,
+    eval_iters=0,
+  )
 
 
 def build_dataset(config: Config, splits: dict[str, np.ndarray]) -> Dataset:

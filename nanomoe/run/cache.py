@@ -10,6 +10,9 @@ import warnings
 from nanomoe.config import home
 from trainers.errors import UserError
 
+_MIN_SECONDS = 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
+_LEAST = '0.1'  # JAX's default of 1 omits most programs of a small model.
+
 
 def directory() -> pathlib.Path:
   """Returns the directory of NanoMoE in the cache of the user.
@@ -36,19 +39,36 @@ def keep_compiled_programs() -> None:
   name = 'JAX_COMPILATION_CACHE_DIR'
   if name in os.environ:
     os.environ[name] = home.variable(name)  # JAX does not expand `~`.
-    return
+  elif path := _programs():
+    os.environ[name] = str(path)
+    os.environ.setdefault(_MIN_SECONDS, _LEAST)
+
+
+def keep_programs_of_this_process() -> None:
+  """Does the same in a process of the user, after the import of JAX.
+
+  The environment stays as it is, and so does a cache that the user has set.
+  """
+  import jax  # noqa: PLC0415 (it takes seconds)
+
+  name = 'JAX_COMPILATION_CACHE_DIR'
+  is_set = name in os.environ or jax.config.values[name.lower()]
+  if not is_set and (path := _programs()):
+    jax.config.update(name.lower(), str(path))
+    if _MIN_SECONDS not in os.environ:
+      jax.config.update(_MIN_SECONDS.lower(), float(_LEAST))
+
+
+def _programs() -> pathlib.Path | None:
+  """Makes and returns the directory of programs; None if that is impossible."""
+  # On a full disk, or after a kill during a write, the program is compiled.
+  warnings.filterwarnings('ignore', r'Error \w+ persistent compilation cache')
   try:
     path = directory() / f'xla-{_cpu_fingerprint()}'
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not os.access(path, os.W_OK | os.X_OK):
-      return
   except (OSError, UserError):  # No home, or one that cannot be written.
-    return
-  os.environ[name] = str(path)
-  # In seconds: JAX's default of 1 omits most programs of a small model.
-  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
-  # On a full disk, or after a kill during a write, the program is compiled.
-  warnings.filterwarnings('ignore', r'Error \w+ persistent compilation cache')
+    return None
+  return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
 def _cpu_fingerprint() -> str:

@@ -78,6 +78,29 @@ class History:
       ) from error
     return Series(np.array(steps), values)
 
+  def frame(self) -> Any:
+    """Returns all metrics as a DataFrame of pandas, with the steps as index.
+
+    An array has a column per element: 'val/load_entropy/0' belongs to layer 0.
+    NaN stands where a metric was not recorded.
+
+    Raises:
+      UserError: pandas is not installed.
+    """
+    try:
+      import pandas  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+      raise UserError(
+        "frame=True: pandas is not installed; run 'pip install pandas'"
+      ) from error
+    columns = {}
+    for name in self.names():
+      steps, values = self.series(name)
+      for index in np.ndindex(values.shape[1:]):
+        column = '/'.join([name, *map(str, index)])
+        columns[column] = pandas.Series(values[:, *index], steps)
+    return pandas.DataFrame(columns).rename_axis('step')
+
   def train_seconds(self, steps: Sequence[float] | np.ndarray) -> np.ndarray:
     """Returns the seconds of training that the first `steps` steps took.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import contextlib
 import logging
 import os
 import sys
@@ -147,6 +148,35 @@ def log_to_terminal(
   logging.getLogger('absl').addFilter(_is_not_of_orbax)
   logging.getLogger('asyncio').addFilter(_is_of_a_program)
   return console
+
+
+@contextlib.contextmanager
+def restored_loggers() -> Iterator[None]:
+  """Restores, at the end of the block, every logger that a run changes.
+
+  Handlers that the block added are closed, and with them the locks of a
+  workdir. A notebook keeps the logging that it had.
+  """
+  names = (*LOGGERS, 'absl', 'jax', 'asyncio')
+  loggers = [logging.getLogger(name) for name in names]
+  before = [
+    (logger.level, logger.propagate, logger.handlers, logger.filters)
+    for logger in loggers
+  ]
+  raises = logging.raiseExceptions
+  for logger in loggers:  # Copies: the originals stay as they are.
+    logger.handlers = [] if logger.name in LOGGERS else [*logger.handlers]
+    logger.filters = [*logger.filters]
+  try:
+    yield
+  finally:
+    for logger, state in zip(loggers, before, strict=True):
+      for handler in logger.handlers:
+        if handler not in state[2]:
+          handler.close()
+      logger.setLevel(state[0])
+      logger.propagate, logger.handlers, logger.filters = state[1:]
+    logging.raiseExceptions = raises
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

@@ -112,15 +112,15 @@ def test_a_number_for_generate_in_python(tmp_path, happened, name, values):
 def test_numbers_that_are_allowed(happened):
   given = {'seed': str(2**32 - 1), 'num_tokens': '1e3', 'top_p': np.float64(1)}
   expected = {'seed': 2**32 - 1, 'num_tokens': 1000, 'top_p': 1.0}
-  found = generate._checked(**given)
+  found = generate.checked(**given)
   assert found == expected
   assert [type(v) for v in found.values()] == [int, int, float]
-  assert generate._checked(temperature=1, top_k=np.int32(0)) == {
+  assert generate.checked(temperature=1, top_k=np.int32(0)) == {
     'temperature': 1.0,
     'top_k': 0,
   }
   defaults = {name: default for name, (default, _) in generate.NUMBERS.items()}
-  assert generate._checked(**defaults) == defaults
+  assert generate.checked(**defaults) == defaults
   parameters = inspect.signature(generate.generate).parameters
   assert {name: parameters[name].default for name in defaults} == defaults
   # The seed of the config has the same range.

@@ -24,7 +24,7 @@ from trainers.writers.writers import Guarded, MetricsFile, Writer, Writers
 @pytest.fixture
 def impatient(monkeypatch):
   monkeypatch.setattr(writers, 'PATIENCE_SECONDS', 1)
-  monkeypatch.setattr(writers, 'PATIENCE_AT_END_SECONDS', 1)
+  monkeypatch.setattr(writers, 'PATIENCE_AT_ENDS_SECONDS', 1)
 
 
 class Odd(Writer):
@@ -139,7 +139,7 @@ def test_a_writer_that_hangs_does_not_keep_the_process(
   (tmp_path / 'hanging.py').write_text(
     'import time\n'
     'from trainers import writers\n'
-    'writers.PATIENCE_SECONDS = writers.PATIENCE_AT_END_SECONDS = 2\n'
+    'writers.PATIENCE_SECONDS = writers.PATIENCE_AT_ENDS_SECONDS = 2\n'
     'class Hangs(writers.Writer):\n'
     '  def write_scalars(self, step, scalars):\n'
     '    time.sleep(1e6)\n'

@@ -1,6 +1,8 @@
 """Reading and verifying checkpoints, also of a run in progress."""
 
+import asyncio
 from collections.abc import Callable
+from concurrent import futures
 import functools
 import hashlib
 import json
@@ -357,7 +359,21 @@ def _read_item(directory, step, name, args):
   }[name]
   # A process waits for no other one here, so that each may fail.
   path = epath.Path(directory.absolute() / str(step) / name)
-  return handler().restore(path, args=args)
+  if not _runs_a_loop():
+    return handler().restore(path, args=args)
+  # A notebook runs an event loop in this thread. Orbax would replace functions
+  # of asyncio to run its own loop inside that one.
+  with futures.ThreadPoolExecutor(1) as thread:
+    return thread.submit(handler().restore, path, args=args).result()
+
+
+def _runs_a_loop() -> bool:
+  """Returns whether this thread runs an event loop."""
+  try:
+    asyncio.get_running_loop()
+  except RuntimeError:
+    return False
+  return True
 
 
 def digest(meta: dict[str, Any]) -> str:

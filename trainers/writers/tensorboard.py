@@ -3,14 +3,12 @@
 # Pyright cannot see the classes: protocol buffers create them on import.
 # pyright: reportAttributeAccessIssue=false
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import os
 import pathlib
 import re
 import socket
-import struct
 from typing import Any
-import zlib
 
 from clu.metric_writers import interface
 import numpy as np
@@ -29,7 +27,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from trainers.writers import event_files
+from trainers.writers import event_files, png
 
 Array = interface.Array
 
@@ -135,17 +133,13 @@ class SummaryWriter(interface.MetricWriter):
         uint8, or floats in [0, 1].
     """
     for tag, array in images.items():
-      pixels = np.asarray(array)
-      if pixels.dtype != np.uint8:
-        pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-      if pixels.ndim == 3:
-        pixels = pixels[None]
-      height, width = pixels.shape[1:3]
+      images_of_tag = png.pixels(array)
+      height, width = images_of_tag.shape[1:3]
       metadata = image_metadata.create_summary_metadata(
         '', self._about(tag), converted_to_tensor=None
       )
       strings = [str(width).encode(), str(height).encode()]
-      strings += [_png(image) for image in pixels]
+      strings += [png.encode(image) for image in images_of_tag]
       self._tensor(step, tag, make_tensor_proto(strings), metadata)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
@@ -242,24 +236,3 @@ class SummaryWriter(interface.MetricWriter):
 
   def _event(self, event: event_pb2.Event) -> None:
     self._records.write(event.SerializeToString())
-
-
-def _png(pixels: np.ndarray) -> bytes:
-  """Returns `pixels`, uint8 `[H, W, C]` with C = 1 or 3, encoded as PNG."""
-  height, width, channels = pixels.shape
-  color = {1: 0, 3: 2}[channels]
-
-  def chunks() -> Iterator[tuple[bytes, bytes]]:
-    yield b'IHDR', struct.pack('>IIBBBBB', width, height, 8, color, 0, 0, 0)
-    # PNG prefixes each row with the number of its filter; 0 is no filter.
-    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))
-    yield b'IDAT', zlib.compress(rows.tobytes())
-    yield b'IEND', b''
-
-  return b'\x89PNG\r\n\x1a\n' + b''.join(
-    struct.pack('>I', len(data))
-    + kind
-    + data
-    + struct.pack('>I', zlib.crc32(kind + data))
-    for kind, data in chunks()
-  )

@@ -1,6 +1,6 @@
 """Writers of a run's metrics: metrics.jsonl, TensorBoard and plug-ins."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import errno
 import functools
@@ -21,9 +21,10 @@ log = logging.getLogger(__name__)
 
 
 # Time limit of a call of a plug-in writer: less than a preempted machine leaves
-# for saving. The last call, `close`, may have much data to send.
+# for saving. The first call, `start`, may connect to a server. The last call,
+# `close`, may have much data to send.
 PATIENCE_SECONDS = 15
-PATIENCE_AT_END_SECONDS = 60
+PATIENCE_AT_ENDS_SECONDS = 60
 
 
 class MetricsFile:
@@ -120,9 +121,10 @@ class Guarded(metric_writers.MetricWriter):
   def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
     call = functools.partial(getattr(self.writer, method), *args, **kwargs)
     closing = method == 'close'
+    is_patient = method in ('start', 'close')
     try:
       if self._thread:
-        wait = PATIENCE_AT_END_SECONDS if closing else PATIENCE_SECONDS
+        wait = PATIENCE_AT_ENDS_SECONDS if is_patient else PATIENCE_SECONDS
         self._thread(call, wait)
       else:
         call()
@@ -184,27 +186,32 @@ class Writers:
     self.clu = metric_writers.MultiWriter(self._extra)
 
   def start(self, step: int, file_size: int) -> None:
-    """Opens the files of the run, at its start and after each rollback.
+    """Opens the files and starts the writers, also after each rollback.
 
     Args:
       step: Last step that is kept; later steps in the files are superseded.
       file_size: Bytes of metrics.jsonl that are kept.
     """
-    if self._workdir is None:
-      return
+    if self._workdir is not None:
+      self._open(self._workdir, step, file_size)
+    for extra in self._extra:
+      if isinstance(extra.writer, Writer):
+        extra.call('start', step, self._board.hparams)
+
+  def _open(self, workdir: pathlib.Path, step: int, file_size: int) -> None:
     if self._run:
       self._run.call('close')
     if self._file:
       self._file.close()
     self._file = self._run = None
     self._size = file_size
-    path = self._workdir / 'metrics.jsonl'
+    path = workdir / 'metrics.jsonl'
     try:
       self._file = MetricsFile(path, file_size)
     except OSError as error:
       _warn(path.name, error)
     try:
-      writer = RunWriter(self._workdir, self._board, step, self.splits)
+      writer = RunWriter(workdir, self._board, step, self.splits)
     except Exception as error:  # For example: a directory cannot be created.
       _warn(RunWriter.__name__, error)
     else:
@@ -295,6 +302,18 @@ class Writer(metric_writers.MetricWriter):
 
   A plug-in overrides the methods that it needs.
   """
+
+  def start(self, step: int, hparams: Mapping[str, Any]) -> None:
+    """Begins the run, a resumed run, or the steps after a rollback.
+
+    It runs before all other calls.
+
+    Args:
+      step: Last step that is kept. Records of later steps are superseded:
+        training repeats these steps.
+      hparams: Hyper-parameters of the run, a flat dict of numbers, booleans and
+        strings.
+    """
 
   def write_summaries(self, step, values, metadata=None):
     pass
