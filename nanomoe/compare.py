@@ -1,6 +1,7 @@
 """Command that compares runs: their configs, their costs and their losses."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+import datetime
 import os
 import pathlib
 import shutil
@@ -10,7 +11,12 @@ from typing import Any
 from absl import flags
 
 from nanomoe.config import home
+from nanomoe.config import overrides as config_lib
+from nanomoe.config.overrides import Override
 from nanomoe.run import cli, terminal, trusted_imports
+from nanomoe.run import workdir as workdir_lib
+from nanomoe.sweeps import grid, runner
+from nanomoe.sweeps import minutes as minutes_lib
 from trainers.errors import UserError
 from trainers.files import write_atomically
 
@@ -22,6 +28,11 @@ Compares runs: the keys in which their configs differ, their costs, and their
 validation loss at equal steps, tokens, training FLOPs and seconds. Seeds are
 grouped, and differences are paired by seed. RUN is the directory of a run, a
 directory that contains runs, or a pattern.
+
+python -m nanomoe.compare --train configs/dense.py configs/base.py --seeds=3 \
+  --minutes=5
+
+Trains each config with each seed for equal minutes, then compares the runs.
 """
 _FLAGS = flags.FlagValues()
 _FLAGS.set_gnu_getopt()  # Options may follow the runs.
@@ -42,6 +53,33 @@ _HTML = flags.DEFINE_string(
   'html',
   None,
   'Path of a page with figures and tables. It works offline.',
+  flag_values=_FLAGS,
+)
+_TRAIN = flags.DEFINE_bool(
+  'train',
+  False,
+  'Trains the config files that are named in place of runs.',
+  flag_values=_FLAGS,
+)
+_SEEDS = flags.DEFINE_integer(
+  'seeds',
+  None,
+  'Number of seeds of each config, from 0. Default: 3.',
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_MINUTES = flags.DEFINE_float(
+  'minutes',
+  None,
+  'Minutes of training of each run, without compilation, evaluation and '
+  'checkpoints. Default: 5.',
+  lower_bound=0.01,
+  flag_values=_FLAGS,
+)
+_OUT = flags.DEFINE_string(
+  'out',
+  None,
+  'Directory of the trained runs. Default: runs/compare-<configs>-<date>.',
   flag_values=_FLAGS,
 )
 _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
@@ -91,6 +129,62 @@ def compare(
   return value
 
 
+def train(
+  configs: Sequence[str | os.PathLike[str]],
+  *,
+  seeds: int = 3,
+  minutes: float = 5.0,
+  out: str | os.PathLike[str] | None = None,
+  overrides: Mapping[str, Any] | None = None,
+) -> list[pathlib.Path]:
+  """Trains configs for equal minutes; returns the directories of the runs.
+
+  The same call resumes, and trains only what is missing. One run trains at a
+  time.
+
+  Args:
+    configs: Paths of config files, at least two.
+    seeds: Number of seeds of each config, from 0.
+    minutes: Minutes of training of each run, without compilation, evaluation
+      and checkpoints.
+    out: Directory of the runs; None for runs/compare-<configs>-<date>.
+    overrides: Values of config keys in all runs.
+
+  Raises:
+    UserError: A line for each mistake, or for each run that failed.
+    KeyboardInterrupt: A signal came. The running job has saved its state.
+  """
+  pairs = [(k, grid.text_of(v)) for k, v in (overrides or {}).items()]
+  return _train([os.fspath(x) for x in configs], seeds, minutes, out, pairs)
+
+
+def _train(
+  configs: Sequence[str],
+  seeds: int,
+  minutes: float,
+  out: str | os.PathLike[str] | None,
+  overrides: Sequence[Override],
+) -> list[pathlib.Path]:
+  if len(configs) < 2:
+    raise UserError('--train: it needs the paths of at least two config files')
+  if out is None:
+    stems = '-'.join(pathlib.Path(config).stem for config in configs)
+    # The date alone: the same command finds the runs of a killed one.
+    out = f'runs/compare-{stems}-{datetime.date.today():%Y%m%d}'
+  directory = pathlib.Path(home.expand(os.fspath(out), '--out')).absolute()
+  if lines := workdir_lib.problems(directory):
+    raise UserError([line.replace('--workdir=', '--out=', 1) for line in lines])
+  jobs = minutes_lib.make(configs, seeds, minutes, overrides, directory)
+  outcomes = runner.run(jobs, directory)
+  if lines := [
+    f'{directory / x.name}: {x.status}: {x.reason}'
+    for x in outcomes
+    if x.status != 'done'
+  ]:
+    raise UserError(lines)
+  return [directory / job.name for job in jobs]
+
+
 def _output(
   path: str | os.PathLike[str] | None, key: str
 ) -> pathlib.Path | None:
@@ -107,14 +201,29 @@ def _output(
   return file
 
 
-def _parse(argv: list[str]) -> list[str]:
-  """Returns the runs."""
-  return cli.parse_flags(argv, _FLAGS, _USAGE, takes_words=True)
+def _parse(argv: list[str]) -> tuple[list[str], list[Override]]:
+  """Returns the runs or configs, and the overrides of trained configs."""
+  argv, overrides = config_lib.split_arguments(argv)
+  words = cli.parse_flags(argv, _FLAGS, _USAGE, takes_words=True)
+  if not _TRAIN.value:
+    given = [x for x in (_SEEDS, _MINUTES, _OUT) if x.value is not None]
+    lines = [f'--{x.name}={x.value}: it needs --train' for x in given]
+    lines += [f'--config.{k}={v}: it needs --train' for k, v in overrides]
+    if lines:
+      raise UserError(lines)
+  return words, overrides
 
 
-def main(words: list[str]) -> int:
+def main(parsed: tuple[list[str], list[Override]]) -> int:
   """Prints the comparison that the flags ask for; returns the exit code."""
   terminal.log_to_terminal(sys.stderr)
+  words, overrides = parsed
+  if _TRAIN.value:
+    _output(_PLOT.value, '--plot')
+    _output(_HTML.value, '--html')
+    seeds, minutes = _SEEDS.value or 3, _MINUTES.value or 5.0
+    runs = _train(words, seeds, minutes, _OUT.value, overrides)
+    words = [str(path) for path in runs]
   value = compare(
     words,
     plot=_PLOT.value,

@@ -18,6 +18,8 @@ from trainers.files import jsonable
 # Keys that no configs of a comparison differ in: seeds are paired, and texts
 # and tokenizers are compared by their content.
 ASIDE = ('seed', 'data.path', 'data.fallback', 'data.tokenizer.file')
+# Relative difference of active parameters from which a remark states it.
+_UNEQUAL = 0.05
 # Keys of the work that the summary of a run has.
 _WORK = (
   'num_params',
@@ -64,7 +66,7 @@ def make(
   for axis in AXES:
     of_axis = on_same_machine if axis == 'seconds' else runs
     equal[axis] = _equal(axis, metric, of_axis, groups, names)
-  remarks = _remarks(runs, names)
+  remarks = [*_remarks(runs, names), *_unequal_work(groups)]
   if unit == 'bits per byte':
     remarks.append(
       'the tokenizers differ: equal tokens are different amounts of text'
@@ -111,6 +113,20 @@ def _remarks(
   return [
     f'{", ".join(of) if len(of) < len(runs) else "all runs"}: {line}'
     for line, of in found.items()
+  ]
+
+
+def _unequal_work(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+  """Returns a remark for each group with other active parameters than A."""
+  active = {
+    name: of[0].work.get('num_active_params') for name, of in groups.items()
+  }
+  first = next(iter(groups))
+  return [
+    f'{name} has {number / active[first]:.2f} times the active parameters of '
+    f'{first}'
+    for name, number in active.items()
+    if number and active[first] and abs(number / active[first] - 1) > _UNEQUAL
   ]
 
 

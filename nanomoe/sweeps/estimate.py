@@ -75,7 +75,7 @@ def make(
     speeds = [_speed(out / job.name, job) for job in done]
     source = f'measured on {len(done)} finished runs'
   else:
-    speeds = [_timed(left[0])] if left else [Speed(0.0, 0.0, 0.0)]
+    speeds = [timed(left[0])] if left else [Speed(0.0, 0.0, 0.0)]
     source = (
       f'measured on {_TIMED_STEPS} steps of {left[0].name}' if left else ''
     )
@@ -97,8 +97,12 @@ def _speed(workdir: pathlib.Path, job: Job) -> Speed:
   return Speed(start, seconds.get('train', 0.0) / tokens, rest / evaluations)
 
 
-def _timed(job: Job) -> Speed:
-  """Returns the speed of a few steps of a job, in a temporary directory."""
+def timed(job: Job) -> Speed:
+  """Returns the speed of a few steps of a job, in a temporary directory.
+
+  Raises:
+    UserError: The job has failed.
+  """
   steps = min(_TIMED_STEPS, job.values['num_train_steps'])
   names = 'num_train_steps', 'eval_interval', 'log_interval'
   changed = [(name, str(steps)) for name in names]
