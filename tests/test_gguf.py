@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers as library
@@ -327,7 +328,7 @@ def _compare(path, task, trained, prompts, texts=()):
   for prompt, row, theirs in zip(
     prompts, ours, answer['logprobs'], strict=True
   ):
-    window = np.array([[*prompt, *row]])
+    window = jnp.array([[*prompt, *row]])
     logits = task.logits(trained, window)[0][0, len(prompt) - 1 : -1]
     logprobs = jax.nn.log_softmax(logits)[np.arange(200), row]
     # A near tie of two experts may change a token, and those after it.
