@@ -307,9 +307,19 @@ def _exchange(config: Config, mesh: Mesh) -> str:
 
 
 def _initial_weights(
-  config: Config, params: Any, model_state: Any, vocab_size: int = 0
+  config: Config, params: Any, model_state: Any, *, vocab_size: int
 ) -> Any:
-  """Returns the best params and model_state of the run `config.init_from`."""
+  """Returns the best params and model_state of the run `config.init_from`.
+
+  Args:
+    config: Config of the new run.
+    params: Shapes of the new run's parameters.
+    model_state: Shapes of its state without gradients.
+    vocab_size: Number of tokens, which the routers of an upcycling need.
+
+  Raises:
+    UserError: There is no such run, or its weights do not fit.
+  """
   source = pathlib.Path(config.init_from)
   other = workdir.config_of(source)
   # Another attention has other parameters, and may not be imported.

@@ -53,7 +53,7 @@ def learn(vocab_size: int, text: str | LargeText) -> library.Tokenizer:
   """
   pre = library.pre_tokenizers  # pyright: ignore
   tokenizer = library.Tokenizer(library.models.BPE())
-  words = pre.Split(library.Regex(_WORDS), 'isolated')
+  words = _word_split()
   tokenizer.pre_tokenizer = pre_tokenizer()  # pyright: ignore
   trainer = library.trainers.BpeTrainer(  # pyright: ignore
     vocab_size=vocab_size,
@@ -117,11 +117,14 @@ def pre_tokenizer() -> library.pre_tokenizers.PreTokenizer:
   """Returns the split of a text into words of bytes."""
   pre = library.pre_tokenizers  # pyright: ignore
   return pre.Sequence(
-    [
-      pre.Split(library.Regex(_WORDS), 'isolated'),
-      pre.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
+    [_word_split(), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
   )
+
+
+def _word_split() -> library.pre_tokenizers.PreTokenizer:
+  """Returns the split of a text into words of characters."""
+  split = library.pre_tokenizers.Split  # pyright: ignore
+  return split(library.Regex(_WORDS), 'isolated')
 
 
 def _pieces(

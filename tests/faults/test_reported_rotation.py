@@ -288,7 +288,9 @@ def test_init_from_a_run_in_progress(job, meanwhile, tiny, happened):
 
   save(1)
   meanwhile(lambda: save(2))
-  params, _ = experiment._initial_weights(config, {'w': jnp.zeros(3, int)}, {})
+  params, _ = experiment._initial_weights(
+    config, {'w': jnp.zeros(3, int)}, {}, vocab_size=3
+  )
   np.testing.assert_array_equal(params['w'], [2, 2, 2])
   happened('the weights are those of step 2')
 
