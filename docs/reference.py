@@ -84,6 +84,8 @@ FILES = {
     '`XLA_FLAGS`, revision.'
   ),
   'log.txt': 'The terminal output with times, and the table of parameters.',
+  'routing.html': 'The routing page, if `nanomoe routing` wrote it.',
+  'routing.json': 'The figures of the routing page.',
 }
 
 _INDEX = 'reference/api/index.md'

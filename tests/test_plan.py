@@ -267,6 +267,7 @@ def _answer(layer=10.0, sequence=3.0):
       'num_active_params': 50,
       'flops_per_token': 3.0,
       'active_flops_per_token': 2.0,
+      'generation_problem': '',
       'state': {'weights': 100, 'optimizer': 200, 'average': 0}
       | {'model_state': 0},
       'logits': 5,

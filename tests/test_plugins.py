@@ -363,7 +363,7 @@ def test_clipping_and_the_schedule_stand_before_the_optimizer(importable, tiny):
       {'moe.router.type': 'flax.linen.Dropout', 'moe.router.rate': 0.5},
       ['inputs'],
     ),
-    ({'writers.w.type': 'Csv'}, ['writers.w.type', 'import path']),
+    ({'writers.w.type': 'Excel'}, ['writers.w.type', 'import path']),
   ],
 )
 def test_mistakes_name_the_plugin_and_its_signature(

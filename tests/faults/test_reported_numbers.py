@@ -97,7 +97,7 @@ def test_a_flag_of_generate(tmp_path, happened, name, texts):
 )
 def test_a_number_for_generate_in_python(tmp_path, happened, name, values):
   for value in values:
-    line = one_line(generate._checked, **{name: value})
+    line = one_line(generate.checked, **{name: value})
     assert line.startswith(f'--{name}=')
     assert generate.NUMBERS[name][1].allowed in line
   # Before anything of the run is read.
