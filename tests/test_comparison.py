@@ -183,6 +183,27 @@ def test_groups_differ_in_more_than_the_seed(make, asked):
   assert len(asked) == 2  # Seeds share a shape.
 
 
+def test_seeds_that_start_from_seeds_of_a_source_are_a_group(make):
+  sources = [make(f'source-{seed}', (2.0,), {'seed': seed}) for seed in (0, 1)]
+  wider = make('wider', (2.0,), {'moe.top_k': 1})
+  runs = [
+    make(f'run-{seed}', changes={'seed': seed, 'init_from': source})
+    for seed, source in enumerate(sources)
+  ]
+  found = summary.make(runs)
+  assert found['keys'] == []
+  assert [group['seeds'] for group in found['groups']] == [[0, 1]]
+  others = [wider, 'a/run/that/was/removed', '']
+  runs += [
+    make(f'other-{i}', changes={'init_from': x}) for i, x in enumerate(others)
+  ]
+  found = summary.make(runs)
+  assert found['keys'] == ['init_from']
+  assert [group['config']['init_from'] for group in found['groups']] == [
+    *(sources[0], *others),
+  ]
+
+
 def test_texts_are_compared_by_content_and_not_by_path(make):
   one = make('one', changes={'data.path': '/a.txt'})
   two = make('two', changes={'data.path': '/b.txt', 'seed': 1})

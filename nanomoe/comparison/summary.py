@@ -12,6 +12,7 @@ from nanomoe.comparison import work as work_lib
 from nanomoe.comparison.curves import AXES, Curve, equal_point
 from nanomoe.comparison.runs import METRICS, Apart, Run
 from nanomoe.config import schema
+from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 from trainers.files import jsonable
 
@@ -164,12 +165,32 @@ def _flat(run: Run) -> dict[str, Any]:
   return dict(schema.flatten(run.history.config.to_dict()))
 
 
+def _content(workdir: str) -> str:
+  """Returns a text that is equal for runs that differ only in keys ASIDE.
+
+  It is the path of a run whose config cannot be read.
+  """
+  try:
+    config = workdir_lib.read_config(pathlib.Path(workdir))
+  except UserError:
+    config = None
+  if config is None:
+    return workdir
+  values = dict(schema.flatten(config.to_dict()))
+  return repr([value for key, value in values.items() if key not in ASIDE])
+
+
 def _groups(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Run]]]:
   """Returns the keys that differ, and runs with equal values of them by name.
 
   Names are A, B, ..., Z, A2, B2 and so on.
   """
   configs = [_flat(run) for run in runs]
+  sources: dict[str, str] = {}
+  for config in configs:
+    if source := config.get('init_from'):
+      # The seeds of a group can start from the seeds of a source.
+      config['init_from'] = sources.setdefault(_content(source), source)
   every = dict.fromkeys(key for config in configs for key in config)
   keys = [
     key
