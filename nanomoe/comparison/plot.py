@@ -45,7 +45,9 @@ def check(path: pathlib.Path) -> None:
 
 def label(group: Mapping[str, Any]) -> str:
   """Returns the name of a group with its config, for a legend."""
-  config = ', '.join(f'{k}={v}' for k, v in group['config'].items())
+  config = ', '.join(
+    f'{k}={v}' for k, v in group['config'].items() if v not in (None, '')
+  )
   return f'{group["name"]}: {config}' if config else group['name']
 
 
