@@ -490,7 +490,6 @@ def test_many_groups_have_names_of_their_own():
 
 @pytest.mark.parametrize('suffix', ['.png', '.svg'])
 def test_a_figure_is_written(make, tmp_path, suffix):
-  pytest.importorskip('matplotlib', reason="'nanomoe[plot]' is not installed")
   path = tmp_path / f'figure{suffix}'
   door.compare([make('one'), make('two', changes={'seed': 1})], plot=path)
   start = b'\x89PNG' if suffix == '.png' else b'<?xml'

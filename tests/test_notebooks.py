@@ -11,8 +11,6 @@ from tests.shrunk import ROOT
 
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
 MAX_BYTES = 100_000
-# Notebooks whose output is not committed yet.
-UNEXECUTED = ('add_a_router',)
 
 
 def _code(path) -> list[dict]:
@@ -27,10 +25,7 @@ def _kinds(cell) -> list[str]:
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_was_executed_in_order(path, request):
-  if path.stem in UNEXECUTED:
-    reason = 'run tests/reference/run_notebook.py, then shorten UNEXECUTED'
-    request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_a_notebook_was_executed_in_order(path):
   cells = _code(path)
   counts = [cell['execution_count'] for cell in cells]
   assert counts == list(range(1, len(cells) + 1))
@@ -66,5 +61,4 @@ def test_a_notebook_runs(path, tmp_path):
   assert process.returncode == 0, process.stderr[-3000:]
   for found, committed in zip(_code(output), _code(path), strict=True):
     assert found['source'] == committed['source']
-    if path.stem not in UNEXECUTED:
-      assert _kinds(found) == _kinds(committed), found['source']
+    assert _kinds(found) == _kinds(committed), found['source']

@@ -13,6 +13,13 @@ AXES = {
   'flops': 'FLOPs',
   'seconds': 's',
 }
+# Name of an axis: its words in figures and notes.
+LABELS = {
+  'steps': 'steps',
+  'tokens': 'tokens',
+  'flops': 'training FLOPs',
+  'seconds': 'seconds of training',
+}
 
 
 class Curve(NamedTuple):

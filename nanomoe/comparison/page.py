@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from nanomoe.comparison import tables
-from nanomoe.comparison.curves import AXES
-from nanomoe.comparison.plot import COLORS, LABELS, axes_of, label
+from nanomoe.comparison.curves import AXES, LABELS
+from nanomoe.comparison.plot import COLORS, axes_of, label
 
 # Size of a figure in user units, and its margins: left, top, right, bottom.
 _WIDTH, _HEIGHT = 420, 280

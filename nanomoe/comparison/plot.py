@@ -7,7 +7,7 @@ import pathlib
 import textwrap
 from typing import Any
 
-from nanomoe.comparison.curves import AXES
+from nanomoe.comparison.curves import AXES, LABELS
 from trainers.errors import UserError
 
 SUFFIXES = ('.png', '.svg')
@@ -17,12 +17,6 @@ COLORS = (
   *('#e69f00', '#56b4e9', '#7f7f7f'),
 )
 _LEGEND_WIDTH = 110  # Characters.
-LABELS = {
-  'steps': 'steps',
-  'tokens': 'tokens',
-  'flops': 'training FLOPs',
-  'seconds': 'seconds of training',
-}
 
 
 def check(path: pathlib.Path) -> None:

@@ -58,7 +58,7 @@ def make(
   if len(runs) < 2:
     raise UserError(
       [f'{path}: {reason}' for path, reason in apart]
-      + [f'{len(runs)} runs are left; a comparison needs at least two']
+      + ['a comparison needs at least two runs that can be compared']
     )
   on_same_machine, of_other_machines = runs_lib.on_same_machine(runs)
   keys, groups = _groups(runs)

@@ -5,7 +5,7 @@ import csv
 import io
 from typing import Any, NamedTuple
 
-from nanomoe.comparison.curves import AXES
+from nanomoe.comparison.curves import AXES, LABELS
 from nanomoe.planning import hardware
 from trainers.files import to_json
 
@@ -148,13 +148,16 @@ def _losses(value: Mapping[str, Any]) -> Table:
     'seeds, linear between two evaluations. FLOPs are those of active experts. '
     'Seconds exclude compilation, evaluation and checkpoints.'
   ]
+  reasons: dict[str, list[str]] = {}
+  for axis in AXES:
+    if reason := equal[axis]['reason']:
+      reasons.setdefault(reason, []).append(LABELS[axis])
   notes += [
-    f'No loss at equal {axis}: {equal[axis]["reason"]}.'
-    for axis in AXES
-    if equal[axis]['reason']
+    f'No loss at equal {", ".join(of)}: {reason}.'
+    for reason, of in reasons.items()
   ]
   notes += [
-    f'{", ".join(equal[axis]["without"])}: no recorded {axis}.'
+    f'{", ".join(equal[axis]["without"])}: no recorded {LABELS[axis]}.'
     for axis in axes
     if equal[axis]['without']
   ]
