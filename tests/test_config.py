@@ -1,10 +1,12 @@
 """From the command line to a checked config, and a run's own config."""
 
+import fcntl
 import json
 import logging
 import math
 import os
 import re
+import threading
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from configs import base
 from nanomoe import experiment
 from nanomoe.config import older, resume, schema, validation
 from nanomoe.config import overrides as config_lib
+from nanomoe.run import history
 from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
 from trainers.files import to_json
@@ -911,6 +914,17 @@ def test_the_log_of_a_run_goes_on(tmp_path, loggers):
   assert lines[0] == 'before'
   assert lines[1].endswith('from nanomoe, ★')
   assert lines[2].endswith('from trainers, ★')
+
+
+def test_a_reader_holds_the_lock_for_a_moment(tmp_path, loggers):
+  (tmp_path / 'log.txt').touch()
+  reader = (tmp_path / 'log.txt').open()
+  fcntl.flock(reader, fcntl.LOCK_SH)  # As `history.is_locked` does.
+  timer = threading.Timer(0.05, reader.close)
+  timer.start()
+  workdir_lib.log_to(tmp_path)
+  timer.join()
+  assert history.is_locked(tmp_path / 'log.txt')
 
 
 def test_a_directory_that_cannot_be_made(tmp_path, loggers):

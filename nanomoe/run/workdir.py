@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from typing import Any
 
 from nanomoe.config import older, schema, validation
@@ -20,6 +21,7 @@ from trainers.files import to_json, write_atomically
 log = logging.getLogger(__name__)
 
 _FORMAT = logging.Formatter('%(asctime)s %(levelname)s %(message)s')
+_LOCK_ATTEMPTS = 4
 
 
 def make_default(config_path: str) -> pathlib.Path:
@@ -192,6 +194,19 @@ class _LockedLog(logging.FileHandler):
     self._directory = None
 
 
+def _locked_log(workdir: pathlib.Path) -> _LockedLog:
+  """Locks the workdir; arguments and errors are those of `_LockedLog`.
+
+  `history.is_locked` holds the lock of the log for a moment: a few attempts.
+  """
+  for _ in range(_LOCK_ATTEMPTS - 1):
+    try:
+      return _LockedLog(workdir)
+    except BlockingIOError:
+      time.sleep(0.1)
+  return _LockedLog(workdir)
+
+
 def log_to(workdir: pathlib.Path) -> None:
   """Makes the workdir, locks it, and adds its log.txt to the loggers.
 
@@ -200,7 +215,7 @@ def log_to(workdir: pathlib.Path) -> None:
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    handler = _LockedLog(workdir)
+    handler = _locked_log(workdir)
     with tempfile.TemporaryFile(dir=workdir):
       pass  # An existing log can be writable in a read-only directory.
   except BlockingIOError as error:
