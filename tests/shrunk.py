@@ -1,6 +1,10 @@
-"""The main job, shrunk to seconds."""
+"""The main job and its tests, shrunk to seconds."""
 
+from collections.abc import Iterable
 import pathlib
+from typing import Any
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -34,3 +38,11 @@ MODERN = {
   'model.logit_softcap': 20.0,
   'moe.first_dense_layers': 1,
 }
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+  """Returns parameters of a test, of which all but `quick` are slow."""
+  return [
+    value if value in quick else pytest.param(value, marks=pytest.mark.slow)
+    for value in values
+  ]

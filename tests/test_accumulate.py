@@ -17,7 +17,7 @@ from tests import regression
 from tests.routed import QUICKLY, VARIANTS
 from tests.routed import layer as make_layer
 from tests.routed import make as make_router
-from tests.shrunk import TINY
+from tests.shrunk import TINY, mostly_slow
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
 from trainers.accumulate import make_gradient
@@ -418,7 +418,9 @@ class _Sums(regression.Regression):
     return super().loss(*args, train=train)
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+  'variant', mostly_slow(VARIANTS, 'TopK', 'ExpertChoice')
+)
 def test_separable_says_what_routers_do(variant, rng):
   """In training, rows of a batch are routed as in the batch, or are not."""
   layer, router = make_layer(variant, 'dense'), make_router(variant)

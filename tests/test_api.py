@@ -190,6 +190,7 @@ def test_the_loss_of_a_text_is_that_of_the_command(run, tmp_path, corpus):
   assert run.loss(text) == pytest.approx(expected['cross_entropy'], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_short_text_is_that_of_its_logits(run):
   text = 'abcab'
   restored = experiment.restore(run.config, run.workdir, 'best')
@@ -201,6 +202,7 @@ def test_the_loss_of_a_short_text_is_that_of_its_logits(run):
   assert run.loss(text) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_command(run):
   pieces = generate.generate(run.workdir, ['ab'], num_tokens=9, seed=3)
   assert run.generate('ab', 9, seed=3) == 'ab' + ''.join(p for (p,) in pieces)
@@ -281,6 +283,7 @@ def test_without_pandas_a_frame_is_refused(run, monkeypatch):
   assert 'pandas' in _line(lambda: run.metrics(frame=True))
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_the_run_resumes(run, changes, tmp_path):
   """In the main thread of a process that goes on."""
   workdir = tmp_path / 'run'

@@ -17,7 +17,7 @@ from configs import base
 from nanomoe import experiment
 from nanomoe.config import overrides as config_lib
 from nanomoe.config import schema
-from tests.shrunk import ROOT, TINY
+from tests.shrunk import ROOT, TINY, mostly_slow
 
 CONFIGS = sorted(
   path.stem
@@ -206,7 +206,9 @@ def _shrunk(name, corpus):
   return config_lib.apply(config, [(k, str(v)) for k, v in changes.items()])
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize(
+  'name', mostly_slow(CONFIGS, 'base', 'deepseek_nano', 'gpu_1b')
+)
 def test_config_is_built_and_its_step_traced(name, corpus, tmp_path):
   """Its file says what it is for, and how."""
   module = importlib.import_module(f'configs.{name}')

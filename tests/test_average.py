@@ -63,6 +63,7 @@ def test_follows_the_accepted_updates():
   assert num_updates == 6
 
 
+@pytest.mark.slow
 def test_evaluations_use_what_they_are_told_to():
   found = {}
   for weights in ('params', 'average'):

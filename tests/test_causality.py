@@ -19,6 +19,7 @@ from nanomoe.moe import RouterInputs, causality
 from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.routers import ROUTERS
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, layer
+from tests.shrunk import mostly_slow
 from trainers.errors import UserError
 
 BATCH, TIME, CUT = 3, 12, 6
@@ -137,7 +138,7 @@ def find(logits, rng, modes=(False, True)) -> set[str]:
 @pytest.mark.parametrize(
   'of', [_layer, pytest.param(_model, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize('name', DISPATCH)
+@pytest.mark.parametrize('name', mostly_slow(DISPATCH, 'dropless'))
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_each_label_is_what_is_found(variant, name, of, tiny, rng):
   found = find(of(variant, name, tiny, rng), rng)

@@ -32,6 +32,7 @@ def _pieces(workdir, prompts, **kwargs):
   return [''.join(row) for row in zip(*pieces, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_text_alone_is_on_standard_output(nanomoe, finished):
   """The same seed, the same text; nothing else but the prompt."""
   workdir, _ = finished

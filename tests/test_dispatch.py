@@ -17,6 +17,7 @@ from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.routers import Routing
 from nanomoe.ops.activations import ACTIVATIONS
 from nanomoe.planning import products
+from tests.shrunk import mostly_slow
 
 pytestmark = pytest.mark.optimized
 
@@ -102,7 +103,9 @@ def _choices(kind: str, top_k: int, rng) -> np.ndarray:
   return ranks
 
 
-@pytest.mark.parametrize('top_k', range(1, NUM_EXPERTS + 1))
+@pytest.mark.parametrize(
+  'top_k', mostly_slow(range(1, NUM_EXPERTS + 1), 1, 2, NUM_EXPERTS)
+)
 @pytest.mark.parametrize(
   'kind', ['random', 'one expert', 'one row', 'padding', 'all padding']
 )
@@ -121,7 +124,7 @@ def test_equals_dense(name, kind, top_k, rng):
     assert float(jnp.abs(expected[0][0]).max()) > 0.1
 
 
-@pytest.mark.parametrize('use_bias', [False, True])
+@pytest.mark.parametrize('use_bias', mostly_slow([False, True], True))
 @pytest.mark.parametrize('activation', ACTIVATIONS)
 @pytest.mark.parametrize('name', SPARSE)
 def test_equals_dense_whatever_the_experts(name, activation, use_bias, rng):
@@ -266,7 +269,7 @@ def test_bfloat16_is_close(name, rng):
   assert 0 < error < 0.02
 
 
-@pytest.mark.parametrize('chunk_size', [1, 3, 4])
+@pytest.mark.parametrize('chunk_size', mostly_slow([1, 3, 4], 3))
 @pytest.mark.parametrize('kind', ['random', 'one expert'])
 def test_bfloat16_gradients_are_close(kind, chunk_size, rng, monkeypatch):
   """The gradients are close for every number of experts in a chunk."""
@@ -294,7 +297,7 @@ def test_bfloat16_gradients_are_close(kind, chunk_size, rng, monkeypatch):
     assert 0 < error < 0.02
 
 
-@pytest.mark.parametrize('num_experts', [4, 8, 64])
+@pytest.mark.parametrize('num_experts', mostly_slow([4, 8, 64], 4))
 @pytest.mark.parametrize('name', SPARSE)
 def test_computes_the_chosen_experts_only(name, num_experts, rng):
   """A row costs 2 products, and 4 for the gradient.

@@ -60,6 +60,7 @@ def test_all_parts_run_at_small_sizes_as_processes(tmp_path, run):
     assert row['step_sec'] > 0 and row['waiting']['samples'] == 2
 
 
+@pytest.mark.slow
 def test_a_cpu_is_refused_without_tiny(run, tmp_path):
   words = [sys.executable, '-m', 'benchmarks.gpu', '--part=base']
   process = run([*words, f'--out={tmp_path}'])

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nanomoe import experiment
 from nanomoe.model.heads import softcap
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_tied_embedding_is_the_sum_of_both(tiny, rng):
   changes = {'precision': 'float32', 'model.bias': 'false'}
   changes |= {'model.num_layers': 1, 'moe.first_dense_layers': 1}

@@ -84,6 +84,7 @@ def test_a_strange_character_is_explained(finished, tiny, text, tmp_path):
     assert word in line
 
 
+@pytest.mark.slow
 def test_another_tokenizer_or_architecture_is_refused(finished, tiny, tmp_path):
   source, _ = finished
   changes = {'init_from': source, 'data.tokenizer.type': 'Bytes'}

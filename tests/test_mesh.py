@@ -18,6 +18,7 @@ from nanomoe.moe import experts as experts_lib
 from nanomoe.moe.dispatch import exchange, registry
 from nanomoe.moe.routing import Routing
 from tests.routed import QUICKLY
+from tests.shrunk import mostly_slow
 from tests.test_architecture import CONFIGS, _shrunk
 from trainers.errors import UserError
 from trainers.mesh import AXES, Placement, make_mesh, row_constraint
@@ -110,7 +111,7 @@ def test_what_would_be_another_algorithm_is_refused_by_name(changes, told):
   assert told in line
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', mostly_slow(CONFIGS, 'base', 'gpu_1b'))
 def test_every_parameter_of_every_config_has_one_rule(name, corpus):
   config = experiment.resolve_auto(_shrunk(name, corpus))
   task = experiment.build_task(config, parity.VOCAB_SIZE)
@@ -343,6 +344,7 @@ def _check(sizes, changes):
   return outcome
 
 
+@pytest.mark.slow
 def test_a_step_of_data_parallelism_gathers_nothing(capfd):
   """Nothing but gradients and sums is reduced, and no array is copied whole."""
   outcome = _check({'data': 8}, DROPPING)

@@ -127,7 +127,12 @@ def test_a_run_without_experts(tiny, tmp_path):
     assert word not in lines
 
 
-@pytest.fixture(params=[{}, MODERN], ids=['base', 'modern'])
+@pytest.fixture(
+  params=[
+    pytest.param({}, id='base'),
+    pytest.param(MODERN, id='modern', marks=pytest.mark.slow),
+  ]
+)
 def model(tiny, request):
   """Function `(tokens, mask) -> logits` of a model far from linear."""
   config = tiny({**request.param, 'precision': 'float32'})

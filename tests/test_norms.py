@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nanomoe.model.norms import EPSILON, NORMS, LayerNorm
+from tests.shrunk import mostly_slow
 
 
 def _rms_norm(x, scale):
@@ -46,7 +47,7 @@ def test_value_and_gradient_of_the_formula(name, rng):
 
 
 @pytest.mark.parametrize('shape', [(7, 16), (2, 3, 128)])
-@pytest.mark.parametrize('offset', [0.0, 5.0])
+@pytest.mark.parametrize('offset', mostly_slow([0.0, 5.0], 0.0))
 def test_layer_norm_is_linens(shape, offset):
   keys = jax.random.split(jax.random.key(0), 4)
   x = offset + jax.random.normal(keys[0], shape)

@@ -13,7 +13,7 @@ from nanomoe import experiment
 from nanomoe.config import overrides as config_lib
 from nanomoe.model import parameters
 from tests.routed import VARIANTS
-from tests.shrunk import MODERN
+from tests.shrunk import MODERN, mostly_slow
 from tests.test_architecture import CONFIGS
 
 SHARED = {'moe.num_shared': 1}
@@ -66,7 +66,7 @@ def _assert_kinds_by_name(params, config):
       assert shape[0] == config.moe.num_experts, path
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', mostly_slow(CONFIGS, 'base', 'gpu_1b'))
 def test_every_parameter_of_a_config_has_one_kind(name):
   config = _of_config(name)
   _assert_kinds_by_name(_params(config), config)

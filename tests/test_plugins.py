@@ -218,9 +218,10 @@ def test_a_token_attends_to_the_last_tokens_alone(importable, tiny, rng):
   assert np.flatnonzero(moved).tolist() == [5, 6, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'window',
-  [WINDOW, *(pytest.param(w, marks=pytest.mark.slow) for w in (1, 16, 99))],
+  [WINDOW, 1, 16, 99],
 )
 def test_its_cache_is_a_ring_buffer_that_changes_no_text(
   importable, tiny, window

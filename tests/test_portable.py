@@ -88,6 +88,7 @@ def test_a_zero_shared_expert_is_none(tmp_path):
     assert found.moe.num_shared == expected
 
 
+@pytest.mark.slow
 def test_the_comparison_of_an_export_can_fail(tmp_path):
   case = exported.make('mixtral', tmp_path / 'out')
   size, tokens = case.tokenizer.vocab_size, case.tokenizer.encode(exported.TEXT)

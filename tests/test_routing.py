@@ -65,6 +65,7 @@ def test_texts_are_labels_and_an_unknown_character_is_named(trained, tmp_path):
   assert len(error.value.problems) == 1
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_and_damaged_checkpoints(trained, tmp_path):
   """The newest intact checkpoint is used; without one, an error is raised."""
   workdir = tmp_path / 'copy'

@@ -157,6 +157,7 @@ def test_draws_have_the_distribution(sampling, expected):
   assert (np.abs(found - expected) <= 4 * deviation).all(), found
 
 
+@pytest.mark.slow
 def test_padding_of_the_vocabulary_is_never_drawn():
   """The model has logits of the padding, and the loss includes them."""
   logits, (params, state) = _model({'model.vocab_rows': 300})

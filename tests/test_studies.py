@@ -19,7 +19,7 @@ from nanomoe import experiment
 from nanomoe.config import overrides as config_lib
 from nanomoe.config import schema
 from nanomoe.model import parameters as parameters_lib
-from tests.shrunk import TINY
+from tests.shrunk import TINY, mostly_slow
 
 
 def test_the_words_of_a_run_are_its_config(tmp_path):
@@ -85,7 +85,9 @@ def parameters(config, **model):
   return parameters_lib.count(params, config.moe.top_k)
 
 
-@pytest.mark.parametrize('name', routing_study.VARIANTS)
+@pytest.mark.parametrize(
+  'name', mostly_slow(routing_study.VARIANTS, *list(routing_study.VARIANTS)[:2])
+)
 def test_a_variant_of_routing_has_the_active_parameters_of_all(name):
   """And all have as many in all, but for what routers and dense layers are."""
   counted, dense, wide = (
@@ -110,7 +112,9 @@ def test_runs_of_a_study_differ_in_what_they_are_named_after():
       assert seen.setdefault((study, key), name) == name
 
 
-@pytest.mark.parametrize('name', config_runs.CONFIGS)
+@pytest.mark.parametrize(
+  'name', mostly_slow(config_runs.CONFIGS, config_runs.CONFIGS[0])
+)
 def test_a_config_uses_for_a_token_about_what_base_does(name):
   counted = parameters(config_runs.RUNS[name].load())
   # 4 layers of attention, two experts of 512 and a router of 4, by hand.

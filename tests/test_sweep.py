@@ -615,6 +615,7 @@ def words_of(corpus, out, *more, changes=None):
   return [*SWEEP, f'--out={out}', *given, *more]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_ends_with_the_losses_of_an_undisturbed_run(
   finished, corpus, tmp_path, run
 ):

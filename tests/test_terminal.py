@@ -62,6 +62,7 @@ def _start(words, tty, **environment):
   return process
 
 
+@pytest.mark.slow
 def test_a_bar_and_ctrl_c(tty, command, tmp_path):
   """It lives below the lines, and leaves what was saved and how to go on."""
   workdir = tmp_path / 'run'

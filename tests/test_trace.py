@@ -12,6 +12,7 @@ from nanomoe.model.build import layers_with_experts, resolve_auto
 from nanomoe.moe.dispatch.registry import DISPATCH
 from nanomoe.moe.layer import MoE
 from nanomoe.moe.routers import ROUTERS
+from tests.shrunk import mostly_slow
 from trainers.errors import UserError
 from trainers.runtime import keys
 
@@ -50,17 +51,7 @@ def _reports(built):
     yield mask.ravel(), run(batch)
 
 
-def _mostly_slow(names, *quick):
-  """Returns parameters, of which all but `quick` are slow."""
-  return [
-    name if name in quick else pytest.param(name, marks=pytest.mark.slow)
-    for name in names
-  ]
-
-
-@pytest.mark.parametrize(
-  'router', _mostly_slow(ROUTERS, 'TopK', 'ExpertChoice')
-)
+@pytest.mark.parametrize('router', mostly_slow(ROUTERS, 'TopK'))
 def test_trace_has_the_choices_that_the_model_reports(build, router):
   """Loads, first choices and tokens agree with the aux of the model."""
   built = build({'moe.router.type': router, 'moe.top_k': 2})
@@ -99,7 +90,7 @@ def test_trace_has_the_choices_that_the_model_reports(build, router):
     assert (np.diff(found.weights, axis=-1) <= 0).all()
 
 
-@pytest.mark.parametrize('dispatch', _mostly_slow(DISPATCH, 'capacity'))
+@pytest.mark.parametrize('dispatch', mostly_slow(DISPATCH))
 def test_every_dispatch_gives_the_same_trace_and_drops_what_it_reports(
   build, dispatch
 ):
@@ -118,6 +109,7 @@ def test_every_dispatch_gives_the_same_trace_and_drops_what_it_reports(
   assert dropped.any() == (dispatch == 'capacity')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
@@ -142,7 +134,9 @@ def test_scanned_layers_are_traced_as_unrolled_ones(build, changes):
   np.testing.assert_allclose(again.weights, found.weights, atol=1e-5)
 
 
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize(
+  'scan', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_training_is_the_same_program_with_and_without_the_hook(
   build, scan, monkeypatch
 ):

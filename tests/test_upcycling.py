@@ -17,6 +17,7 @@ from nanomoe.model.build import build_router
 from nanomoe.moe.routing import RouterInputs
 from nanomoe.task import build_task
 from tests import routed
+from tests.shrunk import mostly_slow
 from trainers.checkpoint import arrays as arrays_lib
 from trainers.checkpoint import reader
 from trainers.errors import UserError
@@ -116,24 +117,29 @@ SIGMOID = {
 }
 
 
+CASES = [
+  ({}, {**COPIES, 'moe.num_experts': 5, 'moe.top_k': 3}),
+  (SWIGLU, shards(3, 12, 6)),
+  ({}, {**DROP, 'upcycle.ratio': 0.0}),
+]
+MORE_CASES = [
+  (SWIGLU, {**COPIES, 'moe.top_k': 4, 'moe.dispatch': 'dropless'}),
+  ({}, {**COPIES, **SIGMOID}),
+  ({}, {**COPIES, **SOFTMAX, 'moe.router.route_scale': 0.5}),
+  ({}, {**COPIES, 'moe.router.type': 'Hash', 'moe.every': 2}),
+  ({}, shards(2, 4, 2)),
+  (SWIGLU, shards(8, 16, 8)),
+  ({}, shards(4, 8, 8)),
+  ({}, {**shards(2, 12, 4), **SIGMOID}),
+  (SWIGLU, {**shards(2, 8, 4), **SOFTMAX, 'moe.router.route_scale': 3.0}),
+  # The kernel starts at zero: all experts are tied.
+  ({}, {**shards(4, 12, 8), 'moe.router.type': 'NoisyTopK'}),
+]
+
+
 @pytest.mark.parametrize(
   ('model', 'changes'),
-  [
-    ({}, {**COPIES, 'moe.num_experts': 5, 'moe.top_k': 3}),
-    (SWIGLU, {**COPIES, 'moe.top_k': 4, 'moe.dispatch': 'dropless'}),
-    ({}, {**COPIES, **SIGMOID}),
-    ({}, {**COPIES, **SOFTMAX, 'moe.router.route_scale': 0.5}),
-    ({}, {**COPIES, 'moe.router.type': 'Hash', 'moe.every': 2}),
-    ({}, shards(2, 4, 2)),
-    (SWIGLU, shards(3, 12, 6)),
-    (SWIGLU, shards(8, 16, 8)),
-    ({}, shards(4, 8, 8)),
-    ({}, {**shards(2, 12, 4), **SIGMOID}),
-    (SWIGLU, {**shards(2, 8, 4), **SOFTMAX, 'moe.router.route_scale': 3.0}),
-    # The kernel starts at zero: all experts are tied.
-    ({}, {**shards(4, 12, 8), 'moe.router.type': 'NoisyTopK'}),
-    ({}, {**DROP, 'upcycle.ratio': 0.0}),
-  ],
+  [*CASES, *(pytest.param(*x, marks=pytest.mark.slow) for x in MORE_CASES)],
   ids=lambda x: ' '.join(str(v) for v in x.values()) or 'gelu',
 )
 def test_the_first_logits_are_those_of_the_dense_model(dense, model, changes):
@@ -250,7 +256,9 @@ def test_redrawn_units_have_the_mean_and_the_spread_of_the_old_ones():
       assert abs(np.corrcoef(got.ravel(), old.ravel())[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize('variant', routed.VARIANTS)
+@pytest.mark.parametrize(
+  'variant', mostly_slow(routed.VARIANTS, 'TopK', 'Mixtral')
+)
 def test_normalized_says_whether_weights_sum_to_the_scale(variant):
   router = routed.make(variant, route_scale=2.5)
   key = jax.random.key(0)

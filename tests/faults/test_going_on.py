@@ -175,7 +175,10 @@ def test_allow_changed_is_checked(start, workdir, happened):
       'config.json',
       {'seed': 5},
       'seed=5: ',
-      marks=pytest.mark.fault(injected='config.json edited: another seed'),
+      marks=[
+        pytest.mark.slow,
+        pytest.mark.fault(injected='config.json edited: another seed'),
+      ],
     ),
     pytest.param(
       'vocabulary.json',

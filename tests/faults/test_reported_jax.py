@@ -405,6 +405,7 @@ def test_a_refused_nan_is_not_found_again(tmp_path, settings, happened):
   happened('the run ended')
 
 
+@pytest.mark.slow
 @pytest.mark.reported('6')
 @pytest.mark.fault(
   injected='masks of attention, groups and sampling, without jit',
