@@ -16,7 +16,7 @@ FILE = 'minutes.json'
 # Each config is timed in so many turns; the quickest counts, since other
 # processes of the machine only slow a step down.
 _ROUNDS = 2
-_EVALUATIONS = 20  # Of a run, unless its config has more.
+_EVALUATIONS = 10  # Of a run, unless its config has more.
 
 
 def make(
