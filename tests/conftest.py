@@ -1,6 +1,7 @@
 """Shapes are checked at run time, and compiled programs are shared."""
 
 import fcntl
+import gc
 import json
 import os
 import pathlib
@@ -33,6 +34,9 @@ os.environ.setdefault(
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
 )
 
+# Compilation records no Python stacks.
+os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -43,6 +47,9 @@ from tests.shrunk import ROOT, TINY  # noqa: E402
 
 # Meshes need devices. Processes that tests start have one, as users have.
 jax.config.update('jax_num_cpu_devices', 8)
+
+# Tracing makes many objects, and few of them are garbage.
+gc.set_threshold(200_000, 20, 100)
 
 # Files of pure tests: no processes, and no training. `-m inner` runs them.
 INNER = {

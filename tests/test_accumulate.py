@@ -149,7 +149,7 @@ def _check(changes, num_parts, lengths='uneven', **others):
 @pytest.mark.parametrize(
   ('changes', 'num_parts', 'others'),
   [
-    (SWITCH | ONE, 4, {}),
+    pytest.param(SWITCH | ONE, 4, {}, marks=pytest.mark.slow),
     pytest.param(
       {'moe.balance': 'all_choices', **ALL, **SIGMOID, **DENSE},
       2,

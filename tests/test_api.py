@@ -182,6 +182,7 @@ def test_metrics_are_the_recorded_ones(run):
   assert metrics['val/expert_load'].values.shape[0] == 3
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_text_is_that_of_the_command(run, tmp_path, corpus):
   text = corpus.read_text()[:300]
   path = tmp_path / 'text.txt'

@@ -7,6 +7,7 @@ import pytest
 
 from nanomoe.model.attention import attend
 from nanomoe.ops.causal_blocks import NUM_BLOCKS, attend_by_blocks
+from tests.shrunk import mostly_slow
 
 pytestmark = pytest.mark.optimized
 
@@ -17,9 +18,7 @@ def _attend_by_blocks(q, k, v, key=None, dropout_rate=0.0):
   )
 
 
-@pytest.mark.parametrize(
-  'time', [1, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))]
-)
+@pytest.mark.parametrize('time', mostly_slow([1, 3, 6, 9], 3))
 def test_value_and_gradients_equal_the_textbook(time, rng):
   q, k, v, up = jnp.asarray(rng.normal(size=(4, 2, 3, time, 5)), jnp.float32)
 

@@ -276,6 +276,7 @@ def test_all_report_the_same_mistake(monkeypatch, hellos, named):
     assert named in str(error)
 
 
+@pytest.mark.slow
 def test_a_late_process_hears_of_the_mistake():
   port = free_port()
   early = threading.Thread(

@@ -154,6 +154,7 @@ def test_evaluation_of_the_training_split_is_another(finished):
   assert train['cross_entropy'] != val['cross_entropy']
 
 
+@pytest.mark.slow
 def test_any_text_can_be_evaluated_on(finished, corpus, tmp_path):
   """The whole of it: the validation split as a file gives the split's loss."""
   workdir, _ = finished

@@ -256,6 +256,7 @@ def test_a_server_that_hangs_is_given_up(monkeypatch, said):
   assert 0.3 < seconds < 5
 
 
+@pytest.mark.slow
 def test_a_server_that_is_slow_is_not_given_up(monkeypatch):
   """2.6 s in all, of which no 2 s without a byte."""
 

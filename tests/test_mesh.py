@@ -381,6 +381,7 @@ def test_dropout_has_the_same_bits_on_every_mesh(sizes):
   assert parity.has_same_dropout(sizes)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_changes_no_program():
   """The program has neither shardings nor collectives."""
   program = _reference(**DROPPING).program

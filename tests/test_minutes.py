@@ -39,7 +39,7 @@ def test_each_config_gets_the_steps_of_the_minutes(timed, tmp_path):
   for job, num_steps in zip(jobs, [300, 120] * 2, strict=True):
     config = job.load()
     assert config.num_train_steps == num_steps
-    assert config.eval_interval == num_steps // 20
+    assert config.eval_interval == num_steps // 10
     assert config.moe.z_weight == 0.1
   assert [job.load().seed for job in jobs] == [0, 0, 1, 1]
 

@@ -115,6 +115,7 @@ def _shapes(config):
   return jax.eval_shape(run)
 
 
+@pytest.mark.slow
 def test_a_run_without_experts(tiny, tmp_path):
   """Metrics of routing are missing; all others are there."""
   changes = {'moe.first_dense_layers': 1, 'model.num_layers': 1}

@@ -205,6 +205,7 @@ def test_the_work_of_a_mesh_is_that_of_all_devices(tiny):
   assert one <= eight < 1.5 * one
 
 
+@pytest.mark.slow
 def test_a_device_may_have_fewer_tokens_than_experts(tiny):
   """No rows are computed at balanced loads then, only the overflow."""
   config = experiment.resolve_auto(

@@ -87,7 +87,7 @@ def _custom_calls(traced, platform):
 @pytest.mark.parametrize(
   'name, millions, active',
   [
-    ('gpu_300m', 298, 118),
+    pytest.param('gpu_300m', 298, 118, marks=pytest.mark.slow),
     pytest.param('gpu_1b', 1013, 264, marks=pytest.mark.slow),
   ],
 )

@@ -12,6 +12,7 @@ from nanomoe.moe.dispatch.dense import dense
 from nanomoe.moe.layer import dispatch_rows
 from tests.routed import NUM_EXPERTS, QUICKLY, TOP_K, VARIANTS, VOCAB, make
 from tests.routed import layer as make_moe
+from tests.shrunk import mostly_slow
 
 BATCH, TIME, D_MODEL = 2, 15, 5
 
@@ -269,7 +270,9 @@ def test_capacity_factor_is_the_mean_number_of_experts(
   assert len(routing.expert) == NUM_EXPERTS * capacity
 
 
-@pytest.fixture(scope='module', params=VARIANTS)
+@pytest.fixture(
+  scope='module', params=mostly_slow(VARIANTS, 'TopK', 'ExpertChoice')
+)
 def layer(request):
   """Returns a function of a dispatch's name, and its result for the oracle.
 

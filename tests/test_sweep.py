@@ -38,7 +38,7 @@ from nanomoe.sweeps import (
 from nanomoe.sweeps.jobs import Job
 from nanomoe.sweeps.outcomes import Point
 from tests import runs
-from tests.shrunk import ROOT, TINY
+from tests.shrunk import ROOT, TINY, mostly_slow
 from trainers.errors import UserError
 
 CONFIG = 'configs/base.py'
@@ -528,7 +528,9 @@ def test_jobs_of_a_killed_sweep_end_and_the_next_sweep_waits(tmp_path):
   assert not (tmp_path / 'a' / 'starts').exists()
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+  'number', mostly_slow([signal.SIGINT, signal.SIGKILL], signal.SIGKILL)
+)
 def test_a_signal_ends_the_jobs_of_a_sweep(number, tmp_path):
   """Ctrl-C ends the sweep with 75; also kill -9 leaves no job behind."""
   process = subprocess.Popen(
@@ -639,6 +641,7 @@ def test_a_killed_sweep_ends_with_the_losses_of_an_undisturbed_run(
   assert runs.metrics_of(metrics.parent) == runs.metrics_of(workdir)
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_jobs_and_measures_finished_runs(
   finished, corpus, tmp_path, capsys
 ):

@@ -149,7 +149,9 @@ def test_the_first_logits_are_those_of_the_dense_model(dense, model, changes):
   parameters.kinds(trained[0])
 
 
-@pytest.mark.parametrize('changes', [COPIES, shards(2, 8, 4)])
+@pytest.mark.parametrize(
+  'changes', mostly_slow([COPIES, shards(2, 8, 4)], COPIES)
+)
 def test_layers_of_both_models_may_be_stacked(dense, changes):
   scan = {'model.scan_layers': True}
   _, task, trained = upcycled(dense, scan, changes)
@@ -169,6 +171,7 @@ def test_a_dense_layer_stays_and_its_width_is_that_of_the_source(dense):
   assert 'feed_forward' not in params['block_1']
 
 
+@pytest.mark.slow
 def test_a_token_chooses_whole_groups(dense):
   config, _, trained = upcycled(dense, {}, shards(4, 12, 8))
   kernel = experts_of(trained)['router']['kernel']
