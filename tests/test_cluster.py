@@ -261,12 +261,14 @@ def test_a_stranger_is_ignored():
 @pytest.mark.parametrize(
   ('hellos', 'named'),
   [
-    ([(0, 4), (2, 4)], 'processes 1, 3 of 4'),
+    pytest.param(
+      [(0, 4), (2, 4)], 'processes 1, 3 of 4', marks=pytest.mark.slow
+    ),
     ([(0, 2)], 'process 1 of 2'),
     ([(1, 3), (2, 3)], 'process 0'),
     ([(0, 3), (1, 3), (1, 3)], 'process 1 was started twice'),
     ([(0, 3), (1, 2)], 'process 1 was started with --num_processes=2'),
-    ([(0, 20)], 'and 11 more of 20'),
+    pytest.param([(0, 20)], 'and 11 more of 20', marks=pytest.mark.slow),
   ],
 )
 def test_all_report_the_same_mistake(monkeypatch, hellos, named):

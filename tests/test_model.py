@@ -17,7 +17,7 @@ from nanomoe.moe import RouterInputs, experts
 from nanomoe.moe.losses import BALANCE
 from nanomoe.ops.dropout import Dropout
 from nanomoe.run import provenance
-from tests.shrunk import MODERN
+from tests.shrunk import MODERN, mostly_slow
 from trainers.step import Spikes
 
 
@@ -177,9 +177,7 @@ def test_padding_does_not_move_other_logits(model, rng):
   np.testing.assert_allclose(after[:2], before[:2], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  'first_dense_layers', [pytest.param(0, marks=pytest.mark.slow), 2]
-)
+@pytest.mark.parametrize('first_dense_layers', mostly_slow([0, 2]))
 def test_blocks_whose_outputs_start_at_zero_are_the_identity(
   tiny, first_dense_layers
 ):

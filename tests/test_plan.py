@@ -23,7 +23,7 @@ from nanomoe.planning import (
   report,
   vocabulary,
 )
-from tests.shrunk import ROOT, TINY
+from tests.shrunk import ROOT, TINY, mostly_slow
 from trainers.errors import UserError
 from trainers.mesh import make_abstract_mesh, make_mesh
 
@@ -148,7 +148,7 @@ def _formula(config, **experts):
   return ideal(**sizes, **experts) + tokens * (norms - spared)
 
 
-@pytest.mark.parametrize('sizes', [{}, {'data': 4}])
+@pytest.mark.parametrize('sizes', mostly_slow([{}, {'data': 4}], {}))
 def test_the_work_of_a_dense_model_is_the_formula(tiny, sizes):
   config = experiment.resolve_auto(tiny({**PLAIN, **DENSE}))
   expected = _formula(config, num_experts=0, experts_per_token=1, d_ff=24)
@@ -481,7 +481,7 @@ from nanomoe import experiment
 from nanomoe.config import overrides
 from nanomoe.planning import program
 from trainers.mesh import make_abstract_mesh, make_mesh
-from tests.shrunk import ROOT, TINY
+from tests.shrunk import ROOT, TINY, mostly_slow
 sizes = {'fsdp': 2, 'expert': 2, 'tensor': 2}
 changes = {**TINY, 'optimizer.ema_decay': 0.9, 'optimizer.type': 'Muon'}
 config = experiment.resolve_auto(

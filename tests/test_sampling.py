@@ -100,6 +100,7 @@ def test_cached_uncached_and_definition_agree(model, sampling):
   )
 
 
+@pytest.mark.slow
 def test_greedy_depends_on_no_other_prompt_and_no_seed(model):
   together = _generate(model, PROMPTS, 10, GREEDY, seed=1)
   for i, prompt in enumerate(PROMPTS):

@@ -85,13 +85,8 @@ def _assert_close(one, other, rtol, atol):
   )
 
 
-@pytest.mark.parametrize(
-  'choice',
-  [
-    pytest.param(c, marks=() if c == 'dense' else pytest.mark.slow)
-    for c in CHOICES
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('choice', CHOICES)
 def test_a_scan_is_the_unrolled_model(tiny, choice):
   unrolled, scanned = (
     _task(tiny, CHOICES[choice], scan) for scan in (False, True)

@@ -14,6 +14,7 @@ from nanomoe.ops.cross_entropy import cross_entropy
 from nanomoe.ops.matmul import PRECISIONS
 from nanomoe.planning import products
 from tests.routed import QUICKLY
+from tests.shrunk import mostly_slow
 from trainers import metrics as metrics_lib
 from trainers import step as step_lib
 from trainers.state import TrainState
@@ -104,9 +105,7 @@ def test_parts_of_the_loss(task_and_trained, rng):
   assert np.shape(metrics['router_entropy']) == (2,)
 
 
-@pytest.mark.parametrize(
-  'experts', [True, pytest.param(False, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('experts', mostly_slow([True, False]))
 def test_confidence_is_penalized_in_training_alone(tiny, rng, experts):
   """Training subtracts weight * entropy from the loss."""
   changes = {'precision': 'float32', 'model.dropout_rate': 0.0}

@@ -10,6 +10,7 @@ from regression import Rows, make_trainer
 from nanomoe import schedules
 from nanomoe.config import help
 from tests.runs import At
+from tests.shrunk import mostly_slow
 from trainers import callbacks
 
 PEAK = 0.05
@@ -80,10 +81,8 @@ def test_an_extended_run(tmp_path, warnings, happened, name):
   injected='resuming as before: in a warm-up, in a decay, after a refusal',
   promised='no line',
 )
-@pytest.mark.parametrize('name', DECAYING)
-@pytest.mark.parametrize(
-  'until', [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6))]
-)
+@pytest.mark.parametrize('name', mostly_slow(DECAYING, 'warmup_cosine'))
+@pytest.mark.parametrize('until', mostly_slow([1, 3, 6], 3))
 def test_a_resumed_run(tmp_path, warnings, happened, name, until):
   schedule = DECAYING[name](PEAK, 8)
   dataset = Rows({2: np.nan, 3: np.nan})
