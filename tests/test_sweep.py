@@ -750,9 +750,8 @@ def _children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='it reads /proc')
-@pytest.mark.parametrize('rule', ['none', 'median'])
 def test_a_sweep_killed_at_random_moments_has_the_table_of_a_calm_one(
-  rule, corpus, tmp_path, run
+  corpus, tmp_path, run
 ):
   def words(name):
     return words_of(
@@ -761,12 +760,12 @@ def test_a_sweep_killed_at_random_moments_has_the_table_of_a_calm_one(
       '--over=optimizer.learning_rate=1e-5,1e-3',
       '--over=seed=0..2',
       '--jobs=2',
-      f'--early_stopping={rule}',
+      '--early_stopping=median',
     )
 
   calm = run(words('calm'), timeout=600)
   assert calm.returncode == 0, calm.stderr
-  rng = random.Random(rule)
+  rng = random.Random(0)
   kills = 0
   while True:
     process = subprocess.Popen(
