@@ -17,6 +17,7 @@ from nanomoe.run import cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
 from nanomoe.sweeps import grid, runner
 from nanomoe.sweeps import minutes as minutes_lib
+from nanomoe.sweeps.jobs import ENDED
 from trainers.errors import UserError
 from trainers.files import write_atomically
 
@@ -179,7 +180,8 @@ def _train(
   if lines := [
     f'{directory / x.name}: {x.status}: {x.reason}'
     for x in outcomes
-    if x.status != 'done'
+    # A run that has diverged is compared up to its last finite loss.
+    if x.status not in ENDED
   ]:
     raise UserError(lines)
   return [directory / job.name for job in jobs]
@@ -192,11 +194,11 @@ def _output(
   if path is None:
     return None
   file = pathlib.Path(home.expand(os.fspath(path), key))
-  if not file.parent.is_dir():
+  if not os.path.isdir(file.parent):
     raise UserError(
       f'{key}={path}: {file.parent} is no directory; it must exist'
     )
-  if file.is_dir():
+  if os.path.isdir(file):
     raise UserError(f'{key}={path}: it is a directory; it must be a file')
   return file
 
@@ -219,7 +221,10 @@ def main(parsed: tuple[list[str], list[Override]]) -> int:
   terminal.log_to_terminal(sys.stderr)
   words, overrides = parsed
   if _TRAIN.value:
-    _output(_PLOT.value, '--plot')
+    from nanomoe.comparison import plot  # noqa: PLC0415 (NumPy)
+
+    if path := _output(_PLOT.value, '--plot'):
+      plot.check(path)
     _output(_HTML.value, '--html')
     seeds, minutes = _SEEDS.value or 3, _MINUTES.value or 5.0
     runs = _train(words, seeds, minutes, _OUT.value, overrides)
@@ -233,6 +238,11 @@ def main(parsed: tuple[list[str], list[Override]]) -> int:
   from nanomoe.comparison import tables  # noqa: PLC0415 (JAX)
 
   width = shutil.get_terminal_size().columns
+  if _FORMAT.value == 'csv':  # It has no place for them.
+    for run in value['apart']:
+      print(f'{run["name"]}: not compared: {run["reason"]}', file=sys.stderr)
+    for remark in value['remarks']:
+      print(remark, file=sys.stderr)
   cli.show(tables.render(value, _FORMAT.value, width))
   return 0
 

@@ -16,7 +16,7 @@ from nanomoe.run import cli
 from nanomoe.sweeps import estimate, grid, runner, slurm, table
 from nanomoe.sweeps import plan as plan_lib
 from nanomoe.sweeps.jobs import Job
-from nanomoe.sweeps.outcomes import OPEN, Outcome
+from nanomoe.sweeps.outcomes import OPEN, Outcome, is_running
 from nanomoe.sweeps.plan import Options, Plan
 from trainers.errors import UserError
 
@@ -82,6 +82,7 @@ _SEARCH_SEED = flags.DEFINE_integer(
   0,
   'Random seed of the search.',
   lower_bound=0,
+  upper_bound=2**32 - 1 - grid.MAX_JOBS,  # A seed of NumPy for each job.
   flag_values=_FLAGS,
 )
 _EARLY_STOPPING = flags.DEFINE_enum(
@@ -222,9 +223,10 @@ def _show_plan(plan: Plan) -> int:
   pairs = zip(plan.jobs, outcomes, strict=True)
   left = [job for job, outcome in pairs if outcome.status in OPEN]
   num_jobs = len(plan.jobs)
-  if plan.ask and (job := plan.ask(plan.jobs, outcomes)):
-    num_jobs = plan.options.num_jobs or 0
-    # The next job stands for all that Optuna has not suggested yet.
+  if plan.ask:
+    num_jobs = max(plan.options.num_jobs or 0, num_jobs)
+    # A job stands for all that Optuna has not suggested yet.
+    job = plan.ask(plan.jobs, outcomes) or plan.jobs[-1]
     left += [job] * (num_jobs - len(plan.jobs))
   cli.show(table.text(outcomes) + '\n\n')
   try:
@@ -241,6 +243,10 @@ def _write_script(plan: Plan, num_parallel: int) -> int:
   """Writes the script for sbatch; returns the exit code."""
   outcomes = runner.collect(plan.jobs, plan.out)
   indices = [i for i, x in enumerate(outcomes) if x.status in OPEN]
+  running = [i for i in indices if is_running(plan.out / plan.jobs[i].name)]
+  indices = [i for i in indices if i not in running]
+  if running:
+    print(f'{len(running)} jobs are running', file=sys.stderr)
   if not indices:
     cli.show(table.text(outcomes) + '\n')
     return 0

@@ -19,7 +19,8 @@ def timed(monkeypatch):
   """Replaces the timing of steps; returns the configs that were timed."""
   calls = []
 
-  def timed(job):
+  def timed(job, num_steps):
+    assert num_steps == estimate.TIMED_STEPS
     name = next(x for x in PER_STEP if job.config.endswith(f'{x}.py'))
     calls.append(name)
     slower = 1.5 if len(calls) <= 2 else 1.0  # The first turn is disturbed.

@@ -725,14 +725,6 @@ def test_the_array_script_runs_each_job_that_is_left(
   assert (tmp_path / 'record.requeued').read_text() == 'requeue 91\n'
 
 
-@pytest.mark.parametrize(
-  ('numbers', 'text'),
-  [([0], '0'), ([0, 1, 2, 5, 7, 8], '0-2,5,7-8'), ([3, 5], '3,5')],
-)
-def test_numbers_of_tasks_are_ranges(numbers, text):
-  assert slurm._ranges(numbers) == text
-
-
 # Slow tests.
 
 

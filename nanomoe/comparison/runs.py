@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -106,8 +107,11 @@ class Run:
       values = tokenizers.read(self.workdir / VOCABULARY)
     except UserError:
       return json.dumps(self.history.config.data.tokenizer.to_dict())
+    # Files of older versions have no type; the config has it.
+    values['type'] = self.history.config.data.tokenizer.type
     text = json.dumps(
-      {k: v for k, v in values.items() if not k.startswith('corpus')}
+      {k: v for k, v in values.items() if not k.startswith('corpus')},
+      sort_keys=True,
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -133,7 +137,7 @@ def find(arguments: Sequence[str]) -> list[pathlib.Path]:
   found, problems = [], []
   for argument in arguments:
     path = pathlib.Path(home.expand(argument, 'RUN'))
-    if path.exists() or not glob.has_magic(argument):
+    if os.path.exists(path) or not glob.has_magic(argument):
       runs = _runs_of(path)
       reason = _no_run(path)
     else:
@@ -153,7 +157,7 @@ def find(arguments: Sequence[str]) -> list[pathlib.Path]:
 
 def _runs_of(path: pathlib.Path) -> list[pathlib.Path]:
   """Returns the run at `path`, or the runs in that directory."""
-  if (path / 'config.json').exists():
+  if os.path.exists(path / 'config.json'):
     return [path]
   try:
     return sorted(file.parent for file in path.glob('*/config.json'))
@@ -162,9 +166,9 @@ def _runs_of(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _no_run(path: pathlib.Path) -> str:
-  if not path.exists():
+  if not os.path.exists(path):
     return 'there is no such directory'
-  if not path.is_dir():
+  if not os.path.isdir(path):
     return 'it is a file; it must be the directory of a run'
   return (
     'there is no run; the directory must contain a config.json, or directories '
@@ -249,7 +253,9 @@ def on_same_machine(runs: Sequence[Run]) -> tuple[list[Run], list[Apart]]:
   record its CPU: the devices decide.
   """
   machines = [run.machine() for run in runs]
-  common = _most_frequent(each for each in machines if each.devices)
+  common = _most_frequent(
+    each for each in machines if each.devices and each.cpu
+  ) or _most_frequent(each for each in machines if each.devices)
   same, apart = [], []
   for run, machine in zip(runs, machines, strict=True):
     is_known = machine.cpu and common and common.cpu

@@ -17,8 +17,8 @@ from trainers.errors import UserError
 from trainers.files import jsonable
 
 # Keys that no configs of a comparison differ in: seeds are paired, and texts
-# and tokenizers are compared by their content.
-ASIDE = ('seed', 'data.path', 'data.fallback', 'data.tokenizer.file')
+# are compared by their content.
+ASIDE = ('seed', 'data.path', 'data.fallback')
 # Relative difference of active parameters from which a remark states it.
 _UNEQUAL = 0.05
 # Keys of the work that the summary of a run has.
@@ -88,7 +88,14 @@ def make(
         for name, of in groups.items()
       ],
       'runs': [
-        _run(run, names[run.workdir], members[run.workdir], metric, equal)
+        _run(
+          run,
+          names[run.workdir],
+          members[run.workdir],
+          metric,
+          equal,
+          has_seconds=run in on_same_machine,
+        )
         for run in runs
       ],
       'equal': equal,
@@ -187,10 +194,13 @@ def _groups(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Run]]]:
   """
   configs = [_flat(run) for run in runs]
   sources: dict[str, str] = {}
-  for config in configs:
+  files: dict[str, str] = {}
+  for run, config in zip(runs, configs, strict=True):
     if source := config.get('init_from'):
       # The seeds of a group can start from the seeds of a source.
       config['init_from'] = sources.setdefault(_content(source), source)
+    if file := config.get('data.tokenizer.file'):
+      config['data.tokenizer.file'] = files.setdefault(run.tokenizer(), file)
   every = dict.fromkeys(key for config in configs for key in config)
   keys = [
     key
@@ -291,12 +301,26 @@ def _run(
   group: str,
   metric: str,
   equal: Mapping[str, Mapping[str, Any]],
+  *,
+  has_seconds: bool,
 ) -> dict[str, Any]:
-  """Returns the summary of a run."""
+  """Returns the summary of a run.
+
+  Args:
+    run: The run.
+    name: Name of the run.
+    group: Name of its group.
+    metric: Name of the loss.
+    equal: Equal points by axis.
+    has_seconds: Whether its seconds can be compared.
+  """
   history = run.history
   steps, losses = history.series(metric)
   result = history.result
-  curves = {axis: run.curve(axis, metric) for axis in AXES}
+  curves = {
+    axis: run.curve(axis, metric) if axis != 'seconds' or has_seconds else None
+    for axis in AXES
+  }
   return {
     'name': name,
     'workdir': str(run.workdir),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import tempfile
@@ -13,14 +14,14 @@ from nanomoe.sweeps.jobs import Job
 from trainers.errors import UserError
 
 # Steps of the run that is timed if no run of the sweep is done.
-_TIMED_STEPS = 20
+TIMED_STEPS = 20
 
 
 class Speed(NamedTuple):
   """Seconds that the parts of a run take.
 
   Attributes:
-    start: Seconds before the first step: start and compilation.
+    start: Seconds of the start, with compilation and the first step.
     token: Seconds of training for each token.
     evaluation: Seconds of an evaluation, with its checkpoint and samples.
   """
@@ -32,7 +33,7 @@ class Speed(NamedTuple):
   def seconds(self, values: Mapping[str, Any]) -> float:
     """Returns the seconds of a run with these config values."""
     steps = values['num_train_steps']
-    tokens = steps * values['batch_size'] * values['block_size']
+    tokens = (steps - 1) * values['batch_size'] * values['block_size']
     evaluations = steps / values['eval_interval']
     return self.start + tokens * self.token + evaluations * self.evaluation
 
@@ -75,10 +76,12 @@ def make(
     speeds = [_speed(out / job.name, job) for job in done]
     source = f'measured on {len(done)} finished runs'
   else:
-    speeds = [timed(left[0])] if left else [Speed(0.0, 0.0, 0.0)]
-    source = (
-      f'measured on {_TIMED_STEPS} steps of {left[0].name}' if left else ''
-    )
+    speeds, source = [Speed(0.0, 0.0, 0.0)], ''
+    if left:
+      # The first step is compiled, so that one more is timed.
+      steps = min(TIMED_STEPS, max(left[0].values['num_train_steps'], 2))
+      speeds = [timed(left[0], steps, num_parallel)]
+      source = f'measured on {steps} steps of {left[0].name}'
   speed = Speed(*map(statistics.median, zip(*speeds, strict=True)))
   total = sum(speed.seconds(job.values) for job in left)
   num_parallel = min(num_parallel, max(len(left), 1))
@@ -92,23 +95,31 @@ def _speed(workdir: pathlib.Path, job: Job) -> Speed:
   values = job.values
   start = seconds.get('start', 0.0) + seconds.get('compile', 0.0)
   rest = sum(seconds.values()) - start - seconds.get('train', 0.0)
-  tokens = result['step'] * values['batch_size'] * values['block_size']
+  tokens = values['batch_size'] * values['block_size']
+  # A run of one step has no speed: its step belongs to the compilation.
+  rate = result.get('steps_per_sec') or math.inf
   evaluations = max(result['step'] / values['eval_interval'], 1.0)
-  return Speed(start, seconds.get('train', 0.0) / tokens, rest / evaluations)
+  return Speed(start, 1 / (rate * tokens), rest / evaluations)
 
 
-def timed(job: Job) -> Speed:
+def timed(job: Job, num_steps: int, num_parallel: int = 1) -> Speed:
   """Returns the speed of a few steps of a job, in a temporary directory.
+
+  Args:
+    job: The job.
+    num_steps: Number of steps to train, at least 2.
+    num_parallel: Number of jobs that divide the cores.
 
   Raises:
     UserError: The job has failed.
   """
-  steps = min(_TIMED_STEPS, job.values['num_train_steps'])
   names = 'num_train_steps', 'eval_interval', 'log_interval'
-  changed = [(name, str(steps)) for name in names]
+  changed = [(name, str(num_steps)) for name in names]
   short = dataclasses.replace(job, overrides=[*job.overrides, *changed])
   with tempfile.TemporaryDirectory(prefix='nanomoe-sweep-') as directory:
-    (outcome,) = runner.run([short], pathlib.Path(directory))
+    (outcome,) = runner.run(
+      [short], pathlib.Path(directory), num_parallel=num_parallel
+    )
     if outcome.status != 'done':
       raise UserError(f'{job.name}: {outcome.status}: {outcome.reason}')
     return _speed(pathlib.Path(directory) / job.name, short)

@@ -114,7 +114,9 @@ def make(
       continue
     paths.add(values['data.path'])
     changes = {key: values.get(key) for key in assignment}
-    jobs.append(Job(name(changes), config, tuple(given), changes))
+    job = Job(name(changes), config, tuple(given), changes)
+    vars(job)['values'] = values  # The file can change while the sweep runs.
+    jobs.append(job)
   lines += [x for path in sorted(paths - {''}) for x in path_problems(path)]
   counts = Counter(job.name for job in jobs)
   lines += [

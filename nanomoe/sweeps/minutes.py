@@ -112,7 +112,7 @@ def _step_seconds(jobs: Sequence[Job]) -> list[float]:
   """Returns the seconds of a step of each job, timed in turn."""
   rounds = [
     [
-      estimate.timed(job).token
+      estimate.timed(job, estimate.TIMED_STEPS).token
       * job.values['batch_size']
       * job.values['block_size']
       for job in jobs

@@ -231,7 +231,12 @@ class _Runner:
     environ = dict(os.environ)
     if self._num_parallel > 1:
       cores = shares.share(shares.cores(), share, self._num_parallel)
-      gpus = shares.share(shares.gpus(environ), share, self._num_parallel)
+      all_gpus = shares.gpus(environ)
+      gpus = shares.share(all_gpus, share, self._num_parallel)
+      if all_gpus and not gpus:
+        gpus = [all_gpus[share % len(all_gpus)]]
+        # Jobs that share a GPU take memory as they need it.
+        environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
       if gpus:
         given = environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
         names = [name for name in given if name]
@@ -279,6 +284,9 @@ class _Runner:
     workdir = self._workdir(slot.index)
     if self._jobs[slot.index].status(workdir):
       return None
+    if code == 0:
+      config = self._jobs[slot.index].config
+      return 'failed', f'{config} has changed since the jobs were checked'
     text = f'exit code {code}'
     return 'failed', outcomes.reason_of(workdir, slot.start, text)
 

@@ -164,12 +164,17 @@ def optuna_ask(
       )
     study = optuna.create_study(sampler=sampler)
     study.add_trials(list(map(trial_of, jobs, told)))
+    problem = None
     for _ in range(_MAX_DRAWS):
       params = study.ask(space).params
-      job = make({d.key: _text(d, params[d.key]) for d in found})
+      try:
+        job = make({d.key: _text(d, params[d.key]) for d in found})
+      except UserError as error:  # Values that do not go together.
+        problem = error
+        continue
       if job.name not in {other.name for other in jobs}:
         return job
-    raise UserError(
+    raise problem or UserError(
       f'--num_jobs={num_jobs}: --over has only about {index} different jobs'
     )
 
@@ -214,15 +219,17 @@ def _dimension(axis: Axis) -> Dimension:
   kind: type | None = field.kind if field else None
   if kind is None:  # An argument of a plug-in: the ends tell the type.
     kind = int if _is_int(first) and _is_int(last) else float
+  where = f'--over={axis.key}={first}..{last}'
   if kind is int and _is_int(first) and _is_int(last):
     low, high = number(int, first), number(int, last)
+    if max(abs(low), abs(high)) >= 1 << 63:
+      raise UserError(f'{where}: the ends must be within 64 bits')
     return Dimension(axis.key, (), low, high, is_int=True)
   if kind is not float:
-    raise UserError(
-      f'--over={axis.key}={first}..{last}: the key has no such numbers; list '
-      'its values'
-    )
+    raise UserError(f'{where}: the key has no such numbers; list its values')
   low, high = float(first), float(last)
+  if not math.isfinite(high - low):
+    raise UserError(f'{where}: the ends must be finite')
   return Dimension(axis.key, (), low, high, is_log=low > 0)
 
 

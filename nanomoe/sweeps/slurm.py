@@ -60,7 +60,8 @@ def write(
   Args:
     out: Absolute directory of the sweep.
     jobs: All jobs.
-    indices: Numbers of the jobs that are left, which are the tasks.
+    indices: Numbers of the jobs that are left. The tasks are 0, 1 and so on:
+      SLURM allows a task no number above MaxArraySize.
     num_parallel: Number of tasks at a time; 0 for any number.
 
   Raises:
@@ -68,12 +69,15 @@ def write(
   """
   path = out / FILE
   limit = f'%{num_parallel}' if num_parallel else ''
-  words = {i: jobs[i].words(out / jobs[i].name)[1:] for i in indices}
-  cases = '\n'.join(f'  {i}) words=({shlex.join(words[i])}) ;;' for i in words)
+  words = [jobs[i].words(out / jobs[i].name)[1:] for i in indices]
+  cases = '\n'.join(
+    f'  {task}) words=({shlex.join(each)}) ;;'
+    for task, each in enumerate(words)
+  )
   script = _SCRIPT.format(
     path=shlex.quote(str(path)),
     name=shlex.quote(out.name),
-    array=_ranges(indices) + limit,
+    array=f'0-{len(indices) - 1}{limit}',
     # SLURM replaces %a by the number of the task.
     log=shlex.quote(str(out).replace('%', '%%') + '/slurm-%a.log'),
     directory=shlex.quote(os.getcwd()),
@@ -89,17 +93,3 @@ def write(
       f'--out={out}: the script cannot be written ({error.strerror})'
     ) from error
   return path
-
-
-def _ranges(indices: Sequence[int]) -> str:
-  """Returns sorted numbers as SLURM has them: '0-3,7'."""
-  groups: list[list[int]] = []
-  for index in indices:
-    if groups and groups[-1][-1] == index - 1:
-      groups[-1].append(index)
-    else:
-      groups.append([index])
-  return ','.join(
-    f'{group[0]}-{group[-1]}' if len(group) > 1 else str(group[0])
-    for group in groups
-  )
