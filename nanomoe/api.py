@@ -223,6 +223,7 @@ class Run:
           restored.model_state,
           np.asarray(restored.tokenizer.encode(text)),
           block_size=self.config.block_size,
+          batch_size=self.config.batch_size,
           capacity_factor=moe.capacity_factor if drops else None,
         )
       except UserError as error:

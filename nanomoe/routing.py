@@ -1,6 +1,7 @@
 """Command that writes a page about the routing of a run."""
 
 from collections.abc import Collection, Sequence
+import json
 import logging
 import pathlib
 import sys
@@ -146,7 +147,8 @@ def _checked_out(
   """Returns the path of the page.
 
   Raises:
-    UserError: The path does not end in .html, or its directory does not exist.
+    UserError: The path does not end in .html, its directory does not exist, or
+      the JSON would replace another file.
   """
   path = pathlib.Path(
     workdir / 'routing.html' if out is None else home.expand(str(out), '--out')
@@ -155,7 +157,20 @@ def _checked_out(
     raise UserError(f'--out={path}: the path must end in .html')
   if not path.parent.is_dir():
     raise UserError(f'--out={path}: the directory {path.parent} does not exist')
+  target = path.with_suffix('.json')
+  if target.exists() and not _has_figures(target):
+    raise UserError(f'--out={path}: {target} is another file; choose a name')
   return path
+
+
+def _has_figures(path: pathlib.Path) -> bool:
+  """Returns whether a file is the JSON of an earlier page."""
+  try:
+    return {*json.loads(path.read_text(encoding='utf-8'))} == {
+      *('about', 'figures')
+    }
+  except (OSError, ValueError, TypeError):
+    return False
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -50,7 +50,8 @@ _OUT = flags.DEFINE_string(
   'out',
   None,
   'Directory of the sweep, with a run directory for each job. Default: '
-  'runs/sweep-<config>-<date>.',
+  'runs/sweep-<config>-<date>, or that of an unfinished sweep of the same '
+  'command.',
   flag_values=_FLAGS,
 )
 _JOBS = flags.DEFINE_integer(

@@ -212,6 +212,22 @@ def test_texts_are_compared_by_content_and_not_by_path(make):
   assert len(value['groups']) == 1
 
 
+def test_files_of_tokenizers_are_compared_by_content(make):
+  files = [
+    make(x, changes={'data.tokenizer.type': 'BPE', 'data.tokenizer.file': x})
+    for x in ('a', 'b', 'c')
+  ]
+  for path, token in zip(files, 'ttu', strict=True):
+    (pathlib.Path(path) / 'vocabulary.json').write_text(
+      json.dumps({'tokens': [token], 'corpus': path, 'corpus_sha256': SHA256})
+    )
+  value = summary.make(files[:2])
+  assert (value['keys'], value['unit']) == ([], 'nats per token')
+  value = summary.make(files)
+  assert value['unit'] == 'bits per byte'
+  assert [group['runs'] for group in value['groups']] == [['a', 'b'], ['c']]
+
+
 def test_bits_per_byte_compare_tokenizers(make):
   runs = make('one'), make('two', changes={'data.tokenizer.type': 'Bytes'})
   value = summary.make(runs)
@@ -296,6 +312,7 @@ def test_seconds_of_another_machine_are_not_compared(make, changes):
   value = summary.make([other, make('one'), make('two')])
   assert {*value['equal']['seconds']['runs']} == {'one', 'two'}
   assert {*value['equal']['steps']['runs']} == {'other', 'one', 'two'}
+  assert value['runs'][0]['curves']['seconds'] is None  # Figures omit it.
   (apart,) = value['apart']
   assert apart['name'] == 'other'
   assert 'seconds' in apart['reason']
@@ -318,6 +335,26 @@ def test_a_run_of_an_older_version_is_compared_with_remarks(make):
   assert {*value['equal']['seconds']['runs']} == {'one', 'two'}
   assert any('older' in line and 'text' in line for line in value['remarks'])
   tables.render(value, 'text')
+
+
+def test_a_run_without_a_cpu_does_not_decide_the_machine(make):
+  runs = [
+    make('old', result={'cpu': ''}),
+    make('older', result={'cpu': ''}),
+    make('one'),
+    make('other', result={'cpu': 'another CPU, 2 cores'}),
+  ]
+  value = summary.make(runs)
+  assert [x['name'] for x in value['apart']] == ['other']
+
+
+def test_a_vocabulary_of_an_older_version_has_no_type(make):
+  paths = make('old'), make('new')
+  for path, state in zip(paths, ({}, {'type': 'Characters'}), strict=True):
+    state |= {'characters': 'ab', 'corpus': path, 'corpus_sha256': SHA256}
+    (pathlib.Path(path) / 'vocabulary.json').write_text(json.dumps(state))
+  value = summary.make(paths)
+  assert value['unit'] == 'nats per token'
 
 
 def test_a_run_in_progress_is_compared_up_to_its_last_evaluation(make):

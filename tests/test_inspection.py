@@ -138,10 +138,29 @@ def test_the_bootstrap_covers_the_true_lift(rng):
   assert np.mean(covered) > 0.85
 
 
-def test_one_window_has_no_interval(rng):
-  trace = make_trace(rng, tokens=BLOCK)
+@pytest.mark.parametrize('windows', [1, specialization.MIN_GROUPS - 1])
+def test_few_windows_have_no_interval(rng, windows):
+  trace = make_trace(rng, tokens=windows * BLOCK)
   result = specialization.specialization(trace, random_labels(rng, trace))
   assert np.isnan(result.low).all() and np.isnan(result.high).all()
+
+
+def test_ranges_of_positions_are_no_independent_labels(rng):
+  """Experts that last for half a window, at random, have no specialization."""
+  p_values = []
+  for _ in range(20):
+    trace = make_trace(rng, layers=1, tokens=20 * 64, k=1)
+    positions = (np.arange(20 * 64) % 64).astype(np.int32)
+    starts = rng.integers(0, 64, 20 * 64)
+    experts = np.empty(20 * 64, np.int32)
+    for t in range(20 * 64):
+      is_new = not t or starts[t] < 2
+      experts[t] = rng.integers(E) if is_new else experts[t - 1]
+    trace = trace._replace(positions=positions, experts=experts[None, :, None])
+    found = labels.of_positions(trace.positions, trace.windows)
+    result = specialization.specialization(trace, found)
+    p_values.append(float(result.p_value[0]))
+  assert np.median(p_values) > 0.1
 
 
 # Labels.
@@ -161,6 +180,12 @@ def test_speakers_have_the_text_of_their_lines():
     list(text + 'new'), np.repeat([0, 1], [len(text), 3])
   )
   assert (second.ids[-3:] == -1).all()
+  # The first line of each text can be that of a speaker.
+  both = 'ROMEO:\nAh!\n', 'ГАМЛЕТ:\r\nБыть\r\n\r\nOPHELIA:\r\nHm'
+  third = labels.of_speakers(
+    list(''.join(both)), np.repeat([0, 1], list(map(len, both)))
+  )
+  assert sorted(third.names) == ['OPHELIA', 'ROMEO', 'ГАМЛЕТ']
 
 
 @pytest.mark.parametrize(
@@ -183,7 +208,7 @@ def test_classes_of_tokens(token, expected):
 
 
 def test_positions_are_ranges_of_powers_of_two():
-  found = labels.of_positions(np.arange(9))
+  found = labels.of_positions(np.arange(9), np.zeros(9, int))
   names = [found.names[i] for i in found.ids]
   assert names == ['0', '1', *['2-3'] * 2, *['4-7'] * 4, '8-15']
 
@@ -214,7 +239,10 @@ def test_pairs_are_those_of_loops(trace):
     sets = [set(choices(trace, layer, t)) for t in range(TOKENS)]
     both = sum(a in s and b in s for s in sets)
     if a != b:
-      chance = sum(a in s for s in sets) * sum(b in s for s in sets) / TOKENS
+      loads = [sum(e in s for s in sets) for e in range(E)]
+      pairs = sum(len(s) * (len(s) - 1) for s in sets)
+      products = sum(x * y for x, y in itertools.permutations(loads, 2))
+      chance = loads[a] * loads[b] * pairs / products
       assert of_token.counts[layer, a, b] == both
       assert of_token.lift[layer, a, b] == pytest.approx(both / chance)
     if layer:
@@ -227,6 +255,12 @@ def test_pairs_are_those_of_loops(trace):
       assert across.lift[layer - 1, a, b] == pytest.approx(
         n * len(pairs) / (rows * columns)
       )
+
+
+def test_pairs_of_random_experts_have_a_lift_of_1(rng):
+  found = coactivation.of_tokens(make_trace(rng, tokens=20_000, layers=1))
+  lift = found.lift[0][~np.eye(E, dtype=bool)]
+  np.testing.assert_allclose(lift, 1, atol=0.1)
 
 
 def test_saturation_is_a_loop_and_1_for_equal_choices(rng, trace):
@@ -252,10 +286,12 @@ def test_predictability_is_the_accuracy_of_a_table(rng, trace):
   experts = trace.experts.copy()
   experts[1, :, 0] = trace.tokens % E
   experts[2, :, 0] = (experts[1, :, 0] + 1) % E
-  found = predictability.predictability(trace._replace(experts=experts))
+  one = np.zeros(TOKENS, int)
+  found = predictability.predictability(trace._replace(experts=experts), one)
   assert found.token[1] == found.token[2] == found.previous[2] == 1
   assert np.isnan(found.previous[0])
-  assert found.num_held_out == TOKENS // 2
+  held_out = experts[:, trace.windows % 2 == 1, 0] < E
+  np.testing.assert_array_equal(found.num_held_out, held_out.sum(axis=1))
   for i, feature in enumerate([trace.tokens, trace.positions]):
     table, base = {}, []
     for t in range(TOKENS):
@@ -268,6 +304,17 @@ def test_predictability_is_the_accuracy_of_a_table(rng, trace):
       if t // BLOCK % 2 and experts[0, t, 0] < E
     ]
     assert found[1 + i][0] == pytest.approx(np.mean(right))
+
+
+def test_each_text_is_counted_and_predicted(rng):
+  """Two texts of one window each: their tokens choose different experts."""
+  trace = make_trace(rng, layers=1, tokens=2 * BLOCK)
+  text = trace.windows
+  experts = np.repeat(text, K).reshape(1, -1, K).astype(np.int32)
+  trace = trace._replace(experts=experts, tokens=text.astype(np.int32))
+  found = predictability.predictability(trace, text)
+  assert found.token[0] == 1
+  assert found.num_held_out[0] == BLOCK
 
 
 def _mode(values):

@@ -108,6 +108,13 @@ def test_a_mistake_has_one_line(trained, arguments, line):
   assert found.startswith(line)
 
 
+def test_a_page_replaces_no_file_of_the_run(trained):
+  before = (trained[0] / 'result.json').read_text()
+  with pytest.raises(UserError, match=r'result\.json is another file'):
+    routing.routing(trained[0], out=trained[0] / 'result.html')
+  assert (trained[0] / 'result.json').read_text() == before
+
+
 def test_a_damaged_record_is_named(trained, tmp_path):
   for path in ('config.json', 'vocabulary.json'):
     shutil.copy(trained[0] / path, tmp_path)

@@ -29,6 +29,7 @@ from nanomoe.sweeps import (
   grid,
   jobs,
   outcomes,
+  plan,
   runner,
   search,
   slurm,
@@ -483,6 +484,80 @@ def test_jobs_side_by_side_divide_the_gpus(tmp_path, monkeypatch):
   runner.run([Prints(x, '') for x in 'ab'], tmp_path, num_parallel=2)
   outputs = [(tmp_path / x / outcomes.OUTPUT).read_text() for x in 'ab']
   assert outputs == ['4\n', '7\n']
+
+
+def test_jobs_share_too_few_gpus(tmp_path, monkeypatch):
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,7')
+  names = 'CUDA_VISIBLE_DEVICES', 'XLA_PYTHON_CLIENT_PREALLOCATE'
+
+  class Prints(StandIn):
+    def words(self, workdir):
+      code = f'import os, time; print(*[os.environ[x] for x in {names}])'
+      return [sys.executable, '-c', f'{code}; time.sleep(0.5)']
+
+  runner.run([Prints(x, '') for x in 'abc'], tmp_path, num_parallel=3)
+  outputs = [(tmp_path / x / outcomes.OUTPUT).read_text() for x in 'abc']
+  assert outputs == ['4 false\n', '7 false\n', '4 false\n']
+
+
+def test_a_changed_config_file_fails_its_jobs(corpus, tmp_path):
+  config = tmp_path / 'mine.py'
+  config.write_text((ROOT / CONFIG).read_text())
+  (job,) = jobs.make(str(config), _pairs(corpus), [{'seed': '1'}])
+  workdir = tmp_path / job.name
+  workdir.mkdir()
+  result = {'status': 'done', 'step': TINY['num_train_steps']}
+  (workdir / 'result.json').write_text(json.dumps(result))
+
+  def status_of_a_run_now():
+    values = job.load().to_dict()
+    (workdir / 'config.json').write_text(json.dumps(values))
+    return job.status(workdir)
+
+  assert status_of_a_run_now() == 'done'
+  with config.open('a') as file:
+    file.write('_before = get_config\n\n\ndef get_config():\n')
+    file.write('  config = _before()\n  config.moe.z_weight = 0.5\n')
+    file.write('  return config\n')
+  assert status_of_a_run_now() == ''
+  slot = runner._Slot(0, 0)
+  found = runner._Runner([job], tmp_path)._failure(slot, 0)
+  assert found == (
+    'failed',
+    f'{config} has changed since the jobs were checked',
+  )
+
+
+@pytest.mark.parametrize('status', ['pending', 'done'])
+def test_the_default_directory_is_that_of_an_unfinished_sweep(
+  status, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  facts = {'config': 'configs/base.py', 'over': {'seed': ['0']}}
+  today = pathlib.Path(plan._default('configs/base.py', facts))
+  before = today.with_name('sweep-base-20200102')
+  before.mkdir(parents=True)
+  rows = {'jobs': [{'status': status}]}
+  (before / table.FILE).write_text(json.dumps({**facts, **rows}))
+  expected = before if status == 'pending' else today
+  assert pathlib.Path(plan._default('configs/base.py', facts)) == expected
+  other = facts | {'over': {'seed': ['0..9']}}
+  today.mkdir()
+  (today / table.FILE).write_text(json.dumps({**facts, **rows}))
+  assert plan._default('configs/base.py', facts) == str(today)
+  assert plan._default('configs/base.py', other) == f'{today}-2'
+
+
+@pytest.mark.parametrize(
+  ('over', 'words'),
+  [
+    ('seed=0..100000000000000000000', '64 bits'),
+    ('optimizer.learning_rate=1e-4..1e999', 'finite'),
+  ],
+)
+def test_ends_of_a_search_that_cannot_be_drawn(over, words):
+  with pytest.raises(UserError, match=words):
+    search.dimensions(grid.parse([over]))
 
 
 def test_two_sweeps_in_a_directory_are_refused(tmp_path):

@@ -15,8 +15,9 @@ class Pairs(NamedTuple):
 
   Attributes:
     counts: Number of tokens with both experts.
-    lift: Probability of both over the product of their probabilities; NaN if
-      one of the experts does not occur.
+    lift: Number of tokens with both over the number that is expected; NaN if
+      one of the experts does not occur. Expected pairs are proportional to the
+      loads of both experts, and as many as the pairs that occur.
   """
 
   counts: Int[np.ndarray, 'layers experts experts']
@@ -46,11 +47,14 @@ def of_tokens(trace: Trace) -> Pairs:
     chosen = membership(experts, trace.num_experts).astype(np.float32)
     both = (chosen.T @ chosen).astype(np.int64)
     of_expert = np.diag(both).astype(float)
-    expected = np.outer(of_expert, of_expert)
-    lift = np.full(both.shape, np.nan)
-    np.divide(both * len(chosen), expected, where=expected > 0, out=lift)
-    np.fill_diagonal(lift, np.nan)
     np.fill_diagonal(both, 0)
+    expected = np.outer(of_expert, of_expert)
+    np.fill_diagonal(expected, 0)
+    # The experts of a token are different: random pairs are fewer than those
+    # of independent choices.
+    expected *= both.sum() / max(expected.sum(), 1)
+    lift = np.full(both.shape, np.nan)
+    np.divide(both, expected, where=expected > 0, out=lift)
     counts.append(both)
     lifts.append(lift)
   return Pairs(np.stack(counts), np.stack(lifts))

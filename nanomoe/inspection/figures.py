@@ -73,7 +73,10 @@ def make(
     'split': ', '.join(sample.names),
     'num_tokens': len(trace.tokens),
   }
-  pieces = labels.pieces([sample.utf8[t] for t in trace.tokens.tolist()])
+  pieces = []
+  for i in range(len(sample.names)):  # A text ends within no character.
+    own = trace.tokens[sample.text == i].tolist()
+    pieces += labels.pieces([sample.utf8[t] for t in own])
   figures = {
     'loads': _loads(shown, experts),
     'text': _text(sample, shown),
@@ -82,7 +85,7 @@ def make(
       for kind, found in _labels(sample, trace, pieces).items()
     },
     'coactivation': _coactivation(trace, indices, experts),
-    'predictability': _predictability(trace, indices),
+    'predictability': _predictability(sample, trace, indices),
     'contexts': _contexts(sample, shown, experts, pieces),
   }
   if earlier:
@@ -174,7 +177,7 @@ def _labels(
   found = {
     'token': labels.of_tokens(trace.tokens, sample.utf8),
     'class': labels.of_classes(trace.tokens, sample.utf8),
-    'position': labels.of_positions(trace.positions),
+    'position': labels.of_positions(trace.positions, trace.windows),
     'speaker': labels.of_speakers(pieces, sample.text),
     'text': labels.of_texts(sample.names, sample.text, trace.windows),
   }
@@ -243,10 +246,12 @@ def _cut(
   }
 
 
-def _predictability(trace: Trace, indices: Sequence[int]) -> dict[str, Any]:
-  found = predictability.predictability(trace)
+def _predictability(
+  sample: Sample, trace: Trace, indices: Sequence[int]
+) -> dict[str, Any]:
+  found = predictability.predictability(trace, sample.text)
   return {
-    'num_held_out': found.num_held_out,
+    'num_held_out': found.num_held_out[list(indices)].tolist(),
     **{
       name: _rounded(np.asarray(getattr(found, name))[list(indices)], 4)
       for name in ('base', 'token', 'position', 'previous')

@@ -10,7 +10,8 @@ import numpy as np
 
 # The line before a speech, after an empty line, as in Tiny Shakespeare.
 _SPEAKER = re.compile(
-  r'(?:\A|(?<=\n\n))([A-Z][^\n:]{0,40}):[ \t]*$', re.MULTILINE
+  r'(?:\A|(?<=\n\n)|(?<=\n\r\n))([^\W\d_][^\n:]{0,40}):[ \t\r]*$',
+  re.MULTILINE,
 )
 OTHER = 'other'
 MAX_TOKENS = 40  # Labels of a figure; less frequent ones are one label.
@@ -25,11 +26,15 @@ class Labels(NamedTuple):
     ids: Label of each token, as an index of `names`; -1 without a label.
     units: Unit of each token. All tokens of a unit have one label, and a
       permutation exchanges the labels of units: of tokens, speeches or windows.
+    rotates: Whether a permutation rotates the labels within each unit instead,
+      by a random number of tokens. A unit is then a window, whose tokens have
+      different labels.
   """
 
   names: list[str]
   ids: Int[np.ndarray, ' tokens']
   units: Int[np.ndarray, ' tokens']
+  rotates: bool = False
 
 
 def pieces(utf8: Sequence[bytes]) -> list[str]:
@@ -98,18 +103,24 @@ def token_class(utf8: bytes) -> str:
   return next((name for name, test in tests.items() if test(core)), 'mixed')
 
 
-def of_positions(positions: Int[np.ndarray, ' tokens']) -> Labels:
+def of_positions(
+  positions: Int[np.ndarray, ' tokens'], windows: Int[np.ndarray, ' tokens']
+) -> Labels:
   """Returns ranges of positions as labels: 0, 1, 2-3, 4-7, and so on.
+
+  A permutation rotates each window, because neighbouring tokens are not
+  independent.
 
   Args:
     positions: Position of each token in its window.
+    windows: Window of each token.
   """
   ids = np.array([int(p).bit_length() for p in range(positions.max() + 1)])
   starts = [0, *(1 << i for i in range(ids.max()))]
   names = [
     str(start) if start < 2 else f'{start}-{2 * start - 1}' for start in starts
   ]
-  return Labels(names, ids[positions], np.arange(len(positions)))
+  return Labels(names, ids[positions], windows, rotates=True)
 
 
 def of_speakers(
@@ -126,10 +137,15 @@ def of_speakers(
     text: Index of each token's text.
   """
   starts = np.cumsum([0, *map(len, text_pieces)])[:-1]
-  found = list(_SPEAKER.finditer(''.join(text_pieces)))
-  names = [match.group(1) for match in found]
-  begin = np.array([match.start() for match in found], int)
-  end = np.array([match.end() for match in found], int)
+  names, places = [], []
+  for own in np.split(np.arange(len(text)), np.flatnonzero(np.diff(text)) + 1):
+    for match in _SPEAKER.finditer(
+      ''.join(text_pieces[t] for t in own.tolist())
+    ):
+      if match.group(1)[0].isupper():
+        names.append(match.group(1))
+        places.append(starts[own[0]] + np.array(match.span()))
+  begin, end = np.array(places, int).reshape(-1, 2).T
   speech = np.searchsorted(begin, starts, side='right') - 1  # [tokens]
   has_label = speech >= 0
   spoken = speech[has_label]

@@ -96,7 +96,9 @@ function heat({corner, rows, columns, lift, weak, describe, mono}) {
     columns.map((_, c) => {
       const value = lift(r, c);
       const cell = h('td', {
-        class: weak(r, c) ? 'weak' : null, style: {background: color(value)},
+        class: weak(r, c) ? 'weak' : null,
+        // A dense table shows no numbers.
+        style: {background: color(columns.length > 16 && weak(r, c) ? null : value)},
       }, shownLift(value));
       cells.push(cell);
       return cell;
@@ -268,7 +270,7 @@ function predictability() {
   const l = state.layer;
   const rows = [['Token', f.token], ['Position', f.position], ['Layer before', f.previous]];
   return [source(f),
-    h('p', null, `Accuracy on ${plural(f.num_held_out, 'held-out token')}. The mark is the accuracy of the most frequent expert, ${percent(f.base[l], 1)}.`),
+    h('p', null, `Accuracy on ${plural(f.num_held_out[l], 'held-out token')}. The mark is the accuracy of the most frequent expert, ${percent(f.base[l], 1)}.`),
     meter(rows.filter(([, x]) => x[l] !== null).map(([name, x]) => [name, x[l], f.base[l]])),
     h('h3', null, 'All layers'),
     h('div', {class: 'scroll', tabindex: 0, role: 'group', 'aria-label': 'All layers'}, h('table', null,
@@ -331,13 +333,13 @@ document.title = `Routing of ${about.workdir}, step ${about.step}`;
 const SECTIONS = [
   ['text', 'Text', 'Text by expert', 'The color of a token is its first expert. A token without an expert is underlined with dots; a choice that found no room in its expert is struck through. The buttons highlight experts.', colored],
   ['loads', 'Loads', 'Loads', 'The bar is the share of all choices, and the mark is a balanced load.', loads],
-  ['specialization', 'Specialization', 'Specialization', 'A cell is the lift P(expert | label) / P(expert). Gray numbers lie within the middle 95 % of the lifts after permutations of the labels: of tokens, of whole speeches, or of whole windows for texts. The interval of a lift is a bootstrap over windows. Each cell is tested by itself, so a few of many cells stand out by chance; the p-value is for the layer.', specialization],
-  ['coactivation', 'Co-activation', 'Co-activation', 'A cell is the number of tokens with both experts over the number that independent choices would give.', coactivation],
-  ['predictability', 'Predictability', 'Predictability of the first choice', 'Every second window is counted: the most frequent first choice for each token, position or expert of the layer before. The other windows are predicted. A high accuracy from the token alone means that the layer routes by vocabulary (Xue et al. 2024, OpenMoE).', predictability],
+  ['specialization', 'Specialization', 'Specialization', 'A cell is the lift P(expert | label) / P(expert). Gray numbers, and cells without a color in tables of many experts, lie within the middle 95 % of the lifts after permutations of the labels: of tokens, of whole speeches, or of whole windows for texts. Positions are rotated within each window. The interval of a lift is a bootstrap over at least 8 windows. Each cell is tested by itself, so a few of many cells stand out by chance; the p-value is for the layer.', specialization],
+  ['coactivation', 'Co-activation', 'Co-activation', 'A cell is the number of tokens with both experts over the number that random pairs with the same loads would give.', coactivation],
+  ['predictability', 'Predictability', 'Predictability of the first choice', 'Every second window of each text is counted: the most frequent first choice for each token, position or expert of the layer before. The other windows are predicted. A high accuracy from the token alone means that the layer routes by vocabulary (Xue et al. 2024, OpenMoE).', predictability],
   ['saturation', 'Saturation', 'Router saturation', 'Muennighoff et al. 2024 (OLMoE), sec. 5.1, over the checkpoints that still exist. The overlap by chance has the same loads, for tokens exchanged at random.', saturation],
   ['load_history', 'Over time', 'Loads over time', null, loadHistory],
   ['contexts', 'Contexts', 'Contexts that activate an expert most', 'The tokens with the highest weights. Equal tokens after equal characters are shown once.', contextsOf],
-].filter(([id]) => id === 'specialization' || figures[id]);
+].filter(([id]) => id === 'specialization' ? kinds.length : figures[id]);
 
 const select = h('select', {id: 'layer', on: {change: event => {
   state.layer = Number(event.target.value);

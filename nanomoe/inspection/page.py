@@ -1,9 +1,10 @@
 """Page of the figures: one HTML file that needs no network."""
 
 from importlib import resources
+import json
 from typing import Any
 
-from trainers.files import to_json
+from trainers.files import jsonable
 
 
 def html(values: dict[str, Any]) -> str:
@@ -19,13 +20,22 @@ def html(values: dict[str, Any]) -> str:
     '/* STYLE */': _asset('page.css'),
     '/* SCRIPT */': _asset('page.js'),
     # "<" could end the element that holds the JSON.
-    '@DATA@': to_json(values).replace('<', '\\u003c'),
+    '@DATA@': _json(values).replace('<', '\\u003c'),
   }
   page = _asset('page.html')
   for place, text in parts.items():
     before, _, after = page.partition(place)
     page = before + text + after
   return page
+
+
+def _json(values: dict[str, Any]) -> str:
+  return json.dumps(
+    jsonable(values),
+    separators=(',', ':'),  # Spaces would be a fifth of the page.
+    allow_nan=False,
+    ensure_ascii=False,
+  )
 
 
 def _asset(name: str) -> str:

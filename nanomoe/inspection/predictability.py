@@ -21,30 +21,34 @@ class Predictability(NamedTuple):
     position: Accuracy given the position in the window.
     previous: Accuracy given the first choice in the layer of experts before;
       NaN in the first one.
-    num_held_out: Number of tokens that accuracies are measured on.
+    num_held_out: Number of tokens that accuracies are measured on, by layer.
   """
 
   base: Float[np.ndarray, ' layers']
   token: Float[np.ndarray, ' layers']
   position: Float[np.ndarray, ' layers']
   previous: Float[np.ndarray, ' layers']
-  num_held_out: int
+  num_held_out: Int[np.ndarray, ' layers']
 
 
-def predictability(trace: Trace) -> Predictability:
+def predictability(
+  trace: Trace, text: Int[np.ndarray, ' tokens']
+) -> Predictability:
   """Returns how well features predict the first choice of each layer.
 
-  Windows of even number are counted, and those of odd number are predicted. A
-  single window is divided in the middle. A feature that was not counted is
-  predicted as without a feature. Tokens without an expert are left out.
+  Of each text, windows of even number are counted, and those of odd number are
+  predicted. A single window is divided in the middle. A feature that was not
+  counted is predicted as without a feature. Tokens without an expert are left
+  out.
 
   Args:
     trace: Routing of the tokens, in successive layers.
+    text: Index of each token's text, increasing.
   """
+  is_counted = np.concatenate(
+    [_is_counted(trace.windows[text == i]) for i in np.unique(text)]
+  )
   windows = trace.windows
-  is_counted = windows % 2 == 0
-  if windows[-1] == 0:
-    is_counted = np.arange(len(windows)) < len(windows) / 2
   first = trace.experts[:, :, 0].astype(np.int64)
   nothing = np.zeros(len(windows), np.int64)
   rows = []
@@ -57,8 +61,19 @@ def predictability(trace: Trace) -> Predictability:
     ]
     rows.append([*found, *[np.nan] * (4 - len(found))])
   base, token, position, previous = np.array(rows).T
-  num_held_out = int(np.count_nonzero(~is_counted))
+  num_held_out = np.count_nonzero(
+    ~is_counted & (first < trace.num_experts), axis=1
+  )
   return Predictability(base, token, position, previous, num_held_out)
+
+
+def _is_counted(
+  windows: Int[np.ndarray, ' tokens'],
+) -> Bool[np.ndarray, ' tokens']:
+  """Returns whether each token of a text is counted."""
+  if windows[0] == windows[-1]:
+    return np.arange(len(windows)) < len(windows) / 2
+  return (windows - windows[0]) % 2 == 0
 
 
 def accuracy(

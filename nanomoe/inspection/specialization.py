@@ -14,6 +14,7 @@ NUM_RESAMPLES = 200
 _ENDS = 0.025, 0.975
 # Groups of windows that the bootstrap draws; more would take memory alone.
 _MAX_GROUPS = 128
+MIN_GROUPS = 8
 
 
 class Specialization(NamedTuple):
@@ -51,6 +52,7 @@ def specialization(
   All choices of a token with a label count, those that a capacity dropped too.
   The null permutes the labels of units, as Labels defines them. The bootstrap
   draws windows with replacement: the tokens of a window are not independent.
+  Fewer than MIN_GROUPS windows have no interval.
 
   Args:
     trace: Routing of the tokens.
@@ -111,7 +113,7 @@ def _of_layer(
   groups = trace.windows * min(_MAX_GROUPS, trace.windows[-1] + 1)
   groups = groups // (trace.windows[-1] + 1)  # Of equal numbers of windows.
   num_groups = int(groups[-1]) + 1
-  if num_groups > 1:
+  if num_groups >= MIN_GROUPS:
     of_group = np.bincount(
       groups[token] * size + cell + labels.ids[token],
       minlength=num_groups * size,
@@ -133,7 +135,16 @@ def _of_layer(
 
 
 def _permuted(labels: Labels, rng: np.random.Generator):
-  """Yields labels of tokens, after permutations of the labels of units."""
+  """Yields labels of tokens, after permutations as Labels defines them."""
+  if labels.rotates:
+    _, first, unit, size = np.unique(
+      labels.units, return_index=True, return_inverse=True, return_counts=True
+    )
+    place = np.arange(len(unit)) - first[unit]
+    for _ in range(NUM_PERMUTATIONS):
+      moved = (place + rng.integers(size)[unit]) % size[unit]
+      yield labels.ids[first[unit] + moved]
+    return
   has_label = labels.ids >= 0
   _, first, unit = np.unique(
     labels.units[has_label], return_index=True, return_inverse=True

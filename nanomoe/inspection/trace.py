@@ -126,7 +126,9 @@ def trace(
   if not len(tokens):
     raise UserError('the text has no tokens; it must have at least one')
   layers, num_experts, batches = (), 0, []
-  for inputs, mask in _batches(tokens, block_size, batch_size):
+  # The capacity depends on the number of rows, with those of padding.
+  is_full = capacity_factor is not None
+  for inputs, mask in _batches(tokens, block_size, batch_size, is_full):
     load, found = _apply(task, params, model_state, inputs, mask)
     if load is None:
       raise UserError('no layer of the model has experts')
@@ -160,10 +162,18 @@ def trace(
 
 
 def _batches(
-  tokens: np.ndarray, block_size: int, batch_size: int
+  tokens: np.ndarray, block_size: int, batch_size: int, is_full: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields the tokens and the padding mask of each batch of windows."""
-  shape = min(batch_size, -(-len(tokens) // block_size)), block_size
+  """Yields the tokens and the padding mask of each batch of windows.
+
+  Args:
+    tokens: Token ids.
+    block_size: Number of tokens in a window.
+    batch_size: Largest number of windows in a batch.
+    is_full: Whether a batch has windows of padding for missing ones.
+  """
+  num_windows = -(-len(tokens) // block_size)
+  shape = batch_size if is_full else min(batch_size, num_windows), block_size
   size = shape[0] * shape[1]
   for start in range(0, len(tokens), size):
     part = np.asarray(tokens[start : start + size], np.int32)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import datetime
+import itertools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ from nanomoe.config import home
 from nanomoe.config import overrides as config_lib
 from nanomoe.config.overrides import Override
 from nanomoe.run import workdir as workdir_lib
-from nanomoe.sweeps import grid, runner, search
+from nanomoe.sweeps import grid, runner, search, table
 from nanomoe.sweeps import jobs as jobs_lib
 from nanomoe.sweeps.grid import Axis
 from nanomoe.sweeps.jobs import Job
+from nanomoe.sweeps.outcomes import OPEN
 from trainers.errors import UserError
 
 SEARCHES = ('grid', 'random', 'optuna')
@@ -81,20 +83,21 @@ def make(
   _check(config, bool(axes), bool(given), options)
   keys = {axis.key for axis in axes} | {key for item in given for key in item}
   grid.check_keys(keys, overrides)
-  directory = _directory(config, out)
-  facts = {
+  facts: dict[str, Any] = {
     'config': config,
     'overrides': dict(overrides),
     'over': {axis.key: list(map(str, axis.items)) for axis in axes},
     'search': options.search,
     'early_stopping': options.early_stopping,
   }
+  if options.search != 'grid':
+    facts['search_seed'] = options.search_seed
+  directory = _directory(_default(config, facts) if out is None else out)
   ask, num_jobs = None, options.num_jobs or 0
   if options.search == 'grid':
     assignments = grid.expand(axes, given)
   else:
     found = search.dimensions(axes)
-    facts['search_seed'] = options.search_seed
     assignments = search.random(found, num_jobs, options.search_seed)
     if options.search == 'optuna':
       # Drawn values are checked in place of those that Optuna will suggest.
@@ -157,16 +160,37 @@ def _check(
     raise UserError(lines)
 
 
-def _directory(config: str, out: str | None) -> pathlib.Path:
+def _default(config: str, facts: dict[str, Any]) -> str:
+  """Returns the directory of a sweep without --out.
+
+  It is the newest one of an unfinished sweep with the same facts, so that the
+  same command resumes after midnight. Other sweeps of a day have a number.
+
+  Args:
+    config: Path of the config file.
+    facts: Values of sweep.json beside the jobs.
+  """
+  start = f'runs/sweep-{pathlib.Path(config).stem}-'
+  today = f'{start}{datetime.date.today():%Y%m%d}'
+  for path in sorted(map(str, pathlib.Path().glob(f'{start}*')), reverse=True):
+    old = table.read(pathlib.Path(path))
+    is_same = old and all(old.get(key) == x for key, x in facts.items())
+    if is_same and (path.startswith(today) or _is_open(old)):
+      return path
+  paths = itertools.chain([today], (f'{today}-{i}' for i in itertools.count(2)))
+  return next(x for x in paths if not table.read(pathlib.Path(x)))
+
+
+def _is_open(old: dict[str, Any]) -> bool:
+  return any(job.get('status') in OPEN for job in old.get('jobs', ()))
+
+
+def _directory(out: str) -> pathlib.Path:
   """Returns the absolute directory of a sweep.
 
   Raises:
     UserError: The directory cannot be written, or is that of a run.
   """
-  if out is None:
-    # The date alone: the same command finds the sweep that was killed.
-    date = datetime.date.today().strftime('%Y%m%d')
-    out = f'runs/sweep-{pathlib.Path(config).stem}-{date}'
   path = pathlib.Path(home.expand(out, '--out')).absolute()
   if lines := workdir_lib.problems(path):
     raise UserError([line.replace('--workdir=', '--out=', 1) for line in lines])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 import importlib.util
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -191,23 +190,16 @@ def stored(out: pathlib.Path, facts: dict[str, Any]) -> list[Assignment]:
   Raises:
     UserError: The earlier sweep has other values, or sweep.json is damaged.
   """
-  path = out / table.FILE
-  try:
-    old = json.loads(path.read_text(encoding='utf-8'))
-    assignments = [dict(job['overrides']) for job in old['jobs']]
-  except FileNotFoundError:
+  old = table.read(out)
+  if not old:
     return []
-  except OSError as error:
-    raise UserError(f'{path}: {error.strerror}') from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path}: the file is damaged ({error})') from error
   for name, value in facts.items():
     if old.get(name) != value:
       raise UserError(
         f'--out={out}: its sweep has {name}={old.get(name)!r}, not {value!r}; '
         'choose another directory'
       )
-  return assignments
+  return [dict(job['overrides']) for job in old['jobs']]
 
 
 def _dimension(axis: Axis) -> Dimension:

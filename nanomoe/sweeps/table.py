@@ -1,6 +1,7 @@
 """Tables of a sweep: text for a terminal, and sweep.json."""
 
 from collections.abc import Sequence
+import json
 import math
 import pathlib
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from nanomoe.run import workdir
 from nanomoe.sweeps.jobs import Job
 from nanomoe.sweeps.outcomes import Outcome
+from trainers.errors import UserError
 
 FILE = 'sweep.json'
 _HEADER = ('job', 'status', 'step', 'val loss', 'best val loss', 'at step')
@@ -43,6 +45,29 @@ def best(outcomes: Sequence[Outcome]) -> Outcome | None:
   ]
   # Only outcomes with a loss are in the list.
   return min(with_loss, key=lambda x: x.best_val_loss or 0.0, default=None)
+
+
+def read(out: pathlib.Path) -> dict[str, Any]:
+  """Returns the content of sweep.json, {} if there is none.
+
+  Args:
+    out: Directory of the sweep.
+
+  Raises:
+    UserError: The file is damaged, or cannot be read.
+  """
+  path = out / FILE
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+    if not all(isinstance(job, dict) for job in value['jobs']):
+      raise TypeError("'jobs' must be objects")
+  except FileNotFoundError:
+    return {}
+  except OSError as error:
+    raise UserError(f'{path}: {error.strerror}') from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path}: the file is damaged ({error})') from error
+  return value
 
 
 def write(

@@ -25,8 +25,8 @@ class Csv(Writer):
   """
 
   def __init__(self, workdir: pathlib.Path, name: str = 'metrics.csv'):
-    if pathlib.PurePath(name).name != name:
-      raise ValueError(f'{name=}: it must be the name of a file')
+    if pathlib.PurePath(name).name != name or not name.endswith('.csv'):
+      raise ValueError(f'{name=}: it must be the name of a file, such as a.csv')
     self._path = workdir / name
     self._columns: list[str] = []
     self._row: dict[str, Any] = {}

@@ -52,10 +52,13 @@ class MLflow(Tracker):
 
   def start(self, step: int, hparams: Mapping[str, Any]) -> None:
     self._client = self._mlflow.MlflowClient(self._store_directory.as_uri())
-    run = self._find_run() or self._make_run()
-    self._run_id = run.info.run_id
-    self._files = self._store_directory / run.info.experiment_id / self._run_id
-    self._supersede(step)
+    # A file that kill -9 has left incomplete would fail every call of MLflow.
+    if found := self._find_run():
+      self._files = found
+      self._supersede(step)
+    else:
+      self._files = self._make_run()
+    self._run_id = self._files.name
     self._client.update_run(self._run_id, status='RUNNING')
     entities = self._mlflow.entities
     params = [entities.Param(name, str(x)) for name, x in hparams.items()]
@@ -92,16 +95,15 @@ class MLflow(Tracker):
       self._run_id, status.get(result.get('status', ''), 'FAILED')
     )
 
-  def _find_run(self) -> Any:
-    """Returns the tracker's run of an earlier start, or None."""
+  def _find_run(self) -> pathlib.Path | None:
+    """Returns the directory of the run of an earlier start, or None."""
     if not (identity := self._load()):
       return None
-    try:
-      return self._client.get_run(identity['run_id'])
-    except self._mlflow.MlflowException:  # Somebody deleted it.
-      return None
+    found = self._store_directory.glob(f'*/{identity["run_id"]}/meta.yaml')
+    return next((path.parent for path in found), None)
 
-  def _make_run(self) -> Any:
+  def _make_run(self) -> pathlib.Path:
+    """Makes a run, and returns its directory."""
     found = self._client.get_experiment_by_name(self._experiment)
     experiment = (
       found.experiment_id
@@ -111,7 +113,7 @@ class MLflow(Tracker):
     name = self._workdir.absolute().name
     run = self._client.create_run(experiment, run_name=name)
     self._store({'run_id': run.info.run_id})
-    return run
+    return self._store_directory / experiment / run.info.run_id
 
   def _supersede(self, step: int) -> None:
     """Removes metrics and artifacts after `step`, and the last result.

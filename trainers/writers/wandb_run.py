@@ -71,6 +71,7 @@ class Wandb(Tracker):
       mode=self._mode,
       config=dict(hparams),
       resume='allow',
+      reinit='create_new',  # The caller may have a run of its own.
       settings=self._wandb.Settings(
         silent=True,
         console='off',  # log.txt has the output.
