@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Callable, Sequence
+import itertools
 import re
 from typing import NamedTuple
 
@@ -138,13 +139,12 @@ def of_speakers(
   """
   starts = np.cumsum([0, *map(len, text_pieces)])[:-1]
   names, places = [], []
-  for own in np.split(np.arange(len(text)), np.flatnonzero(np.diff(text)) + 1):
-    for match in _SPEAKER.finditer(
-      ''.join(text_pieces[t] for t in own.tolist())
-    ):
+  ends = (np.flatnonzero(np.diff(text)) + 1).tolist()
+  for first, end in itertools.pairwise([0, *ends, len(text)]):
+    for match in _SPEAKER.finditer(''.join(text_pieces[first:end])):
       if match.group(1)[0].isupper():
         names.append(match.group(1))
-        places.append(starts[own[0]] + np.array(match.span()))
+        places.append(starts[first] + np.array(match.span()))
   begin, end = np.array(places, int).reshape(-1, 2).T
   speech = np.searchsorted(begin, starts, side='right') - 1  # [tokens]
   has_label = speech >= 0
