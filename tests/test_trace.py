@@ -46,7 +46,7 @@ def _reports(built):
   _, task, params, state = built
   key = keys.make(0)
   run = jax.jit(lambda b: task._apply(params, state, b, key, False, None)[1])
-  for inputs, mask in trace_lib._batches(TOKENS, BLOCK, 2):
+  for inputs, mask in trace_lib._batches(TOKENS, BLOCK, 2, False):
     batch = {'inputs': jnp.asarray(inputs), 'weights': jnp.float32(mask)}
     yield mask.ravel(), run(batch)
 
@@ -107,6 +107,14 @@ def test_every_dispatch_gives_the_same_trace_and_drops_what_it_reports(
   )
   np.testing.assert_array_equal((~found.computed).sum(axis=(1, 2)), dropped)
   assert dropped.any() == (dispatch == 'capacity')
+
+
+@pytest.mark.parametrize(('is_full', 'windows'), [(True, 4), (False, 1)])
+def test_a_short_text_fills_a_batch_if_rows_matter(is_full, windows):
+  ((inputs, mask),) = trace_lib._batches(TOKENS[:3], BLOCK, 4, is_full)
+  assert inputs.shape == mask.shape == (windows, BLOCK)
+  np.testing.assert_array_equal(inputs.ravel()[:3], TOKENS[:3])
+  assert mask.sum() == 3
 
 
 @pytest.mark.slow
