@@ -225,7 +225,8 @@ def test_the_time_of_compilation_does_not_grow_with_the_depth(tiny):
     start = time.perf_counter()
     program.compile()
     seconds[num_layers] = time.perf_counter() - start
-  assert seconds[24] < 2 * seconds[4]  # Other processes may run.
+  # Six times as many layers; other processes may run.
+  assert seconds[24] < 3 * seconds[4]
 
 
 @pytest.mark.slow

@@ -851,7 +851,7 @@ def test_a_sweep_killed_at_random_moments_has_the_table_of_a_calm_one(
     if process.returncode == 0:
       break
     assert process.returncode in (1, -signal.SIGKILL)
-  assert kills >= 3  # A quick machine is done before the fifth.
+  assert kills >= 2  # A quick machine is done before the fifth.
   assert out == calm.stdout
   first, second = (
     (tmp_path / name / table.FILE).read_text() for name in ('calm', 'killed')
