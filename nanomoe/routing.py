@@ -166,9 +166,8 @@ def _checked_out(
 def _has_figures(path: pathlib.Path) -> bool:
   """Returns whether a file is the JSON of an earlier page."""
   try:
-    return {*json.loads(path.read_text(encoding='utf-8'))} == {
-      *('about', 'figures')
-    }
+    found = json.loads(path.read_text(encoding='utf-8'))
+    return set(found) == {'about', 'figures'}
   except (OSError, ValueError, TypeError):
     return False
 

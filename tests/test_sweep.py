@@ -537,7 +537,7 @@ def test_the_default_directory_is_that_of_an_unfinished_sweep(
   today = pathlib.Path(plan._default('configs/base.py', facts))
   before = today.with_name('sweep-base-20200102')
   before.mkdir(parents=True)
-  rows = {'jobs': [{'status': status}]}
+  rows = {'jobs': [{'status': status, 'overrides': {}}]}
   (before / table.FILE).write_text(json.dumps({**facts, **rows}))
   expected = before if status == 'pending' else today
   assert pathlib.Path(plan._default('configs/base.py', facts)) == expected
@@ -545,6 +545,8 @@ def test_the_default_directory_is_that_of_an_unfinished_sweep(
   today.mkdir()
   (today / table.FILE).write_text(json.dumps({**facts, **rows}))
   assert plan._default('configs/base.py', facts) == str(today)
+  assert plan._default('configs/base.py', other) == f'{today}-2'
+  (today / table.FILE).write_text('{')  # Damage stops no other sweep.
   assert plan._default('configs/base.py', other) == f'{today}-2'
 
 

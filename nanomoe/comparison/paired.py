@@ -58,7 +58,7 @@ def difference(
     reference: Loss by seed.
     other: Loss by seed.
   """
-  # SciPy comes with JAX. Its stats take seconds to import.
+  # The stats of SciPy take seconds to import.
   from scipy.special import stdtrit  # noqa: PLC0415
 
   seeds = sorted(reference.keys() & other.keys())

@@ -25,11 +25,11 @@ class Labels(NamedTuple):
   Attributes:
     names: Name of each label.
     ids: Label of each token, as an index of `names`; -1 without a label.
-    units: Unit of each token. All tokens of a unit have one label, and a
-      permutation exchanges the labels of units: of tokens, speeches or windows.
-    rotates: Whether a permutation rotates the labels within each unit instead,
-      by a random number of tokens. A unit is then a window, whose tokens have
-      different labels.
+    units: Unit of each token. Without `rotates`, all tokens of a unit have one
+      label, and a permutation exchanges the labels of units: of tokens,
+      speeches or windows.
+    rotates: Whether a permutation rotates the labels within each unit, by a
+      random number of tokens. Units are then windows.
   """
 
   names: list[str]

@@ -32,7 +32,7 @@ def html(values: dict[str, Any]) -> str:
 def _json(values: dict[str, Any]) -> str:
   return json.dumps(
     jsonable(values),
-    separators=(',', ':'),  # Spaces would be a fifth of the page.
+    separators=(',', ':'),  # Spaces would be a sixth of the page.
     allow_nan=False,
     ensure_ascii=False,
   )

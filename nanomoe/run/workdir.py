@@ -21,7 +21,7 @@ from trainers.files import to_json, write_atomically
 log = logging.getLogger(__name__)
 
 _FORMAT = logging.Formatter('%(asctime)s %(levelname)s %(message)s')
-_LOCK_ATTEMPTS = 4
+_LOCK_ATTEMPTS = 4  # 0.1 s apart.
 
 
 def make_default(config_path: str) -> pathlib.Path:

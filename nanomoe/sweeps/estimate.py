@@ -78,7 +78,7 @@ def make(
   else:
     speeds, source = [Speed(0.0, 0.0, 0.0)], ''
     if left:
-      # The first step is compiled, so that one more is timed.
+      # The first step is compilation: a run of two has a speed.
       steps = min(TIMED_STEPS, max(left[0].values['num_train_steps'], 2))
       speeds = [timed(left[0], steps, num_parallel)]
       source = f'measured on {steps} steps of {left[0].name}'

@@ -173,16 +173,24 @@ def _default(config: str, facts: dict[str, Any]) -> str:
   start = f'runs/sweep-{pathlib.Path(config).stem}-'
   today = f'{start}{datetime.date.today():%Y%m%d}'
   for path in sorted(map(str, pathlib.Path().glob(f'{start}*')), reverse=True):
-    old = table.read(pathlib.Path(path))
+    old = _stored(path)
     is_same = old and all(old.get(key) == x for key, x in facts.items())
     if is_same and (path.startswith(today) or _is_open(old)):
       return path
   paths = itertools.chain([today], (f'{today}-{i}' for i in itertools.count(2)))
-  return next(x for x in paths if not table.read(pathlib.Path(x)))
+  return next(x for x in paths if not (pathlib.Path(x) / table.FILE).exists())
+
+
+def _stored(path: str) -> dict[str, Any]:
+  """Returns the sweep.json of a directory, {} if it is missing or damaged."""
+  try:
+    return table.read(pathlib.Path(path))
+  except UserError:  # Of a sweep that this command need not continue.
+    return {}
 
 
 def _is_open(old: dict[str, Any]) -> bool:
-  return any(job.get('status') in OPEN for job in old.get('jobs', ()))
+  return any(job['status'] in OPEN for job in old['jobs'])
 
 
 def _directory(out: str) -> pathlib.Path:

@@ -59,13 +59,13 @@ def read(out: pathlib.Path) -> dict[str, Any]:
   path = out / FILE
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
-    if not all(isinstance(job, dict) for job in value['jobs']):
-      raise TypeError("'jobs' must be objects")
+    if not all(job.keys() >= {'status', 'overrides'} for job in value['jobs']):
+      raise KeyError('status or overrides')
   except FileNotFoundError:
     return {}
   except OSError as error:
     raise UserError(f'{path}: {error.strerror}') from error
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{path}: the file is damaged ({error})') from error
   return value
 
