@@ -1,6 +1,7 @@
 """What is on the disk comes back as it was, or is told; and nothing is lost."""
 
 import errno
+import gc
 import json
 import logging
 import math
@@ -329,6 +330,33 @@ def test_other_names_are_left_alone(workdir, whole, warnings, happened):
   assert (directory / '7').read_text() == 'a file'
   assert not warnings()
   happened('nothing to do; all of them are still there')
+
+
+@pytest.mark.fault(
+  'the files of all arrays are cut or gone, and sixty arrays are read at once',
+  'one error, and no traceback of the other reads',
+)
+@pytest.mark.parametrize('how', ['cut', 'gone'])
+def test_one_error_is_all(tmp_path, monkeypatch, capfd, happened, how):
+  ignored = []
+  monkeypatch.setattr(sys, 'unraisablehook', ignored.append)
+  checkpointer = Checkpointer(tmp_path, keep_latest=1)
+  arrays = {f'x{i}': noise(i) for i in range(60)}
+  checkpointer.save(1, arrays, {'best': None}, None)
+  checkpointer.close()
+  for file in tmp_path.glob('1/arrays/ocdbt.process_0/d/*'):
+    if how == 'cut':
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+      file.unlink()
+  with pytest.raises(UserError) as error:
+    reader.read(tmp_path, 'latest')
+  del error
+  time.sleep(0.2)  # Threads of TensorStore would print by now.
+  gc.collect()
+  assert not ignored
+  assert capfd.readouterr().err == ''
+  happened('one error alone')
 
 
 @pytest.mark.fault(

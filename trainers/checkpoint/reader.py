@@ -1,8 +1,6 @@
 """Reading and verifying checkpoints, also of a run in progress."""
 
-import asyncio
 from collections.abc import Callable
-from concurrent import futures
 import functools
 import hashlib
 import json
@@ -12,11 +10,11 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
-from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
 from trainers.checkpoint import arrays as arrays_lib
+from trainers.checkpoint import items
 from trainers.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -285,7 +283,7 @@ def read_meta(directory: pathlib.Path, step: int) -> dict[str, Any]:
     ValueError: The values are not those that were saved.
     Exception: The decoder failed on damaged data.
   """
-  meta = _read_item(directory, step, 'meta', ocp.args.JsonRestore())
+  meta = items.read(directory, step, 'meta', ocp.args.JsonRestore())
   if not isinstance(meta, dict) or 'leaves' not in meta:
     raise ValueError('it is of something else')
   recorded = meta.pop('digest', None)
@@ -331,7 +329,7 @@ def read_arrays(
     ocp.checkpoint_utils.construct_restore_args(wanted),  # pyright: ignore
     partial_restore=True,  # pyright: ignore
   )
-  return _read_item(directory, step, 'arrays', args)
+  return items.read(directory, step, 'arrays', args)
 
 
 def verify(arrays: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -350,30 +348,6 @@ def verify(arrays: dict[str, Any], meta: dict[str, Any]) -> None:
   if changed:
     more = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
     raise ValueError(f'{changed[0]}{more} changed on the disk')
-
-
-def _read_item(directory, step, name, args):
-  handler = {
-    'arrays': ocp.PyTreeCheckpointHandler,
-    'meta': ocp.JsonCheckpointHandler,
-  }[name]
-  # A process waits for no other one here, so that each may fail.
-  path = epath.Path(directory.absolute() / str(step) / name)
-  if not _runs_a_loop():
-    return handler().restore(path, args=args)
-  # A notebook runs an event loop in this thread. Orbax would replace functions
-  # of asyncio to run its own loop inside that one.
-  with futures.ThreadPoolExecutor(1) as thread:
-    return thread.submit(handler().restore, path, args=args).result()
-
-
-def _runs_a_loop() -> bool:
-  """Returns whether this thread runs an event loop."""
-  try:
-    asyncio.get_running_loop()
-  except RuntimeError:
-    return False
-  return True
 
 
 def digest(meta: dict[str, Any]) -> str:
