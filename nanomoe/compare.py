@@ -15,8 +15,8 @@ from nanomoe.config import overrides as config_lib
 from nanomoe.config.overrides import Override
 from nanomoe.run import cli, terminal, trusted_imports
 from nanomoe.run import workdir as workdir_lib
-from nanomoe.sweeps import grid, runner
 from nanomoe.sweeps import minutes as minutes_lib
+from nanomoe.sweeps import runner
 from nanomoe.sweeps.jobs import ENDED
 from trainers.errors import UserError
 from trainers.files import write_atomically
@@ -66,7 +66,6 @@ _SEEDS = flags.DEFINE_integer(
   'seeds',
   None,
   'Number of seeds of each config, from 0. Default: 3.',
-  lower_bound=1,
   flag_values=_FLAGS,
 )
 _MINUTES = flags.DEFINE_float(
@@ -74,7 +73,6 @@ _MINUTES = flags.DEFINE_float(
   None,
   'Minutes of training of each run, without compilation, evaluation and '
   'checkpoints. Default: 5.',
-  lower_bound=0.01,
   flag_values=_FLAGS,
 )
 _OUT = flags.DEFINE_string(
@@ -84,6 +82,7 @@ _OUT = flags.DEFINE_string(
   flag_values=_FLAGS,
 )
 _ALLOW_IMPORTS = trusted_imports.define_flag(_FLAGS)
+_MAX_MINUTES = 1_000_000
 
 
 def compare(
@@ -155,7 +154,7 @@ def train(
     UserError: A line for each mistake, or for each run that failed.
     KeyboardInterrupt: A signal came. The running job has saved its state.
   """
-  pairs = [(k, grid.text_of(v)) for k, v in (overrides or {}).items()]
+  pairs = config_lib.from_values(overrides or {})
   return _train([os.fspath(x) for x in configs], seeds, minutes, out, pairs)
 
 
@@ -166,8 +165,17 @@ def _train(
   out: str | os.PathLike[str] | None,
   overrides: Sequence[Override],
 ) -> list[pathlib.Path]:
+  lines = []
   if len(configs) < 2:
-    raise UserError('--train: it needs the paths of at least two config files')
+    lines.append('--train: it needs the paths of at least two config files')
+  if seeds < 1:
+    lines.append(f'--seeds={seeds}: it must be >= 1')
+  if not 0.01 <= minutes <= _MAX_MINUTES:  # Neither is a NaN.
+    lines.append(
+      f'--minutes={minutes}: it must be >= 0.01 and <= {_MAX_MINUTES:,}'
+    )
+  if lines:
+    raise UserError(lines)
   if out is None:
     stems = '-'.join(pathlib.Path(config).stem for config in configs)
     # The date alone: the same command finds the runs of a killed one.
@@ -183,7 +191,9 @@ def _train(
     # A run that has diverged is compared up to its last finite loss.
     if x.status not in ENDED
   ]:
-    raise UserError(lines)
+    raise UserError(
+      [*lines, f'nanomoe compare {directory}: this compares the other runs']
+    )
   return [directory / job.name for job in jobs]
 
 
@@ -198,8 +208,13 @@ def _output(
     raise UserError(
       f'{key}={path}: {file.parent} is no directory; it must exist'
     )
-  if os.path.isdir(file):
-    raise UserError(f'{key}={path}: it is a directory; it must be a file')
+  if os.path.exists(file) and not os.path.isfile(file):
+    kind = 'a directory' if os.path.isdir(file) else 'a device or a pipe'
+    raise UserError(f'{key}={path}: it is {kind}; it must be a file')
+  if not os.access(file.parent, os.W_OK | os.X_OK):
+    raise UserError(f'{key}={path}: {file.parent} is not writable')
+  if key == '--html' and file.suffix != '.html':
+    raise UserError(f'{key}={path}: the path must end in .html')
   return file
 
 
@@ -226,7 +241,8 @@ def main(parsed: tuple[list[str], list[Override]]) -> int:
     if path := _output(_PLOT.value, '--plot'):
       plot.check(path)
     _output(_HTML.value, '--html')
-    seeds, minutes = _SEEDS.value or 3, _MINUTES.value or 5.0
+    seeds = 3 if _SEEDS.value is None else _SEEDS.value
+    minutes = 5.0 if _MINUTES.value is None else _MINUTES.value
     runs = _train(words, seeds, minutes, _OUT.value, overrides)
     words = [str(path) for path in runs]
   value = compare(
@@ -240,7 +256,7 @@ def main(parsed: tuple[list[str], list[Override]]) -> int:
   width = shutil.get_terminal_size().columns
   if _FORMAT.value == 'csv':  # It has no place for them.
     for run in value['apart']:
-      print(f'{run["name"]}: not compared: {run["reason"]}', file=sys.stderr)
+      print(f'{run["name"]}: apart: {run["reason"]}', file=sys.stderr)
     for remark in value['remarks']:
       print(remark, file=sys.stderr)
   cli.show(tables.render(value, _FORMAT.value, width))

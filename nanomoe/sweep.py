@@ -16,7 +16,7 @@ from nanomoe.run import cli
 from nanomoe.sweeps import estimate, grid, runner, slurm, table
 from nanomoe.sweeps import plan as plan_lib
 from nanomoe.sweeps.jobs import Job
-from nanomoe.sweeps.outcomes import OPEN, Outcome, is_running
+from nanomoe.sweeps.outcomes import LEFT, Outcome, is_running
 from nanomoe.sweeps.plan import Options, Plan
 from trainers.errors import UserError
 
@@ -157,7 +157,7 @@ def sweep(
     KeyboardInterrupt: A signal came. The running jobs have saved their state.
   """
   options = Options(jobs, search, num_jobs, search_seed, early_stopping)
-  pairs = [(k, grid.text_of(v)) for k, v in (overrides or {}).items()]
+  pairs = config_lib.from_values(overrides or {})
   axes = grid.from_mapping(over or {})
   out = None if out is None else str(out)
   return _train(plan_lib.make(str(config), axes, pairs, out, options))
@@ -214,15 +214,18 @@ def main(overrides: list[Override]) -> int:
     return _write_script(plan, _JOBS.value or 0)
   result = _train(plan)
   cli.show(table.text(result.outcomes) + '\n')
+  missing = (options.num_jobs or 0) - len(result.jobs)
+  if missing > 0:  # Optuna needs the outcomes of the jobs before.
+    print(f'{missing} jobs are left; repeat the command', file=sys.stderr)
   is_whole = all(x.status in ('done', 'stopped') for x in result.outcomes)
-  return 0 if is_whole else 1
+  return 0 if is_whole and missing <= 0 else 1
 
 
 def _show_plan(plan: Plan) -> int:
   """Prints the jobs and an estimate of the time; returns the exit code."""
   outcomes = runner.collect(plan.jobs, plan.out, plan.options.early_stopping)
   pairs = zip(plan.jobs, outcomes, strict=True)
-  left = [job for job, outcome in pairs if outcome.status in OPEN]
+  left = [job for job, outcome in pairs if outcome.status in LEFT]
   num_jobs = len(plan.jobs)
   if plan.ask:
     num_jobs = max(plan.options.num_jobs or 0, num_jobs)
@@ -243,7 +246,7 @@ def _show_plan(plan: Plan) -> int:
 def _write_script(plan: Plan, num_parallel: int) -> int:
   """Writes the script for sbatch; returns the exit code."""
   outcomes = runner.collect(plan.jobs, plan.out)
-  indices = [i for i, x in enumerate(outcomes) if x.status in OPEN]
+  indices = [i for i, x in enumerate(outcomes) if x.status in LEFT]
   running = [i for i in indices if is_running(plan.out / plan.jobs[i].name)]
   indices = [i for i in indices if i not in running]
   if running:
@@ -251,6 +254,8 @@ def _write_script(plan: Plan, num_parallel: int) -> int:
   if not indices:
     cli.show(table.text(outcomes) + '\n')
     return 0
+  if any(x.status == 'failed' for x in outcomes):
+    print(table.text(outcomes), file=sys.stderr)
   path = slurm.write(plan.out, plan.jobs, indices, num_parallel)
   table.write(plan.out, plan.facts, plan.jobs, outcomes)
   print(f'{len(indices)} of {len(plan.jobs)} jobs are left', file=sys.stderr)

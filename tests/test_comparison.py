@@ -8,7 +8,9 @@ import io
 import json
 import math
 import pathlib
+import re
 import statistics
+import warnings
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -248,6 +250,16 @@ def _write_a_word(run):
   path.write_text('{"step": 10, "val/cross_entropy": "low"}\n')
 
 
+def _write_a_list(run):
+  path = pathlib.Path(run, 'metrics.jsonl')
+  path.write_text('{"step": 10, "val/cross_entropy": [1.0]}\n')
+
+
+def _write_a_step(run):
+  path = pathlib.Path(run, 'metrics.jsonl')
+  path.write_text(f'{{"step": {10**30}, "val/cross_entropy": 1.0}}\n')
+
+
 def _remove_evaluations(run):
   path = pathlib.Path(run, 'metrics.jsonl')
   path.write_text('{"step": 10, "train/loss": 3.0}\n')
@@ -280,6 +292,8 @@ def _change_result(**changes):
   [
     (_damage, r'metrics.jsonl, line 3'),
     (_write_a_word, 'metrics.jsonl'),
+    (_write_a_list, 'is a list'),
+    (_write_a_step, 'metrics.jsonl, line 1'),
     (_remove_evaluations, 'no evaluation'),
     (_change_config('batch_size', 0), r'config.json: batch_size=0'),
     (_change_result(corpus_sha256='cd' * 32), 'cdcdcdcd'),
@@ -375,6 +389,9 @@ def test_a_loss_that_was_not_finite_ends_a_curve(make):
   value = summary.make([make('bad', (3.0, None, 1.0)), make('one')])
   assert value['equal']['steps']['point'] == 10
   assert any('step 20' in line for line in value['remarks'])
+  # What followed is no result of the run.
+  bad = value['runs'][0]
+  assert (bad['loss'], bad['best_loss'], bad['evaluated_step']) == (3, 3, 10)
   with pytest.raises(UserError, match='not finite'):
     summary.make([make('worse', (None, 2.0)), make('two')])
 
@@ -390,6 +407,88 @@ def test_runs_without_a_common_position_have_no_loss(make):
   assert value['equal']['steps']['reason'] in ' '.join(
     tables.render(value, 'md').split()
   )
+
+
+def test_a_run_that_ended_early_does_not_hide_the_others(make):
+  short, runs = make('short', (3.0,)), [make('one'), make('two')]
+  for run in runs:
+    path = pathlib.Path(run, 'metrics.jsonl')
+    lines = path.read_text().splitlines()
+    path.write_text('\n'.join(lines[2:]))  # The first evaluation is later.
+  value = summary.make([short, *runs])
+  assert value['equal']['steps']['point'] == 30
+  (apart,) = value['apart']
+  assert apart['name'] == 'short'
+  assert 'step 10' in apart['reason']
+
+
+@pytest.mark.parametrize(
+  ('changes', 'losses', 'part'),
+  [
+    ({'eval_iters': 7}, (3.0, 2.0, 1.0), 'differ in eval_iters'),
+    ({'block_size': 16}, (3.0, 2.0, 1.0), 'differ in block_size'),
+    ({'moe.top_k': 1}, (3.0,), 'limits equal steps to 10'),
+    ({'log_interval': 9, 'seed': 1}, (3.0, 2.0, 1.0), 'of one seed'),
+  ],
+)
+def test_what_makes_a_comparison_weak_is_a_remark(make, changes, losses, part):
+  seed = {'seed': 1}
+  runs = [make('one', changes=seed), make('more', losses, {**seed, **changes})]
+  runs.append(make('two', changes=seed))
+  if 'of one seed' not in part:
+    runs[-1] = make('other', changes={'seed': 2})
+  found = summary.make(runs)['remarks']
+  assert any(part in line for line in found), found
+  assert not any(
+    part in line for line in summary.make([runs[0], make('like')])['remarks']
+  )
+
+
+def test_a_missing_vocabulary_does_not_change_the_unit(make):
+  runs = make('one'), make('two'), make('three')
+  for path in runs[:2]:
+    state = {'type': 'Characters', 'characters': 'ab', 'corpus': 'text'}
+    state['corpus_sha256'] = SHA256
+    (pathlib.Path(path) / 'vocabulary.json').write_text(json.dumps(state))
+  value = summary.make(runs)
+  assert value['unit'] == 'nats per token'
+  (line,) = [x for x in value['remarks'] if 'vocabulary' in x]
+  assert line.startswith('three: ')
+  _change_config('data.tokenizer.type', 'Bytes')(runs[2])
+  assert summary.make(runs)['unit'] == 'bits per byte'
+
+
+def test_the_vocabulary_tells_the_text_of_a_run_without_a_result(make):
+  runs = make('one'), make('two'), make('three')
+  state = {'type': 'Characters', 'characters': 'ab', 'corpus': 'another'}
+  state['corpus_sha256'] = 'cd' * 32
+  (pathlib.Path(runs[2]) / 'vocabulary.json').write_text(json.dumps(state))
+  pathlib.Path(runs[2], 'result.json').unlink()
+  (apart,) = summary.make(runs)['apart']
+  assert apart['name'] == 'three'
+  assert 'another text: another, sha256 cdcdcdcd' in apart['reason']
+
+
+def test_runs_that_are_not_causal_do_not_decide_the_text(make):
+  apart = {'moe.router': {'type': 'ExpertChoice'}}
+  other = {'corpus_sha256': 'cd' * 32}
+  runs = [make(f'choice{i}', changes=apart, result=other) for i in range(3)]
+  value = summary.make([*runs, make('one'), make('two')])
+  assert [run['name'] for run in value['runs']] == ['one', 'two']
+
+
+def test_one_run_of_each_machine_has_no_equal_seconds(make):
+  value = summary.make([make('one'), make('two', result={'cpu': 'another'})])
+  assert 'one machine' in value['equal']['seconds']['reason']
+  value = summary.make([make('a'), make('b', result={'devices': None})])
+  assert value['equal']['steps']['point'] == 30
+
+
+def test_equal_numbers_are_one_group(make):
+  changes = [{'moe.z_weight': x} for x in (1, 1.0, 2.0)]
+  runs = [make(f'run{i}', changes=x) for i, x in enumerate(changes)]
+  groups = summary.make(runs)['groups']
+  assert [group['runs'] for group in groups] == [['run0', 'run1'], ['run2']]
 
 
 def test_directories_and_patterns_name_runs(make, tmp_path):
@@ -423,6 +522,11 @@ def test_outputs_are_checked_first(make, tmp_path):
     door.compare(runs, plot=tmp_path / 'x.pdf')
   with pytest.raises(UserError, match='RUN'):
     door.compare([])
+  config = pathlib.Path(runs[0], 'config.json')
+  for path in (config, '/dev/null'):
+    with pytest.raises(UserError, match='--html='):
+      door.compare(runs, html=path)
+  assert json.loads(config.read_text())
 
 
 @pytest.fixture
@@ -454,6 +558,7 @@ def test_the_table_fits_a_terminal(value):
 
 def test_markdown_has_as_many_cells_in_each_row(value):
   text = tables.render(value, 'md')
+  assert '&lt;c\\|d&gt;' in text
   for part in text.split('### ')[1:]:
     rows = [line for line in part.splitlines() if line.startswith('|')]
     cells = {row.replace('\\|', '').count('|') for row in rows}
@@ -523,6 +628,21 @@ def test_many_groups_have_names_of_their_own():
   assert names[:2] == ['A', 'B']
   assert names[26] == 'A2'
   assert len({*names}) == 80
+
+
+def test_many_groups_of_a_figure_have_lines_of_their_own(make, tmp_path):
+  path = tmp_path / 'figure.svg'
+  sources = [f'$x_{i}$ $y$' for i in range(9)]  # No formulas.
+  runs = [
+    make(f'run{i}', changes={'init_from': source})
+    for i, source in enumerate(sources)
+  ]
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    door.compare(runs, plot=path)
+  # Lines of the legend have a width of their own.
+  found = re.findall('style="([^"]*stroke-width: 1.5[^"]*)"', path.read_text())
+  assert len({*found}) == len(found) == 9
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.svg'])

@@ -31,6 +31,13 @@ def timed(monkeypatch):
   return calls
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -1.0, 0.0])
+def test_minutes_are_a_positive_number(value, timed, tmp_path):
+  with pytest.raises(UserError, match='--minutes='):
+    compare.train(CONFIGS, minutes=value, out=tmp_path / 'out')
+  assert not timed
+
+
 def test_each_config_gets_the_steps_of_the_minutes(timed, tmp_path):
   jobs = minutes.make(CONFIGS, 2, 0.5, [('moe.z_weight', '0.1')], tmp_path)
   assert timed == ['dense', 'base'] * 2

@@ -224,6 +224,13 @@ def test_a_job_has_the_config_of_its_command(tmp_path):
       ['moe.activation'],
     ),
     (['--over=seed=0', '--out=/proc/none'], ['--out=/proc/none']),
+    (['--over=seed=0', '--out='], ['--out=: it is empty']),
+    (["--over=data.path='/a,/b"], ['not closed']),
+    (
+      ['--over=moe.top_k=90..99', '--search=random', '--num_jobs=2'],
+      ['top_k'],
+    ),
+    (['--over=moe.top_k=1000..1099'], [*['top_k'] * 20, 'and 80 more']),
     (
       ['--over=seed=0', '--launcher=slurm', '--early_stopping=median'],
       ['--early_stopping=median'],
@@ -249,11 +256,14 @@ def test_a_run_that_is_not_the_job_is_refused(tmp_path):
   values = job.load().to_dict()
   (tmp_path / job.name / 'config.json').write_text(json.dumps(values))
   jobs.check_directories([job], tmp_path)
-  (other,) = jobs.make(CONFIG, [('batch_size', '3')], [{'seed': '0'}])
-  with pytest.raises(
-    UserError, match=r'seed=0: batch_size was 32.*another --out'
-  ):
-    jobs.check_directories([other], tmp_path)
+  for key, was in (('batch_size', 32), ('optimizer.learning_rate', 0.0003)):
+    (other,) = jobs.make(CONFIG, [(key, '3')], [{'seed': '0'}])
+    with pytest.raises(
+      UserError, match=rf'seed=0: {key} was {was}.*choose another --out'
+    ):
+      jobs.check_directories([other], tmp_path)
+  (longer,) = jobs.make(CONFIG, [('num_train_steps', '9999')], [{'seed': '0'}])
+  jobs.check_directories([longer], tmp_path)
 
 
 def test_a_run_is_done_if_it_has_the_config_and_the_steps(tmp_path):
@@ -314,6 +324,9 @@ def test_a_config_file_can_yield_its_jobs(tmp_path, capsys):
     ('  return 1 / 0', 'ZeroDivisionError'),
     ("  yield {'seeed': 1}", "'seed'"),
     ("  yield {'seed': 1}", '--over'),
+    ('  yield from ()', 'yields no job'),
+    ('  while True:\n    yield {}', 'must end'),
+    ("  yield {'init_from': None}", 'init_from=None'),
   ],
 )
 def test_a_mistake_in_a_sweep_function_is_a_line(sweep, part, tmp_path):
@@ -322,6 +335,28 @@ def test_a_mistake_in_a_sweep_function_is_a_line(sweep, part, tmp_path):
     sweep_lib.sweep(path, {'seed': '0..1'}, out=tmp_path / 'out')
   (line,) = error.value.problems
   assert part in line
+
+
+def test_a_value_of_a_sweep_function_keeps_its_type(tmp_path):
+  path = config_file(
+    tmp_path,
+    '  import numpy as np\n'
+    "  yield {'optimizer': {'beta1': np.float64(0.5)}, 'init_from': '/a,b'}\n"
+    "  yield {'moe.router.names': np.array([1, 2]), 'moe.router.text': '5'}",
+  )
+  made = plan.make(str(path), [], [], str(tmp_path), plan.Options())
+  assert [dict(job.overrides) for job in made.jobs] == [
+    {'optimizer.beta1': '0.5', 'init_from': '/a,b'},
+    {'moe.router.names': '[1, 2]', 'moe.router.text': "'5'"},
+  ]
+  assert made.jobs[1].values['moe.router.text'] == '5'
+
+
+def test_a_comma_within_quotes_belongs_to_a_text():
+  (axis,) = grid.parse(["""data.path='/t/a,b.txt',/t/c,"" """.strip()])
+  assert axis.values() == ['/t/a,b.txt', '/t/c', '']
+  (axis,) = grid.parse(["moe.router.names='a',['b','c']"])
+  assert axis.values() == ["'a'", "['b','c']"]
 
 
 # Random search.
@@ -337,9 +372,13 @@ def test_random_draws_are_reproducible_and_in_range():
     ]
   )
   found = search.dimensions(axes)
-  drawn = search.random(found, 400, seed=3)
-  assert search.random(found, 40, seed=3) == drawn[:40]
-  assert search.random(found, 40, seed=4) != drawn[:40]
+
+  def make(drawn):
+    return stand_in('job')
+
+  drawn = search.random(found, 400, 3, make)
+  assert search.random(found, 40, 3, make) == drawn[:40]
+  assert search.random(found, 40, 4, make) != drawn[:40]
   values = {key: [item[key] for item in drawn] for key in drawn[0]}
   assert set(values['moe.num_experts']) == set('2345')
   assert set(values['moe.activation']) == {'gelu', 'relu2'}
@@ -352,6 +391,17 @@ def test_random_draws_are_reproducible_and_in_range():
   assert logs.std() == pytest.approx(3 / math.sqrt(12), rel=0.1)
   decays = np.array(values['optimizer.weight_decay'], float)
   assert decays.mean() == pytest.approx(0.25, abs=5 * 0.144 / 20)
+
+
+def test_values_that_do_not_go_together_are_drawn_again():
+  axes = grid.parse(['moe.num_experts=2..4', 'moe.top_k=1..4'])
+  options = plan.Options(search='random', num_jobs=9)
+  made = plan.make(CONFIG, axes, [], 'out', options)
+  found = {
+    (job.values['moe.num_experts'], job.values['moe.top_k'])
+    for job in made.jobs
+  }
+  assert found == {(n, k) for n in (2, 3, 4) for k in range(1, n + 1)}
 
 
 # The median stopping rule.
@@ -439,28 +489,59 @@ def test_done_jobs_are_skipped_and_failures_are_isolated(tmp_path):
     stand_in('interrupted', '75,0'),
     stand_in('diverged', '3', [5.0, None]),
     stand_in('good', '0', [3.0, 2.0, 2.5]),
+    stand_in('crashed', '-6,0'),
   ]
   found = runner.run(sweep, tmp_path)
   assert statuses(found) == {x.name: x.name for x in sweep} | {
     'bad': 'failed',
+    'crashed': 'failed',
     'good': 'done',
   }
   assert found[0].reason == 'config.x=1: it is wrong'
   assert 'SIGKILL' in found[1].reason
   assert found[3].reason == 'too many refused updates'
   assert found[3].best_val_loss == 5.0
+  assert found[5].reason == 'crashed by SIGABRT'
   assert found[4] == ('good', 'done', 3, 2.5, 2.0, 2, '')
   assert table.best(found) == found[4]
   found = runner.run(sweep, tmp_path)
   assert [x.status for x in found] == [
-    *('failed', 'done', 'done', 'diverged', 'done')
+    *('failed', 'done', 'done', 'diverged', 'done', 'done')
   ]
   # The second start has printed nothing.
   assert found[0].reason == 'exit code 1'
   found = str(runner.run(sweep, tmp_path))  # NaN is not equal to itself.
   assert str(runner.run(sweep, tmp_path)) == found
   assert str(runner.collect(sweep, tmp_path)) == found
-  assert starts(tmp_path, *(x.name for x in sweep)) == [3, 2, 2, 1, 1]
+  assert starts(tmp_path, *(x.name for x in sweep)) == [3, 2, 2, 1, 1, 2]
+
+
+def test_failures_of_earlier_calls_are_listed(tmp_path):
+  by_sweep, by_slurm = stand_in('sweep', '2'), stand_in('slurm', '0')
+  sweep = [by_sweep, by_slurm]
+  runner.run(
+    [by_sweep],
+    tmp_path,
+    record=lambda *found: table.write(tmp_path, {}, *found),
+  )
+  (tmp_path / 'slurm').mkdir()
+  (tmp_path / 'slurm' / 'result.json').write_text(
+    json.dumps({'status': 'failed', 'error': 'OSError: no disk'})
+  )
+  found = runner.collect(sweep, tmp_path)
+  assert statuses(found) == {'sweep': 'failed', 'slurm': 'failed'}
+  assert [x.reason for x in found] == [
+    'config.x=1: it is wrong',
+    'OSError: no disk',
+  ]
+
+
+def test_a_job_that_cannot_start_stops_no_other(tmp_path):
+  (tmp_path / 'bad').mkdir()
+  (tmp_path / 'bad' / 'output.txt').mkdir()
+  found = runner.run([stand_in('bad'), stand_in('good')], tmp_path)
+  assert statuses(found) == {'bad': 'failed', 'good': 'done'}
+  assert 'cannot be started' in found[0].reason
 
 
 def test_jobs_side_by_side_divide_the_cores(tmp_path, monkeypatch):
@@ -771,13 +852,16 @@ exit 0
 """
 
 
+@pytest.mark.parametrize('has_srun', [True, False])
 def test_the_array_script_runs_each_job_that_is_left(
-  corpus, tmp_path, capsys, monkeypatch
+  corpus, tmp_path, capsys, monkeypatch, has_srun
 ):
   out = tmp_path / "it's 100% mine"
   bin_directory = tmp_path / 'bin'
   bin_directory.mkdir()
-  tools = {'sbatch': SBATCH, 'srun': SRUN, 'scontrol': SCONTROL}
+  tools = {'sbatch': SBATCH}
+  if has_srun:
+    tools |= {'srun': SRUN, 'scontrol': SCONTROL}
   for name, text in {**tools, 'py': PYTHON}.items():
     (bin_directory / name).write_text(text)
     (bin_directory / name).chmod(0o755)
@@ -802,7 +886,8 @@ def test_the_array_script_runs_each_job_that_is_left(
   expected = jobs.make(CONFIG, _pairs(corpus), changes)
   for job, text in zip(expected, starts_of_jobs, strict=True):
     assert text.splitlines() == [str(ROOT), *job.words(out / job.name)[1:]]
-  assert (tmp_path / 'record.requeued').read_text() == 'requeue 91\n'
+  if has_srun:
+    assert (tmp_path / 'record.requeued').read_text() == 'requeue 91\n'
 
 
 # Slow tests.

@@ -17,6 +17,8 @@ COLORS = (
   *('#e69f00', '#56b4e9', '#7f7f7f'),
 )
 _LEGEND_WIDTH = 110  # Characters.
+_LINES = ('-', '--', ':', '-.')
+_INCHES_PER_LINE = 0.22  # Of the legend.
 
 
 def check(path: pathlib.Path) -> None:
@@ -64,17 +66,28 @@ def write(value: Mapping[str, Any], path: pathlib.Path) -> None:
   """
   # A figure without pyplot needs no display, and changes no global state.
   figure_lib = importlib.import_module('matplotlib.figure')
-  figure = figure_lib.Figure(figsize=(10, 7), layout='constrained')
+  labels = {
+    group['name']: textwrap.fill(label(group), _LEGEND_WIDTH)
+    for group in value['groups']
+  }
+  num_lines = sum(text.count('\n') + 1 for text in labels.values())
+  size = 10, 6.5 + _INCHES_PER_LINE * num_lines
+  figure = figure_lib.Figure(figsize=size, layout='constrained')
   grid = figure.subplots(2, 2, sharey=True).ravel()
-  names = [group['name'] for group in value['groups']]
-  colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+  styles = {
+    name: {
+      'color': COLORS[i % len(COLORS)],
+      'linestyle': _LINES[i // len(COLORS) % len(_LINES)],
+    }
+    for i, name in enumerate(labels)
+  }
   for axis, axes in zip(AXES, grid, strict=True):
     for run in value['runs']:
       if curve := run['curves'][axis]:
         axes.plot(
           curve['positions'],
           curve['losses'],
-          color=colors[run['group']],
+          **styles[run['group']],
           linewidth=1,
           marker='.',
           markersize=3,
@@ -87,15 +100,14 @@ def write(value: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.set_ylabel(f'validation loss, {value["unit"]}')
   lines_lib = importlib.import_module('matplotlib.lines')
   handles = [
-    lines_lib.Line2D(
-      [],
-      [],
-      color=colors[group['name']],
-      label=textwrap.fill(label(group), _LEGEND_WIDTH),
-    )
-    for group in value['groups']
+    lines_lib.Line2D([], [], label=text, **styles[name])
+    for name, text in labels.items()
   ]
-  figure.legend(handles=handles, loc='outside upper center', frameon=False)
+  legend = figure.legend(
+    handles=handles, loc='outside upper center', frameon=False
+  )
+  for text in legend.get_texts():
+    text.set_parse_math(False)  # A "$" of a config value is no formula.
   try:
     figure.savefig(path, dpi=150)
   except OSError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -101,12 +102,19 @@ class Run:
       per_step *= self.work.get('active_flops_per_token', np.nan)
     return steps * per_step
 
+  @functools.cached_property
+  def vocabulary(self) -> dict[str, Any]:
+    """Content of vocabulary.json; empty if it is missing or damaged."""
+    try:
+      return tokenizers.read(self.workdir / VOCABULARY)
+    except UserError:
+      return {}
+
   def tokenizer(self) -> str:
     """Returns a text that is equal for equal tokenizers."""
-    try:
-      values = tokenizers.read(self.workdir / VOCABULARY)
-    except UserError:
-      return json.dumps(self.history.config.data.tokenizer.to_dict())
+    values = dict(self.vocabulary)
+    if not values:
+      return self.tokenizer_config()
     # Files of older versions have no type; the config has it.
     values['type'] = self.history.config.data.tokenizer.type
     text = json.dumps(
@@ -115,10 +123,18 @@ class Run:
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
+  def tokenizer_config(self) -> str:
+    """Returns the config of the tokenizer as a text."""
+    return json.dumps(self.history.config.data.tokenizer.to_dict())
+
   def machine(self) -> Machine:
     """Returns the machine as far as the run recorded it."""
     result = self.history.result
-    return Machine(tuple(result.get('devices', ())), result.get('cpu', ''))
+    devices = result.get('devices')
+    return Machine(
+      tuple(map(str, devices)) if isinstance(devices, list) else (),
+      str(result.get('cpu') or ''),
+    )
 
 
 def _first(mask: np.ndarray, default: int) -> int:
@@ -155,6 +171,39 @@ def find(arguments: Sequence[str]) -> list[pathlib.Path]:
   return [*unique.values()]
 
 
+def overlapping(
+  runs: Sequence[Run], metric: str
+) -> tuple[list[Run], list[Apart]]:
+  """Returns the runs with a common step, and runs that ended too early for it.
+
+  Two runs always remain.
+  """
+  kept, apart = list(runs), []
+  ends = {run.workdir: _ends(run, metric) for run in runs}
+  while len(kept) > 2:
+    late = max(kept, key=lambda run: ends[run.workdir][0])
+    short = min(kept, key=lambda run: ends[run.workdir][1])
+    first, last = ends[late.workdir][0], ends[short.workdir][1]
+    if first <= last:
+      break
+    kept.remove(short)
+    apart.append(
+      Apart(
+        short.workdir,
+        f'its last evaluation, at step {last:g}, is before the first one of '
+        f'another run, at step {first:g}',
+      )
+    )
+  return kept, apart
+
+
+def _ends(run: Run, metric: str) -> tuple[float, float]:
+  """Returns the steps of the first and the last finite evaluation."""
+  curve = run.curve('steps', metric)
+  positions = curve.positions if curve else [np.inf, -np.inf]
+  return float(positions[0]), float(positions[-1])
+
+
 def _runs_of(path: pathlib.Path) -> list[pathlib.Path]:
   """Returns the run at `path`, or the runs in that directory."""
   if os.path.exists(path / 'config.json'):
@@ -185,7 +234,7 @@ def read(
     try:
       run = Run(history_lib.read(path))
       for name in {*METRICS.values(), 'steps_per_sec'} & {*run.history.names()}:
-        run.history.series(name)
+        _check_scalars(run.history, name)
     except UserError as error:
       apart.append(Apart(path, '; '.join(error.problems)))
       continue
@@ -200,6 +249,15 @@ def read(
   return runs, apart
 
 
+def _check_scalars(history: History, name: str) -> None:
+  """Raises a `UserError` if a metric is not a number in each record."""
+  if history.series(name).values.ndim > 1:
+    raise UserError(
+      f'{history.workdir / "metrics.jsonl"}: the file is damaged ({name!r} is '
+      'a list)'
+    )
+
+
 def _without_evaluation(history: History) -> str:
   metric = METRICS['nats per token']
   if metric not in history.names():
@@ -208,6 +266,21 @@ def _without_evaluation(history: History) -> str:
   if not np.isfinite(losses[0]):
     return 'the loss of the first evaluation is not finite'
   return ''
+
+
+def have_equal_tokenizers(runs: Sequence[Run]) -> bool:
+  """Returns whether all runs have one tokenizer.
+
+  A run without a vocabulary has that of a run with an equal config.
+  """
+  known = [run for run in runs if run.vocabulary]
+  configs = {run.tokenizer_config() for run in known or runs[:1]}
+  for run in runs:
+    if not run.vocabulary and known:
+      run.remarks.append('its vocabulary is missing; the config is compared')
+  return len({run.tokenizer() for run in known}) < 2 and all(
+    run.vocabulary or run.tokenizer_config() in configs for run in runs
+  )
 
 
 def on_same_text(runs: Sequence[Run]) -> tuple[list[Run], list[Apart]]:
@@ -219,6 +292,7 @@ def on_same_text(runs: Sequence[Run]) -> tuple[list[Run], list[Apart]]:
 
   def text_of(run: Run) -> tuple[str, str] | None:
     sha256 = run.history.result.get('corpus_sha256')
+    sha256 = sha256 or run.vocabulary.get('corpus_sha256')
     dataset = run.history.config.data.dataset.to_dict()
     return sha256 and (sha256, json.dumps(dataset, sort_keys=True))
 
@@ -232,7 +306,8 @@ def on_same_text(runs: Sequence[Run]) -> tuple[list[Run], list[Apart]]:
       same.append(run)
       continue
     if text[0] != common[0]:
-      reason = f'another text: {run.history.result.get("corpus")}, sha256 '
+      corpus = run.history.result.get('corpus') or run.vocabulary.get('corpus')
+      reason = f'another text: {corpus}, sha256 '
       reason += f'{text[0][:8]}; the others have sha256 {common[0][:8]}'
     else:
       reason = f'another split: data.dataset={text[1]}; the others have '

@@ -1,12 +1,14 @@
 """Comparison of runs as JSON values."""
 
 from collections.abc import Collection, Mapping, Sequence
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from nanomoe.comparison import paired
+from nanomoe.comparison import remarks as remarks_lib
 from nanomoe.comparison import runs as runs_lib
 from nanomoe.comparison import work as work_lib
 from nanomoe.comparison.curves import AXES, Curve, equal_point
@@ -19,8 +21,6 @@ from trainers.files import jsonable
 # Keys that no configs of a comparison differ in: seeds are paired, and texts
 # are compared by their content.
 ASIDE = ('seed', 'data.path', 'data.fallback')
-# Relative difference of active parameters from which a remark states it.
-_UNEQUAL = 0.05
 # Keys of the work that the summary of a run has.
 _WORK = (
   'num_params',
@@ -46,19 +46,21 @@ def make(
   paths = runs_lib.find(arguments)
   names = dict(zip(paths, _names(paths), strict=True))
   runs, apart = runs_lib.read(paths)
-  runs, more = runs_lib.on_same_text(runs)
-  apart += more
   if len(runs) > 1:
     runs, more = work_lib.count(runs, allow_imports)
     apart += more
-  unit = list(METRICS)[len({run.tokenizer() for run in runs}) > 1]
+  runs, more = runs_lib.on_same_text(runs)
+  apart += more
+  unit = list(METRICS)[not runs_lib.have_equal_tokenizers(runs)]
   metric = METRICS[unit]
   runs, more = _with_metric(runs, metric)
+  apart += more
+  runs, more = runs_lib.overlapping(runs, metric)
   apart += more
   if len(runs) < 2:
     raise UserError(
       [f'{path}: {reason}' for path, reason in apart]
-      + ['a comparison needs at least two runs that can be compared']
+      + ['a comparison needs at least two different runs that can be compared']
     )
   on_same_machine, of_other_machines = runs_lib.on_same_machine(runs)
   keys, groups = _groups(runs)
@@ -67,7 +69,13 @@ def make(
   for axis in AXES:
     of_axis = on_same_machine if axis == 'seconds' else runs
     equal[axis] = _equal(axis, metric, of_axis, groups, names)
-  remarks = [*_remarks(runs, names), *_unequal_work(groups)]
+  remarks = [
+    *remarks_lib.of_runs(runs, names),
+    *remarks_lib.unequal_work(groups),
+    *remarks_lib.samples(runs),
+    *remarks_lib.limits(runs, metric, names),
+    *remarks_lib.repeated_seeds(groups),
+  ]
   if unit == 'bits per byte':
     remarks.append(
       'the tokenizers differ: equal tokens are different amounts of text'
@@ -110,37 +118,9 @@ def make(
   )
 
 
-def _remarks(
-  runs: Sequence[Run], names: Mapping[pathlib.Path, str]
-) -> list[str]:
-  """Returns each remark once, behind the names of its runs."""
-  found: dict[str, list[str]] = {}
-  for run in runs:
-    for line in run.remarks:
-      found.setdefault(line, []).append(names[run.workdir])
-  return [
-    f'{", ".join(of) if len(of) < len(runs) else "all runs"}: {line}'
-    for line, of in found.items()
-  ]
-
-
-def _unequal_work(groups: Mapping[str, Sequence[Run]]) -> list[str]:
-  """Returns a remark for each group with other active parameters than A."""
-  active = {
-    name: of[0].work.get('num_active_params') for name, of in groups.items()
-  }
-  first = next(iter(groups))
-  return [
-    f'{name} has {number / active[first]:.2f} times the active parameters of '
-    f'{first}'
-    for name, number in active.items()
-    if number and active[first] and abs(number / active[first] - 1) > _UNEQUAL
-  ]
-
-
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:
   """Returns the shortest ends of paths that differ."""
-  parts = [path.absolute().parts for path in paths]
+  parts = [pathlib.Path(os.path.abspath(path)).parts for path in paths]
   for length in range(1, max(map(len, parts), default=0) + 1):
     names = [str(pathlib.Path(*each[-length:])) for each in parts]
     if len(set(names)) == len(names):
@@ -210,10 +190,17 @@ def _groups(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Run]]]:
   ]
   by_values: dict[str, list[Run]] = {}
   for run, config in zip(runs, configs, strict=True):
-    by_values.setdefault(repr([config.get(k) for k in keys]), []).append(run)
+    # Numbers that are equal, such as 1 and 1.0, are one value.
+    values = [_comparable(config.get(key)) for key in keys]
+    by_values.setdefault(repr(values), []).append(run)
   return keys, {
     _letter(index): of for index, of in enumerate(by_values.values())
   }
+
+
+def _comparable(value: Any) -> Any:
+  is_number = isinstance(value, int) and not isinstance(value, bool)
+  return float(value) if is_number else value
 
 
 def _letter(index: int) -> str:
@@ -236,7 +223,9 @@ def _equal(
   curves = {path: curve for path, curve in found.items() if curve}
   point, reason = None, ''
   without = [names[path] for path, curve in found.items() if not curve]
-  if len(curves) < 2:
+  if len(found) < 2:
+    reason = 'fewer than two runs are of one machine'
+  elif len(curves) < 2:
     reason = f'fewer than two runs recorded their {axis}'
   else:
     point = equal_point(curves.values())
@@ -315,12 +304,12 @@ def _run(
     has_seconds: Whether its seconds can be compared.
   """
   history = run.history
-  steps, losses = history.series(metric)
   result = history.result
   curves = {
     axis: run.curve(axis, metric) if axis != 'seconds' or has_seconds else None
     for axis in AXES
   }
+  steps, losses = curves['steps'] or history.series(metric)
   return {
     'name': name,
     'workdir': str(run.workdir),

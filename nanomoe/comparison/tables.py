@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import csv
+import html
 import io
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ _MAX_COLUMNS = 4
 # Columns of a run in CSV, before those of the axes and of the config.
 _COLUMNS = (
   *('name', 'workdir', 'group', 'seed', 'status', 'step', 'evaluated_step'),
-  *('loss', 'best_loss', 'num_params', 'num_active_params'),
+  *('unit', 'loss', 'best_loss', 'num_params', 'num_active_params'),
   *('flops_per_token', 'active_flops_per_token', 'tokens_per_sec'),
   'peak_memory_bytes',
 )
@@ -250,6 +251,7 @@ def _markdown(table: Table) -> str:
 
 
 def _markdown_cell(text: str) -> str:
+  text = html.escape(text, quote=False)
   return text.replace('|', '\\|').replace('\n', '<br>')
 
 
@@ -265,7 +267,7 @@ def _csv(value: Mapping[str, Any]) -> str:
     config = configs[run['group']]
     writer.writerow(
       [
-        *(run[column] for column in _COLUMNS),
+        *({**run, 'unit': value['unit']}[column] for column in _COLUMNS),
         *(value['equal'][axis]['point'] for axis in AXES),
         *(run['equal'][axis] for axis in AXES),
         *(config[key] for key in value['keys']),

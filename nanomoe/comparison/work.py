@@ -96,7 +96,7 @@ def _question(
 def _num_devices(run: Run) -> int:
   """Returns the number of devices that a mesh axis of -1 used; 0 without."""
   has_rest = -1 in run.history.config.mesh.to_dict().values()
-  return len(run.history.result.get('devices', ())) if has_rest else 0
+  return len(run.machine().devices) if has_rest else 0
 
 
 def _shape(run: Run) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import pathlib
@@ -27,6 +28,7 @@ from trainers.errors import UserError
 
 _T = TypeVar('_T')
 Override = tuple[str, str]  # Key and value, both as given.
+MAX_JOBS = 10_000  # Of a sweep.
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[Override]]:
@@ -101,7 +103,13 @@ def load_sweep(path: str) -> list[dict[str, Any]]:
   def read(module):
     if not hasattr(module, 'sweep'):
       return []
-    found = list(module.sweep())
+    found = list(itertools.islice(module.sweep(), MAX_JOBS + 1))
+    if len(found) > MAX_JOBS:
+      raise UserError(
+        f'--config={path}: sweep() yields over {MAX_JOBS} jobs; it must end'
+      )
+    if not found:
+      raise UserError(f'--config={path}: sweep() yields no job')
     for item in found:
       if not isinstance(item, Mapping) or not all(
         isinstance(key, str) for key in item

@@ -71,7 +71,7 @@ class History:
     # JSON has null for NaN and infinities.
     try:
       values = np.array([found[step] for step in steps], np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
       raise UserError(
         f'{self.workdir / "metrics.jsonl"}: the file is damaged ({name!r} is '
         'not a number in each record)'
@@ -213,7 +213,8 @@ def _records(path: pathlib.Path, is_running: bool) -> list[dict[str, Any]]:
   for number, line in enumerate(lines, 1):
     try:
       record = json.loads(line)
-      if not isinstance(record, dict) or type(record.get('step')) is not int:
+      step = record.get('step') if isinstance(record, dict) else None
+      if type(step) is not int or not 0 <= step < 1 << 63:
         raise ValueError("it must be an object with a 'step'")
     except (ValueError, RecursionError) as error:
       raise UserError(

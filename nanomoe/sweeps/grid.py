@@ -6,10 +6,10 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from nanomoe.config.overrides import number
+from nanomoe.config import schema
+from nanomoe.config.overrides import MAX_JOBS, from_values, number
 from trainers.errors import UserError
 
-MAX_JOBS = 10_000
 _NUMBER = r'[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?'
 _FORM = (
   'it must be --over=KEY=VALUE,VALUE or --over=KEY=FIRST..LAST, such as '
@@ -65,7 +65,7 @@ class Axis(NamedTuple):
     except (ValueError, OverflowError) as error:
       raise UserError(
         f'{where}: a grid has ranges of integers only; list the values, or '
-        'give --search=random'
+        'give the range alone with --search=random'
       ) from error
     if last - first >= MAX_JOBS:
       raise UserError(f'{where}: the range has over {MAX_JOBS} values')
@@ -88,9 +88,12 @@ def parse(texts: Iterable[str]) -> list[Axis]:
     if not key or not equals:
       lines.append(f'--over={text}: the values are missing; {_FORM}')
       continue
-    items = [_item(part) for part in _split(values)]
-    if '' in items and len(items) > 1:
+    parts, is_closed = _split(values)
+    if not is_closed:
+      lines.append(f'--over={text}: a quote or a bracket is not closed')
+    if '' in parts and len(parts) > 1:
       lines.append(f'--over={text}: a value is empty; {_FORM}')
+    items = [_item(key, part) for part in parts]
     for item in items:
       if isinstance(item, Range) and float(item.first) > float(item.last):
         lines.append(f'--over={text}: {item} is empty; the first end is larger')
@@ -118,7 +121,7 @@ def from_mapping(over: Mapping[str, str | Sequence[Any]]) -> list[Axis]:
     elif not values:
       raise UserError(f'{key}={values!r}: there is no value; give one or more')
     else:
-      axes.append(Axis(key, tuple(text_of(value) for value in values)))
+      axes.append(Axis(key, tuple(text_of(key, value) for value in values)))
   return axes
 
 
@@ -152,11 +155,16 @@ def expand(
   ]
 
 
-def text_of(value: Any) -> str:
-  """Returns a value as --config.KEY=VALUE has it."""
-  if hasattr(value, 'item'):  # A scalar of NumPy.
-    value = value.item()
-  return value if isinstance(value, str) else str(value)
+def text_of(key: str, value: Any) -> str:
+  """Returns a value of `key` as --config.KEY=VALUE has it.
+
+  Raises:
+    UserError: The value is None, which no key allows, or a dict.
+  """
+  if value is None or isinstance(value, Mapping):
+    raise UserError(f'{key}={value!r}: it must be a number, a text or a list')
+  ((_, text),) = from_values({key: value})
+  return text
 
 
 def check_keys(
@@ -177,13 +185,22 @@ def check_keys(
     )
 
 
-def _item(text: str) -> str | Range:
+def _item(key: str, text: str) -> str | Range:
   match = re.fullmatch(rf'({_NUMBER})\.\.({_NUMBER})', text)
-  return Range(*match.groups()) if match else text
+  if match:
+    return Range(*match.groups())
+  field = schema.FIELDS.get(key)
+  is_quoted = len(text) > 1 and text[0] in '\'"' and text[-1] == text[0]
+  # The quotes of an argument are Python's, and belong to its value.
+  return text[1:-1] if field and field.kind is str and is_quoted else text
 
 
-def _split(text: str) -> list[str]:
-  """Splits at commas outside of brackets and quotes."""
+def _split(text: str) -> tuple[list[str], bool]:
+  """Splits at commas outside of brackets and quotes.
+
+  Returns:
+    The parts, and whether all brackets and quotes are closed.
+  """
   parts, depth, quote = [''], 0, ''
   for char in text:
     if quote:
@@ -196,4 +213,4 @@ def _split(text: str) -> list[str]:
       parts.append('')
     else:
       parts[-1] += char
-  return parts
+  return parts, not quote and depth <= 0

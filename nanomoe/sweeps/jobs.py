@@ -23,6 +23,7 @@ from trainers.errors import UserError
 
 # Longest name of a run directory.
 MAX_NAME = 100
+_MAX_LINES = 20  # Of mistakes.
 # Statuses in result.json with which a run has ended for good: a run that has
 # diverged would diverge again.
 ENDED = ('done', 'diverged', 'collapsed')
@@ -124,8 +125,10 @@ def make(
     for job, count in counts.items()
     if count > 1
   ]
-  if lines:
-    raise UserError(list(dict.fromkeys(lines)))
+  if lines := list(dict.fromkeys(lines)):
+    more = len(lines) - _MAX_LINES
+    rest = [f'and {more} more mistakes'] if more > 0 else []
+    raise UserError(lines[:_MAX_LINES] + rest)
   return jobs
 
 
@@ -139,14 +142,16 @@ def check_directories(jobs: Iterable[Job], out: pathlib.Path) -> None:
     old = workdir_lib.read_config(out / job.name)
     if old is None:
       continue
-    asked = [key for key, _ in job.overrides]
+    # More steps continue a run. Another learning rate, for example, would mix
+    # two configs in one curve.
+    asked = {key for key, _ in job.overrides} & {'num_train_steps'}
     try:
       resume.resume_config(old, job.load(), asked)
     except UserError as error:
+      hint = re.compile(r'choose another --workdir|to change it, give .*')
       raise UserError(
         [
-          f'--out={out}: {job.name}: '
-          + line.replace('choose another --workdir', 'choose another --out')
+          f'--out={out}: {job.name}: ' + hint.sub('choose another --out', line)
           for line in error.problems
         ]
       ) from error

@@ -1,6 +1,7 @@
 """Jobs of several configs and seeds that all train for equal minutes."""
 
 from collections.abc import Sequence
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -57,7 +58,12 @@ def make(
         for key in sorted(asked)
       ]
     )
-  plain = [jobs_lib.make(config, overrides, [{}])[0] for config in configs]
+  plain = [
+    dataclasses.replace(
+      jobs_lib.make(config, overrides, [{}])[0], name=f'{name},timing'
+    )
+    for config, name in names.items()
+  ]
   facts = {
     'minutes': minutes,
     'configs': [dict(sorted(job.values.items())) for job in plain],

@@ -11,6 +11,8 @@ METRIC = 'val/cross_entropy'
 OUTPUT = 'output.txt'  # What the processes of a job have printed.
 # Statuses of jobs that are trained further, by this command or by the next.
 OPEN = ('running', 'pending', 'killed', 'interrupted')
+# Those that the next command trains.
+LEFT = (*OPEN, 'failed')
 
 
 class Point(NamedTuple):
@@ -61,6 +63,14 @@ def curve(workdir: pathlib.Path, is_running: bool = False) -> list[Point]:
   return [Point(*p) for p in history.curve(workdir, METRIC, is_running)]
 
 
+def size(workdir: pathlib.Path) -> int:
+  """Returns the size of the recorded evaluations of a run, in bytes."""
+  try:
+    return (workdir / 'metrics.jsonl').stat().st_size
+  except OSError:
+    return 0
+
+
 def make(
   job: Job, status: str, points: list[Point], reason: str = ''
 ) -> Outcome:
@@ -100,6 +110,20 @@ def reason_of(workdir: pathlib.Path, start: int, fallback: str) -> str:
   text = errors[-1].removeprefix('error: ') if errors else ''
   text = text or (lines[-1] if lines else fallback)
   return within(workdir.parent, text)
+
+
+def failed_before(outcome: Outcome, workdir: pathlib.Path) -> Outcome:
+  """Returns a pending outcome as failed, if the last start has failed."""
+  try:
+    path = workdir / 'result.json'
+    result = json.loads(path.read_text(encoding='utf-8'))
+    error = str(result['error']) if result['status'] == 'failed' else ''
+  except (OSError, ValueError, KeyError, TypeError):
+    return outcome
+  if not error or is_running(workdir):
+    return outcome
+  reason = within(workdir.parent, error.splitlines()[0])
+  return outcome._replace(status='failed', reason=reason)
 
 
 def within(out: pathlib.Path, text: str) -> str:

@@ -6,15 +6,14 @@ import itertools
 import pathlib
 from typing import Any, NamedTuple
 
-from nanomoe.config import home
+from nanomoe.config import home, schema
 from nanomoe.config import overrides as config_lib
 from nanomoe.config.overrides import Override
 from nanomoe.run import workdir as workdir_lib
 from nanomoe.sweeps import grid, runner, search, table
 from nanomoe.sweeps import jobs as jobs_lib
 from nanomoe.sweeps.grid import Axis
-from nanomoe.sweeps.jobs import Job
-from nanomoe.sweeps.outcomes import OPEN
+from nanomoe.sweeps.jobs import ENDED, Job
 from trainers.errors import UserError
 
 SEARCHES = ('grid', 'random', 'optuna')
@@ -77,7 +76,7 @@ def make(
     UserError: A line for each mistake. Nothing was written.
   """
   given = [
-    {key: grid.text_of(value) for key, value in item.items()}
+    {key: grid.text_of(key, x) for key, x in schema.flatten(item)}
     for item in config_lib.load_sweep(config)
   ]
   _check(config, bool(axes), bool(given), options)
@@ -92,23 +91,24 @@ def make(
   }
   if options.search != 'grid':
     facts['search_seed'] = options.search_seed
-  directory = _directory(_default(config, facts) if out is None else out)
+  directory = _directory(
+    _default(config, facts, options.num_jobs) if out is None else out
+  )
   ask, num_jobs = None, options.num_jobs or 0
   if options.search == 'grid':
     assignments = grid.expand(axes, given)
   else:
     found = search.dimensions(axes)
-    assignments = search.random(found, num_jobs, options.search_seed)
+
+    def job_of(drawn):
+      return jobs_lib.make(config, overrides, [drawn])[0]
+
+    # For Optuna, they are checked in place of those that it will suggest.
+    assignments = search.random(found, num_jobs, options.search_seed, job_of)
     if options.search == 'optuna':
-      # Drawn values are checked in place of those that Optuna will suggest.
-      jobs_lib.make(config, overrides, assignments)
       assignments = search.stored(directory, facts)
       ask = search.optuna_ask(
-        found,
-        num_jobs,
-        options.search_seed,
-        options.jobs,
-        lambda drawn: jobs_lib.make(config, overrides, [drawn])[0],
+        found, num_jobs, options.search_seed, options.jobs, job_of
       )
   jobs = jobs_lib.make(config, overrides, assignments)
   jobs_lib.check_directories(jobs, directory)
@@ -160,7 +160,9 @@ def _check(
     raise UserError(lines)
 
 
-def _default(config: str, facts: dict[str, Any]) -> str:
+def _default(
+  config: str, facts: dict[str, Any], num_jobs: int | None = None
+) -> str:
   """Returns the directory of a sweep without --out.
 
   It is the newest one of an unfinished sweep with the same facts, so that the
@@ -169,13 +171,14 @@ def _default(config: str, facts: dict[str, Any]) -> str:
   Args:
     config: Path of the config file.
     facts: Values of sweep.json beside the jobs.
+    num_jobs: Number of jobs of a random or Optuna search.
   """
   start = f'runs/sweep-{pathlib.Path(config).stem}-'
   today = f'{start}{datetime.date.today():%Y%m%d}'
   for path in sorted(map(str, pathlib.Path().glob(f'{start}*')), reverse=True):
     old = _stored(path)
     is_same = old and all(old.get(key) == x for key, x in facts.items())
-    if is_same and (path.startswith(today) or _is_open(old)):
+    if is_same and (path.startswith(today) or _is_open(old, num_jobs)):
       return path
   paths = itertools.chain([today], (f'{today}-{i}' for i in itertools.count(2)))
   return next(x for x in paths if not (pathlib.Path(x) / table.FILE).exists())
@@ -189,8 +192,13 @@ def _stored(path: str) -> dict[str, Any]:
     return {}
 
 
-def _is_open(old: dict[str, Any]) -> bool:
-  return any(job['status'] in OPEN for job in old['jobs'])
+def _is_open(old: dict[str, Any], num_jobs: int | None) -> bool:
+  """Returns whether the same command would train a job of a sweep."""
+  jobs = old['jobs']
+  ended = (*ENDED, 'stopped')
+  return len(jobs) < (num_jobs or 0) or any(
+    job['status'] not in ended for job in jobs
+  )
 
 
 def _directory(out: str) -> pathlib.Path:
@@ -199,6 +207,8 @@ def _directory(out: str) -> pathlib.Path:
   Raises:
     UserError: The directory cannot be written, or is that of a run.
   """
+  if not out:
+    raise UserError('--out=: it is empty; it must be a directory')
   path = pathlib.Path(home.expand(out, '--out')).absolute()
   if lines := workdir_lib.problems(path):
     raise UserError([line.replace('--workdir=', '--out=', 1) for line in lines])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import os
 import pathlib
@@ -17,7 +18,7 @@ import time
 from typing import IO, TextIO
 
 from nanomoe.run import cli, shares, supervisor
-from nanomoe.sweeps import outcomes, stopping
+from nanomoe.sweeps import outcomes, stopping, table
 from nanomoe.sweeps.jobs import Job
 from nanomoe.sweeps.outcomes import Outcome, Point
 from trainers.errors import UserError
@@ -27,6 +28,11 @@ _POLL_SECONDS = 0.1
 # Between two looks at the evaluations of runs that may stop early.
 _LOOK_SECONDS = 0.5
 _SIGNALS = {int(number) for number in signal.valid_signals()}
+# Signals of a process that has crashed: it would crash again.
+_CRASHES = (
+  *(signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS),
+  *(signal.SIGFPE, signal.SIGILL),
+)
 
 # Returns the next job given all jobs so far and their outcomes; None if there
 # is none, or none before another job has ended.
@@ -69,8 +75,23 @@ def run(
 def collect(
   jobs: Sequence[Job], out: pathlib.Path, early_stopping: str = 'none'
 ) -> list[Outcome]:
-  """Returns the outcomes of jobs, without training; arguments as in `run`."""
-  return _Runner(jobs, out, early_stopping=early_stopping).outcomes()
+  """Returns the outcomes of jobs, without training; arguments as in `run`.
+
+  A job whose last start has failed has the status and reason of that.
+  """
+  found = _Runner(jobs, out, early_stopping=early_stopping).outcomes()
+  recorded = {
+    row['name']: row.get('reason')
+    for row in table.read(out).get('jobs', [])
+    if row['status'] == 'failed'
+  }
+  for i, outcome in enumerate(found):
+    if outcome.status == 'pending' and outcome.name in recorded:
+      reason = str(recorded[outcome.name])
+      found[i] = outcome._replace(status='failed', reason=reason)
+    elif outcome.status == 'pending':  # SLURM can have started it.
+      found[i] = outcomes.failed_before(outcome, out / outcome.name)
+  return found
 
 
 @dataclasses.dataclass
@@ -121,6 +142,7 @@ class _Runner:
     # Status and evaluations of jobs that have ended for good.
     self._ended: dict[int, tuple[str, list[Point]]] = {}
     self._looked = 0.0
+    self._sizes: list[int] = []
 
   def run(self) -> list[Outcome]:
     self._record(self._jobs, self.outcomes())
@@ -216,9 +238,12 @@ class _Runner:
         slot = _Slot(index, share, None, output.tell(), time.monotonic())
         slot.process = self._spawn(job.words(workdir), share, output)
     except OSError as error:
-      raise UserError(
-        f'--out={self._out}: {job.name} cannot be started ({error.strerror})'
-      ) from error
+      reason = f'it cannot be started ({error.strerror})'
+      if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        raise UserError(f'--out={self._out}: {job.name}: {reason}') from error
+      self._failures[index] = 'failed', reason
+      self._say(index, f'failed: {reason}')
+      return
     self._slots.append(slot)
     self._say(index, 'started' if is_new else 'resumed')
     self._record(self._jobs, self.outcomes())
@@ -277,11 +302,15 @@ class _Runner:
   def _failure(self, slot: _Slot, code: int) -> tuple[str, str] | None:
     """Returns status and reason of a process that has failed, or None."""
     number = -code if code < 0 else code - 128
+    workdir = self._workdir(slot.index)
     if code == cli.INTERRUPTED:
       return 'interrupted', 'interrupted by a signal'
     if number in _SIGNALS:
-      return 'killed', f'killed by {signal.Signals(number).name}'
-    workdir = self._workdir(slot.index)
+      by = signal.Signals(number).name
+      if number not in _CRASHES:
+        return 'killed', f'killed by {by}'
+      printed = outcomes.reason_of(workdir, slot.start, '')
+      return 'failed', ': '.join(filter(None, [f'crashed by {by}', printed]))
     if self._jobs[slot.index].status(workdir):
       return None
     if code == 0:
@@ -292,32 +321,41 @@ class _Runner:
 
   def _stop_poor_jobs(self) -> None:
     """Ends running jobs that the median rule stops."""
+    self._looked = time.monotonic()
+    sizes = [outcomes.size(self._workdir(slot.index)) for slot in self._slots]
+    if sizes == self._sizes:  # Nothing new was recorded.
+      return
+    self._sizes = sizes
     found = self.outcomes()
     for slot in self._slots:
       is_poor = found[slot.index].status == 'stopped'
       if is_poor and slot.process and not slot.is_stopped:
         slot.process.terminate()  # It saves its state.
         slot.is_stopped = True
-    self._looked = time.monotonic()
 
   def _end_all(self) -> None:
     """Ends the running jobs, which save their states."""
     for slot in self._slots:
       if slot.process:
         slot.process.terminate()
-    for slot in self._slots:
-      if slot.process:
-        slot.process.wait()
-        self._say(slot.index, 'interrupted; its state is saved')
+    slots = [slot for slot in self._slots if slot.process]
+    codes = [slot.process.wait() for slot in slots if slot.process]
     self._slots.clear()
+    for slot, code in zip(slots, codes, strict=True):
+      saved = code in (0, cli.INTERRUPTED)
+      self._say(
+        slot.index,
+        'interrupted; its state is saved' if saved else f'ended with {code}',
+      )
 
   def _say(self, index: int, text: str) -> None:
     """Prints a line on standard error, and adds it to the log of the sweep."""
     now = datetime.datetime.now().isoformat(' ', 'seconds')
     total = '' if self._ask else f'/{len(self._jobs)}'
     line = f'{now} [{index + 1}{total}] {self._jobs[index].name}: {text}'
-    for file in (self._log, sys.stderr):
-      print(line, file=file, flush=True)
+    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # The disk may be full.
+      print(line, file=self._log, flush=True)
 
 
 def _ending(outcome: Outcome, slot: _Slot) -> str:

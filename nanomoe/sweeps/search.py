@@ -72,29 +72,45 @@ def dimensions(axes: Sequence[Axis]) -> list[Dimension]:
 
 
 def random(
-  found: Sequence[Dimension], num_jobs: int, seed: int
+  found: Sequence[Dimension],
+  num_jobs: int,
+  seed: int,
+  make: Callable[[Assignment], Job],
 ) -> list[Assignment]:
   """Returns different random assignments; more jobs begin with the same ones.
+
+  Values that do not go together are drawn again.
 
   Args:
     found: Dimensions of the search.
     num_jobs: Number of jobs.
     seed: Seed of the draws.
+    make: Returns the checked job of an assignment.
 
   Raises:
     UserError: The dimensions have fewer values than there are jobs.
   """
   assignments: list[Assignment] = []
+  tried: set[tuple[str, ...]] = set()
   for index in range(num_jobs):
     rng = np.random.default_rng([seed, index])
+    problem = None
     for _ in range(_MAX_DRAWS):
       drawn = {dimension.key: dimension.draw(rng) for dimension in found}
-      if drawn not in assignments:
-        assignments.append(drawn)
-        break
+      if tuple(drawn.values()) in tried:
+        continue
+      tried.add(tuple(drawn.values()))
+      try:
+        make(drawn)
+      except UserError as error:
+        problem = error
+        continue
+      assignments.append(drawn)
+      break
     else:
-      raise UserError(
-        f'--num_jobs={num_jobs}: --over has only {index} different jobs'
+      raise (not assignments and problem) or UserError(
+        f'--num_jobs={num_jobs}: {_MAX_DRAWS} draws from --over gave only '
+        f'{index} different jobs'
       )
   return assignments
 

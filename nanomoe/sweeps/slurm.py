@@ -40,9 +40,12 @@ esac
 export SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK:-}}"
 [ -n "$SRUN_CPUS_PER_TASK" ] || unset SRUN_CPUS_PER_TASK
 
-srun "${{PYTHON:-{python}}}" "${{words[@]}}"
+launch=()
+command -v srun > /dev/null && launch=(srun)
+"${{launch[@]}}" "${{PYTHON:-{python}}}" "${{words[@]}}"
 code=$?
-if [ "$code" -eq 75 ]; then # The run was interrupted, and its state is saved.
+# 75: the run was interrupted, and its state is saved.
+if [ "$code" -eq 75 ] && command -v scontrol > /dev/null; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -67,6 +70,8 @@ def write(
   Raises:
     UserError: The script cannot be written.
   """
+  if '\n' in f'{out}{os.getcwd()}':  # It would end a comment of the script.
+    raise UserError(f'--out={str(out)!r}: a path must not have line breaks')
   path = out / FILE
   limit = f'%{num_parallel}' if num_parallel else ''
   words = [jobs[i].words(out / jobs[i].name)[1:] for i in indices]
@@ -78,8 +83,8 @@ def write(
     path=shlex.quote(str(path)),
     name=shlex.quote(out.name),
     array=f'0-{len(indices) - 1}{limit}',
-    # SLURM replaces %a by the number of the task.
-    log=shlex.quote(str(out).replace('%', '%%') + '/slurm-%a.log'),
+    # SLURM replaces %A by the number of the array, and %a by that of the task.
+    log=shlex.quote(str(out).replace('%', '%%') + '/slurm-%A_%a.log'),
     directory=shlex.quote(os.getcwd()),
     cases=cases,
     python=sys.executable,
