@@ -34,13 +34,18 @@ if TYPE_CHECKING:
   from nanomoe.inspection.trace import Trace
 
 
+_ADVICE = re.compile(r'give --config\.(\S+); to keep it, leave out --config')
+
+
 @contextlib.contextmanager
 def _as_arguments() -> Iterator[None]:
   """Names arguments in errors as Python does: `workdir`, not `--workdir`."""
   try:
     yield
   except UserError as error:
-    lines = [re.sub(r'(^|[ (])--(?=[a-z])', r'\1', x) for x in error.problems]
+    advice = r"give overrides={'\1': ...}"
+    lines = [_ADVICE.sub(advice, line) for line in error.problems]
+    lines = [re.sub(r'(^|[ (])--(?=[a-z])', r'\1', line) for line in lines]
     raise UserError(lines) from error
 
 
@@ -130,7 +135,7 @@ class Run:
     found = history.read(self.workdir)
     if frame:
       return found.frame()
-    return {name: found.series(name) for name in found.names()}
+    return found.all_series()
 
   def generate(
     self,
@@ -184,6 +189,7 @@ class Run:
       UserError: The text is too short or has a character without a token.
     """
     with _as_arguments():
+      _check_utf8(text)
       restored = self._restored
       from nanomoe.data import pipeline  # noqa: PLC0415 (JAX takes seconds)
 
@@ -210,6 +216,7 @@ class Run:
         layer of the model has experts.
     """
     with _as_arguments():
+      _check_utf8(text)
       restored = self._restored
       from nanomoe.inspection import trace  # noqa: PLC0415 (JAX takes seconds)
       from nanomoe.moe.dispatch import registry  # noqa: PLC0415
@@ -239,6 +246,7 @@ class Run:
       UserError: The text has a character without a token.
     """
     with _as_arguments():
+      _check_utf8(text)
       tokenizer = self._restored.tokenizer
       return [tokenizer.decode([t]) for t in tokenizer.encode(text).tolist()]
 
@@ -394,6 +402,16 @@ def _base(
 
 def _path(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return pathlib.Path(home.expand(os.fspath(workdir), '--workdir'))
+
+
+def _check_utf8(text: str) -> None:
+  """Raises a `UserError` for half of a surrogate pair."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'text={_shown(text)}: it is not UTF-8 from character {error.start} on'
+    ) from error
 
 
 def _shown(text: str) -> str:

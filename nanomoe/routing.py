@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 import json
 import logging
+import os
 import pathlib
 import sys
 from typing import Any
@@ -12,6 +13,7 @@ from absl import flags
 from nanomoe.config import home, overrides, validation
 from nanomoe.config.schema import Field
 from nanomoe.data import corpus
+from nanomoe.data.large_text import LargeText
 from nanomoe.run import backend, cli, history, terminal, trusted_imports
 from trainers.errors import UserError
 from trainers.files import jsonable, to_json, write_atomically
@@ -34,8 +36,9 @@ _WORKDIR = cli.define_workdir(_FLAGS)
 _TEXT = flags.DEFINE_multi_string(
   'text',
   [],
-  'Path of a UTF-8 text to route. It may be given several times. Default: the '
-  'validation split of the run.',
+  'Path of a UTF-8 text to route, or LABEL=PATH. It may be given several '
+  'times; texts with one label count as one. Default: the validation split of '
+  'the run.',
   flag_values=_FLAGS,
 )
 _OUT = flags.DEFINE_string(
@@ -68,7 +71,8 @@ def routing(
 
   Args:
     workdir: Directory of the run, which may be in progress.
-    texts: Paths of UTF-8 texts; none for the validation split of the run.
+    texts: Paths of UTF-8 texts, or 'LABEL=PATH'; none for the validation split
+      of the run. The label of a text without one is its path.
     out: Path of the page, which ends in '.html'; None for routing.html in the
       workdir. The JSON has the same name with the suffix '.json'.
     num_tokens: Largest number of tokens of each text; its beginning is taken.
@@ -94,12 +98,12 @@ def routing(
     trusted_imports.paths(config.to_dict(), trusted_imports.OF_A_MODEL),
     allow_imports,
   )
-  if len(texts) > MAX_TEXTS:
-    raise UserError(f'--text: {len(texts)} texts; at most {MAX_TEXTS} fit')
-  given = {
-    str(path): corpus.read(home.expand(str(path), '--text'), '--text').text
-    for path in texts
-  }
+  given: dict[str, list[str | LargeText]] = {}
+  for label, path in map(_labeled, map(str, texts)):
+    text = corpus.read(home.expand(path, '--text'), '--text').text
+    given.setdefault(label, []).append(text)
+    if len(given) > MAX_TEXTS:
+      raise UserError(f'--text: over {MAX_TEXTS} labels; at most that many fit')
 
   backend.start()
   from nanomoe import experiment  # noqa: PLC0415 (JAX takes seconds)
@@ -113,12 +117,16 @@ def routing(
     )
   run = experiment.restore(config, workdir, str(step))
   if not given:
-    given = {'val': reading.validation_split(config, workdir)}
+    given = {'val': [reading.validation_split(config, workdir)]}
   tokens = {
-    name: reading.tokens_of(name, text, run.tokenizer, num_tokens)
-    for name, text in given.items()
+    label: [
+      reading.tokens_of(label, text, run.tokenizer, num_tokens)
+      for text in of_label
+    ]
+    for label, of_label in given.items()
   }
-  tracer = reading.Tracer(run.task, config, list(tokens.values()))
+  every = [text for of_label in tokens.values() for text in of_label]
+  tracer = reading.Tracer(run.task, config, every)
   trace = tracer(run.params, run.model_state)
   earlier = {}
   for other in reading.steps_before(workdir, run.step):
@@ -132,13 +140,26 @@ def routing(
   result = {
     'about': reading.about(recorded, run.step, tokens, trace),
     'figures': figures.make(
-      sample, trace, earlier, run.step, reading.loads(recorded)
+      sample,
+      trace,
+      earlier,
+      run.step,
+      reading.loads(recorded),
+      config.batch_size * config.block_size,
     ),
   }
   values = jsonable(result)
   _write(out.with_suffix('.json'), to_json(values))
   _write(out, page.html(values))
   return values
+
+
+def _labeled(word: str) -> tuple[str, str]:
+  """Returns the label and the path of a value of --text."""
+  label, equals, path = word.partition('=')
+  if not equals or not label or os.path.exists(word):
+    return word, word
+  return label, path
 
 
 def _checked_out(

@@ -12,6 +12,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
@@ -264,6 +265,9 @@ def test_a_mistake_is_a_line_that_names_the_argument(run, tmp_path, changes):
     (lambda: run.generate('é'), 'prompt: '),
     (lambda: run.loss('a'), "text='a': "),
     (lambda: run.routing(''), "text='': "),
+    (lambda: run.loss('a\ud800'), "text='a\\ud800': it is not UTF-8"),
+    (lambda: run.routing('\ud800'), "text='\\ud800': it is not UTF-8"),
+    (lambda: run.tokens('\ud800'), "text='\\ud800': it is not UTF-8"),
     (lambda: nanomoe.load(run.workdir, step=7).params, 'step=7: '),
     (lambda: run.resume({'model.d_model': 8}), 'model.d_model was 16'),
   ):
@@ -277,6 +281,13 @@ def test_a_mistake_is_a_line_that_names_the_argument(run, tmp_path, changes):
   finally:
     session._TRAINING.release()
   assert line.startswith(f'workdir={new}: another run')
+
+
+def test_a_changed_config_is_told_how_to_change(run):
+  changed = run.config.to_dict()
+  changed['optimizer']['learning_rate'] = 1.0
+  line = _line(lambda: nanomoe.train(ConfigDict(changed), run.workdir))
+  assert line.endswith("give overrides={'optimizer.learning_rate': ...}")
 
 
 def test_without_pandas_a_frame_is_refused(run, monkeypatch):
@@ -296,6 +307,8 @@ def test_an_interrupt_saves_and_the_run_resumes(run, changes, tmp_path):
     )
   assert _state_of_process() == before
   stopped = nanomoe.load(workdir)
+  assert stopped.step == 3  # No checkpoint is the best before an evaluation.
+  assert len(stopped.generate('a', 5)) == 6
   assert repr(stopped).endswith(': interrupted, step 3/12>')
   assert stopped.status == 'interrupted'
   # Another thread has no signals.

@@ -17,7 +17,9 @@ from configs import base
 from nanomoe import experiment
 from nanomoe.config import overrides as config_lib
 from nanomoe.config import schema
+from nanomoe.planning import program
 from tests.shrunk import ROOT, TINY, mostly_slow
+from trainers.mesh import make_mesh
 
 CONFIGS = sorted(
   path.stem
@@ -343,14 +345,24 @@ def test_the_table_names_every_key_of_base():
   assert keys >= set(schema.FIELDS)
 
 
-def _left_behind(changes, workdir):
-  """What a run leaves that does not depend on the clock."""
+def _changed(changes):
   # Four checkpoints: by default the last two are kept, and the best.
   start = {**TINY, 'precision': 'bfloat16', 'num_train_steps': 8}
   start |= {'eval_interval': 2, 'moe.balance': 'switch_sum'}
   overrides = [(k, str(v)) for k, v in (start | changes).items()]
-  config = config_lib.apply(base.get_config(), overrides)
-  trainer = experiment.build(config, workdir)
+  return config_lib.apply(base.get_config(), overrides)
+
+
+def _program(changes):
+  """The lowered training step, which needs no compilation."""
+  config = experiment.resolve_auto(_changed(changes))
+  mesh = make_mesh(config.mesh.to_dict())
+  return program.lower(program.make(config, 20, mesh)).as_text()
+
+
+def _left_behind(changes, workdir):
+  """What a run leaves that does not depend on the clock."""
+  trainer = experiment.build(_changed(changes), workdir)
   trainer.fit()
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   metrics = [
@@ -375,15 +387,28 @@ def reference(corpus, tmp_path_factory):
   return left
 
 
+@pytest.fixture(scope='session')
+def step():
+  """The training step of base.py, traced twice."""
+  assert _program({}) == _program({})
+  return _program({})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('key', OTHER)
-def test_every_key_changes_something(key, reference, corpus, tmp_path):
+@pytest.mark.parametrize('key', [key for key in OTHER if key not in BESIDE])
+def test_every_key_changes_something(key, step, request, corpus, tmp_path):
+  """The program of the step, or what a run leaves behind."""
+  if _program({key: OTHER[key]}) != step:
+    return
   changes = {'data.path': corpus, key: OTHER[key]}
   if key == 'data.path':
     changes[key] = tmp_path / 'other.txt'
     changes[key].write_text(corpus.read_text()[::-1])
-  if key in BESIDE:
-    others = {'data.path': corpus, **BESIDE[key]}
-    reference = _left_behind(others, tmp_path / 'without')
-    changes |= others
+  reference = request.getfixturevalue('reference')
   assert _left_behind(changes, tmp_path / 'with') != reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', BESIDE)
+def test_a_key_changes_something_beside_others(key):
+  assert _program({**BESIDE[key], key: OTHER[key]}) != _program(BESIDE[key])

@@ -43,6 +43,18 @@ def test_a_series_has_the_steps_of_its_metric(make):
     run.series('val/accuracy')
 
 
+def test_a_metric_that_is_no_number_hides_no_other(make, caplog):
+  run = history.read(
+    make(
+      {'step': 1, 'val/note': 'warm', 'val/loss': 2.0},
+      {'step': 2, 'val/ragged': [1.0], 'val/loss': 1.0},
+      {'step': 3, 'val/ragged': [1.0, 2.0]},
+    )
+  )
+  assert list(run.all_series()) == ['val/loss']
+  assert 'val/note' in caplog.text and 'val/ragged' in caplog.text
+
+
 def test_seconds_are_summed_over_the_recorded_speeds(make):
   run = history.read(
     make(

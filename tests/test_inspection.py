@@ -347,11 +347,14 @@ def test_contexts_have_the_highest_weights_once(trace):
 # The page.
 
 
+TOKENS_PER_STEP = 7
+
+
 def _figures(rng, trace, names=('val',), utf8=None, loads=None, earlier=None):
   text = np.arange(len(trace.tokens)) * len(names) // len(trace.tokens)
   utf8 = utf8 or [chr(97 + i).encode() for i in range(VOCAB)]
   sample = figures.Sample(list(names), text, utf8)
-  return figures.make(sample, trace, earlier or {}, 10, loads)
+  return figures.make(sample, trace, earlier or {}, 10, loads, TOKENS_PER_STEP)
 
 
 def test_every_figure_states_layers_split_and_tokens(rng, trace):
@@ -361,7 +364,10 @@ def test_every_figure_states_layers_split_and_tokens(rng, trace):
   for name, figure in made.items():
     assert figure['layers'] == [0, 1, 2]
     assert figure['split'] == ('train' if name == 'load_history' else 'a, b')
-    assert 'num_tokens' in figure
+    is_of_training = name == 'load_history'
+    expected = 2 * TOKENS_PER_STEP if is_of_training else TOKENS
+    if not name.startswith('specialization'):  # Some tokens have no label.
+      assert figure['num_tokens'] == expected
   assert made['specialization_text']['labels'] == ['a', 'b']
   assert made['loads']['without_expert'] == [
     round(sum(not choices(trace, i, t) for t in range(TOKENS)) / TOKENS, 4)
@@ -385,12 +391,34 @@ def test_the_page_escapes_every_text(rng, trace):
   assert 'innerHTML' not in html
 
 
+def test_the_text_tells_which_choices_were_dropped_or_left_out(rng):
+  trace = make_trace(rng, num_experts=9, k=6)
+  trace = trace._replace(
+    computed=(trace.experts < 9) & (rng.random(trace.experts.shape) < 0.7)
+  )
+  text = _figures(rng, trace)['text']
+  for layer in range(LAYERS):
+    bits = dict(map(tuple, text['dropped'][layer]))
+    for t in range(TOKENS):
+      own = trace.experts[layer, t] < 9
+      dropped = own & ~trace.computed[layer, t]
+      assert [bits.get(t, 0) >> c & 1 for c in range(4)] == [*dropped[:4]]
+      assert text['num_choices'][layer][t] == own.sum()
+      assert len(text['choices'][layer][t]) == 4
+
+
 @pytest.mark.slow
-def test_the_page_of_a_large_model_is_below_5_mb(rng):
-  trace = make_trace(rng, num_experts=128, layers=24, tokens=8192, k=8)
-  trace = trace._replace(tokens=rng.integers(0, 400, 8192).astype(np.int32))
+@pytest.mark.parametrize(
+  ('num_experts', 'k', 'computed'), [(128, 8, 1.0), (42, 4, 0.2)]
+)
+def test_the_page_of_a_large_model_is_below_5_mb(rng, num_experts, k, computed):
+  trace = make_trace(rng, num_experts=num_experts, layers=24, tokens=8192, k=k)
+  trace = trace._replace(
+    tokens=rng.integers(0, 400, 8192).astype(np.int32),
+    computed=rng.random(trace.experts.shape) < computed,
+  )
   utf8 = [chr(0x1F300 + i).encode() * 3 for i in range(400)]
-  loads = Series(np.arange(500), rng.random((500, 24, 128)))
+  loads = Series(np.arange(500), rng.random((500, 24, num_experts)))
   earlier = dict.fromkeys(range(30), trace)
   names = [f'text {i}' for i in range(20)]
   made = _figures(rng, trace, names, utf8, loads, earlier)

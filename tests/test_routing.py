@@ -59,6 +59,16 @@ def test_texts_are_labels_and_an_unknown_character_is_named(trained, tmp_path):
     *map(str, paths)
   ]
   assert out.exists() and out.with_suffix('.json').exists()
+  # Characters behind the last token need no tokens.
+  paths[1].write_text('ab\n' * 3 + 'ZZ')
+  words = [f'one={paths[0]}', f'two={paths[1]}', f'one={paths[1]}']
+  values = routing.routing(workdir, words, out, num_tokens=9)
+  assert [(x['name'], x['num_tokens']) for x in values['about']['texts']] == [
+    ('one', 18),
+    ('two', 9),
+  ]
+  text = values['figures']['text']
+  assert ''.join(text['pieces']) == 'abcabcabc' + 'ab\n' * 6
   paths[1].write_text('ZZ')
   with pytest.raises(UserError, match=r'--text=.*b.txt: .*Z') as error:
     routing.routing(workdir, paths, out)
@@ -98,7 +108,8 @@ def _damage(checkpoint):
     ({'texts': ['nowhere.txt']}, "--text='nowhere.txt'"),
     ({'num_tokens': 0}, '--num_tokens=0'),
     ({'step': 77}, '--step=77'),
-    ({'texts': ['a'] * 21}, '--text: 21 texts'),
+    ({'texts': [f'{i}=BUILD.md' for i in range(21)]}, '--text: over 20 labels'),
+    ({'texts': ['one=nowhere.txt']}, "--text='nowhere.txt'"),
   ],
 )
 def test_a_mistake_has_one_line(trained, arguments, line):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 import numpy as np
 
 from nanomoe.inspection import (
@@ -48,6 +48,7 @@ def make(
   earlier: Mapping[int, Trace],
   step: int,
   loads: Series | None,
+  tokens_per_step: int,
 ) -> dict[str, Any]:
   """Returns all figures, as JSON values by name.
 
@@ -61,10 +62,11 @@ def make(
     step: Step of the last checkpoint.
     loads: Recorded loads of training, `[records, layers, experts]`; None if the
       run has no records.
+    tokens_per_step: Number of tokens of a training step.
   """
   num_rows = min(trace.num_experts, MAX_EXPERTS)
   num_layers = min(MAX_LAYERS, MAX_ROWS // num_rows)
-  indices = _spread(len(trace.layers), num_layers)
+  indices = spread(len(trace.layers), num_layers)
   shown = trace.of_layers(indices)
   experts = [_most_loaded(x, trace.num_experts) for x in shown.experts]
   common = {
@@ -95,12 +97,12 @@ def make(
     figures['load_history'] = {
       **common,
       'split': 'train',
-      **_load_history(loads, indices, experts),
+      **_load_history(loads, indices, experts, tokens_per_step),
     }
   return figures
 
 
-def _spread(count: int, at_most: int) -> list[int]:
+def spread(count: int, at_most: int) -> list[int]:
   """Returns at most `at_most` of `count` indices, first and last included."""
   if count <= at_most:
     return list(range(count))
@@ -150,6 +152,7 @@ def _text(sample: Sample, trace: Trace) -> dict[str, Any]:
       piece or labels.shown(b)
       for piece, b in zip(labels.pieces(own), own, strict=True)
     ]
+  every = trace.experts[:, index] < trace.num_experts  # [layers, tokens, k]
   k = min(trace.experts.shape[2], MAX_CHOICES)
   choices = trace.experts[:, index, :k]
   percent = (100 * trace.weights[:, index, :k]).round().astype(int)
@@ -165,9 +168,20 @@ def _text(sample: Sample, trace: Trace) -> dict[str, Any]:
     'no_expert': trace.num_experts,
     'choices': choices.tolist(),
     'percent': percent.tolist(),
-    # Index pairs [token, choice] of choices that a capacity dropped.
-    'dropped': [np.argwhere(layer).tolist() for layer in missing],
+    # [token, bits]: bit c is set if a capacity dropped the choice c.
+    'dropped': [_bits(layer) for layer in missing],
+    # Number of choices of each token, if more than are listed.
+    'num_choices': every.sum(axis=2).tolist()
+    if trace.experts.shape[2] > k
+    else None,
   }
+
+
+def _bits(mask: Bool[np.ndarray, 'tokens k']) -> list[list[int]]:
+  """Returns [row, bits] of each row with a True; bit c belongs to column c."""
+  bits = mask @ (1 << np.arange(mask.shape[1]))
+  rows = np.flatnonzero(bits)
+  return np.stack([rows, bits[rows]], axis=1).tolist()
 
 
 def _labels(
@@ -286,7 +300,6 @@ def _saturation(
   step: int,
 ) -> dict[str, Any]:
   steps = sorted(earlier)
-  steps = [steps[i] for i in _spread(len(steps), MAX_STEPS)]
   found = [
     saturation.saturation(earlier[s].of_layers(indices), final) for s in steps
   ]
@@ -300,7 +313,10 @@ def _saturation(
 
 
 def _load_history(
-  loads: Series, indices: Sequence[int], experts: Sequence[np.ndarray]
+  loads: Series,
+  indices: Sequence[int],
+  experts: Sequence[np.ndarray],
+  tokens_per_step: int,
 ) -> dict[str, Any]:
   """Returns mean loads of successive records, at most MAX_COLUMNS of them."""
   parts = np.array_split(
@@ -308,7 +324,7 @@ def _load_history(
   )
   means = np.stack([loads.values[part].mean(axis=0) for part in parts])
   return {
-    'num_tokens': None,  # The run does not record it.
+    'num_tokens': int(loads.steps[-1]) * tokens_per_step,
     'steps': [int(loads.steps[part[-1]]) for part in parts],
     # [layers][columns][experts].
     'share': [

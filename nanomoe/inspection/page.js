@@ -1,7 +1,7 @@
 'use strict';
 const {about, figures} = JSON.parse(document.getElementById('data').textContent);
 const some = Object.values(figures)[0];
-const state = {layer: 0, kind: null, experts: new Set()};
+const state = {layer: 0, kind: null, token: -1, experts: new Set()};
 const draws = [];
 
 // Elements -------------------------------------------------------------------
@@ -28,11 +28,13 @@ const experts = () => some.experts[state.layer];
 // Distinct hues for a few experts, the golden angle for many.
 const HUES = [212, 28, 145, 330, 268, 50, 184, 0];
 const hue = e => about.num_experts <= HUES.length ? HUES[e] : (e * 137.508) % 360;
-const swatch = e => h('span', {class: 'swatch', style: {'--h': hue(e)}, 'aria-hidden': 'true'});
+// Experts with similar hues differ in lightness.
+const tone = e => about.num_experts <= HUES.length ? 0 : [0, -14, 9][Math.floor(e / 8) % 3];
+const paint = e => ({'--h': hue(e), '--t': `${tone(e)}%`});
+const swatch = e => h('span', {class: 'swatch', style: paint(e), 'aria-hidden': 'true'});
 
 function source(figure, layer = true) {
-  const tokens = figure.num_tokens === null ? 'batches since the record before'
-    : plural(figure.num_tokens, 'token');
+  const tokens = plural(figure.num_tokens, 'token');
   const where = layer ? layerName(state.layer) : `layers ${some.layers.join(', ')}`;
   return h('p', {class: 'source'},
     `${where[0].toUpperCase()}${where.slice(1)} · ${figure.split} · ${tokens}`);
@@ -48,8 +50,9 @@ function section(id, title, note, draw) {
   return element;
 }
 
-// Shows a description of the cell under the pointer or the arrow keys.
-function inspectable(container, cells, columns, describe, detail) {
+// Shows a description of the cell under the pointer or the arrow keys. Calls
+// `selected` with its index.
+function inspectable(container, cells, columns, describe, detail, selected = () => {}) {
   let current = -1;
   const index = new Map(cells.map((cell, i) => [cell, i]));
   function select(i, scroll) {
@@ -58,10 +61,12 @@ function inspectable(container, cells, columns, describe, detail) {
     current = i;
     cells[i].classList.add('current');
     detail.textContent = describe(i);
+    selected(i);
     if (scroll) cells[i].scrollIntoView({block: 'nearest', inline: 'nearest'});
   }
   const over = event => {
-    const cell = event.target.closest('td, .text span');
+    let cell = event.target;
+    while (cell !== container && !index.has(cell)) cell = cell.parentElement;
     if (index.has(cell)) select(index.get(cell), false);
   };
   container.addEventListener('pointerover', over);
@@ -73,7 +78,7 @@ function inspectable(container, cells, columns, describe, detail) {
     event.preventDefault();
     select(current < 0 ? 0 : current + step, true);
   });
-  return container;
+  return select;
 }
 const detailLine = hint => h('p', {class: 'detail', 'aria-live': 'polite'}, hint);
 
@@ -114,14 +119,14 @@ function heat({corner, rows, columns, lift, weak, describe, mono}) {
   return [box, detail];
 }
 
-// Bars from 0 to `whole`, each with a mark.
+// Bars from 0 to `whole`, each with a mark and the expert of its color.
 function meter(rows, whole = 1) {
   return h('div', {class: 'meter'}, rows.flatMap(([name, value, mark, own]) => [
     h('span', null, name),
     h('div', {class: 'track'},
       h('div', {class: 'fill', style: {
         width: `${100 * (value ?? 0) / whole}%`,
-        ...(own === undefined ? {} : {background: `hsl(${own} var(--solid-s) var(--solid-l))`}),
+        ...(own === undefined ? {} : {...paint(own), background: 'var(--solid)'}),
       }}),
       mark === null ? null : h('div', {class: 'mark', style: {left: `${100 * mark / whole}%`}})),
     h('output', null, percent(value, 1)),
@@ -139,14 +144,15 @@ function loads() {
       `${percent(f.dropped[l], 1)} of the choices were dropped.`),
     h('div', {class: 'long', tabindex: experts().length > 12 ? 0 : null},
       meter(experts().map((e, i) => [
-        h('span', {class: 'name'}, swatch(e), `Expert ${e}`), f.share[l][i], fair, hue(e),
+        h('span', {class: 'name'}, swatch(e), `Expert ${e}`), f.share[l][i], fair, e,
       ]), Math.max(...f.share[l], 2 * fair))),
   ];
 }
 
 function colored() {
   const f = figures.text, l = state.layer;
-  const dropped = new Set(f.dropped[l].map(([t, c]) => `${t},${c}`));
+  const bits = new Map(f.dropped[l]);
+  const isDropped = (t, c) => ((bits.get(t) ?? 0) >> c) & 1;
   const starts = [];
   f.texts.reduce((at, text) => (starts.push(at), at + text.num_tokens), 0);
   const spans = [], parts = [];
@@ -157,8 +163,8 @@ function colored() {
     const is_none = first === f.no_expert;
     const span = document.createElement('span');
     span.className = is_none ? 'none' : 'on';
-    if (dropped.has(`${t},0`)) span.classList.add('dropped');
-    if (!is_none) span.style.setProperty('--h', hue(first));
+    if (isDropped(t, 0)) span.classList.add('dropped');
+    if (!is_none) Object.entries(paint(first)).forEach(x => span.style.setProperty(...x));
     piece.split(/(\n)/).forEach(part => {
       if (part === '\n') span.append(h('i', null, '⏎'), '\n');
       else span.append(part);
@@ -169,12 +175,16 @@ function colored() {
   });
   const detail = detailLine('Point at a token, tap it, or use the arrow keys.');
   const box = h('div', {class: 'text', role: 'group', 'aria-label': 'Text colored by expert'}, parts);
-  inspectable(box, spans, 40, t => {
+  const select = inspectable(box, spans, 40, t => {
+    const more = f.num_choices ? f.num_choices[l][t] - f.choices[l][t].filter(e => e !== f.no_expert).length : 0;
     const chosen = f.choices[l][t].map((e, c) => e === f.no_expert ? null
-      : `expert ${e} with weight ${(f.percent[l][t][c] / 100).toFixed(2)}${dropped.has(`${t},${c}`) ? ' (dropped)' : ''}`)
-      .filter(Boolean);
+      : `expert ${e} with weight ${(f.percent[l][t][c] / 100).toFixed(2)}${isDropped(t, c) ? ' (dropped)' : ''}`)
+      .filter(Boolean).concat(more ? `and ${more} more` : []);
     return `“${visible(f.pieces[t])}” at position ${f.positions[t]} · ${chosen.join(', ') || 'no expert'}`;
-  }, detail);
+  }, detail, t => { state.token = t; });
+  select(state.token, false);
+  // A layer may not show an expert of the layer before.
+  state.experts = new Set(experts().filter(e => state.experts.has(e)));
   const fade = () => spans.forEach(span => span.classList.toggle('off',
     state.experts.size > 0 && !state.experts.has(span.expert)));
   const legend = h('div', {class: 'legend', role: 'group', 'aria-label': 'Experts to highlight'},
@@ -203,7 +213,7 @@ function specialization() {
       type: 'button', role: 'tab', id: `tab-${k}`, 'aria-controls': 'panel',
       'aria-selected': String(k === kind), tabindex: k === kind ? 0 : -1,
       on: {
-        click: () => show(k),
+        click: () => show(k, true),
         keydown: event => {
           const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
           if (step) show(kinds[(kinds.indexOf(k) + step + kinds.length) % kinds.length], true);
@@ -282,6 +292,7 @@ function predictability() {
 
 function saturation() {
   const f = figures.saturation, l = state.layer;
+  if (!f) return [h('p', null, 'There is no earlier checkpoint. With checkpoint.keep_latest=10, for example, a run keeps more of them.')];
   return [source(f),
     h('p', null, `Share of the choices of step ${count(f.final_step)} that an earlier checkpoint makes too. The mark is the overlap by chance.`),
     meter(f.steps.map((step, i) => [`Step ${count(step)}`, f.overlap[i][l], f.chance[i][l]])),
@@ -293,29 +304,39 @@ function loadHistory() {
   const axis = h('div', {class: 'axis'},
     ...[0, Math.floor((f.steps.length - 1) / 2), f.steps.length - 1]
       .filter((x, i, all) => all.indexOf(x) === i).map(i => h('span', null, `step ${count(f.steps[i])}`)));
+  const detail = detailLine('Point at a step, tap it, or use the arrow keys.');
+  const group = {role: 'group', 'aria-label': 'Loads over time'};
+  const columns = f.share[l];
   if (experts().length <= 16) {
+    const cells = columns.map(column => h('div', null,
+      experts().map((e, j) => h('span', {style: {...paint(e), flex: String(column[j] ?? 0)}}))));
+    const box = h('div', {class: 'history', ...group}, cells);
+    inspectable(box, cells, cells.length, i => `Step ${count(f.steps[i])}: ` +
+      experts().map((e, j) => `expert ${e} ${percent(columns[i][j])}`).join(', '), detail);
     return [source(f),
       h('p', null, 'Each column is a period of training; the height of a color is the load of its expert.'),
-      h('div', {class: 'history', role: 'img', 'aria-label': 'Loads over time'},
-        f.share[l].map((column, i) => h('div', {
-          title: `step ${f.steps[i]}: ` + experts().map((e, j) => `expert ${e} ${percent(column[j])}`).join(', '),
-        }, experts().map((e, j) => h('span', {style: {'--h': hue(e), flex: String(column[j] ?? 0)}}))))),
-      axis,
+      box, axis, detail,
       h('div', {class: 'scale'}, experts().flatMap(e => [swatch(e), `Expert ${e}`]))];
   }
+  const cells = [];
+  const rows = experts().flatMap((e, j) => [h('span', null, String(e)),
+    h('div', null, columns.map(column => {
+      const cell = h('span', {style: {background: color(column[j] === null ? null : column[j] * about.num_experts)}});
+      cells.push(cell);
+      return cell;
+    }))]);
+  const box = h('div', {class: 'strips', ...group}, rows);
+  inspectable(box, cells, columns.length, i => {
+    const j = Math.floor(i / columns.length), c = i % columns.length;
+    return `Expert ${experts()[j]} at step ${count(f.steps[c])}: ${percent(columns[c][j], 1)}`;
+  }, detail);
   return [source(f), h('p', null, 'Each row is an expert; the color is its load relative to a balanced one.'), scale(),
-    h('div', {class: 'strips', role: 'img', 'aria-label': 'Loads over time'},
-      experts().flatMap((e, j) => [h('span', null, String(e)),
-        h('div', null, f.share[l].map((column, i) => h('span', {
-          title: `expert ${e}, step ${f.steps[i]}: ${percent(column[j], 1)}`,
-          style: {background: color(column[j] === null ? null : column[j] * about.num_experts)},
-        })))])),
-    axis];
+    box, axis, detail];
 }
 
 function contextsOf() {
   const f = figures.contexts, l = state.layer;
-  return [source(f), h('div', {class: 'grid'}, experts().map((e, i) => h('div', {class: 'expert', style: {'--h': hue(e)}},
+  return [source(f), h('div', {class: 'grid'}, experts().map((e, i) => h('div', {class: 'expert', style: paint(e)},
     h('h3', null, swatch(e), `Expert ${e}`),
     f.contexts[l][i].length ? h('ol', {class: 'mono'}, f.contexts[l][i].map(c => h('li', null,
       h('span', null, c.before.replace(/\n/g, '⏎'), h('mark', null, visible(c.token) || '□'), c.after.replace(/\n/g, '⏎')),
@@ -339,7 +360,7 @@ const SECTIONS = [
   ['saturation', 'Saturation', 'Router saturation', 'Muennighoff et al. 2024 (OLMoE), sec. 5.1, over the checkpoints that still exist. The overlap by chance has the same loads, for tokens exchanged at random.', saturation],
   ['load_history', 'Over time', 'Loads over time', null, loadHistory],
   ['contexts', 'Contexts', 'Contexts that activate an expert most', 'The tokens with the highest weights. Equal tokens after equal characters are shown once.', contextsOf],
-].filter(([id]) => id === 'specialization' ? kinds.length : figures[id]);
+].filter(([id]) => id === 'specialization' ? kinds.length : id === 'saturation' || figures[id]);
 
 const select = h('select', {id: 'layer', on: {change: event => {
   state.layer = Number(event.target.value);
@@ -347,7 +368,7 @@ const select = h('select', {id: 'layer', on: {change: event => {
 }}}, some.layers.map((layer, i) => h('option', {value: i}, String(layer))));
 
 document.body.append(
-  h('main', null,
+  h('header', null,
     h('h1', null, 'Which experts do tokens choose?'),
     h('p', {class: 'facts'}, `${about.workdir}, step ${count(about.step)}${about.is_running ? ' (in progress)' : ''}: ` +
       `router ${about.router}, ${about.num_experts} experts, top ${about.top_k}, ${plural(about.layers.length, 'layer')} of experts, tokenizer ${about.tokenizer}.`),
@@ -360,5 +381,12 @@ document.body.append(
   h('main', null, SECTIONS.map(([id, , title, note, draw]) => section(id, title, note, draw)),
     h('footer', null, `Written by NanoMoE ${about.nanomoe}. The same figures are in the JSON file beside this page.`)));
 
-function redraw() { draws.forEach(draw => draw()); }
+// Another layer leaves the reader at the same place of the page and the text.
+function redraw() {
+  const top = document.querySelector('.text')?.scrollTop ?? 0;
+  const open = [...document.querySelectorAll('details')].map(x => x.open);
+  draws.forEach(draw => draw());
+  document.querySelectorAll('details').forEach((x, i) => { x.open = open[i] ?? false; });
+  document.querySelector('.text').scrollTop = top;
+}
 redraw();

@@ -12,6 +12,7 @@ from nanomoe.config.schema import Config
 from nanomoe.data import corpus, pipeline, tokenizers
 from nanomoe.data.large_text import LargeText
 from nanomoe.data.tokenizer import Tokenizer
+from nanomoe.inspection import figures
 from nanomoe.inspection.figures import Sample
 from nanomoe.inspection.trace import Trace, join, trace
 from nanomoe.moe.dispatch import registry
@@ -55,10 +56,17 @@ def tokens_of(
   Raises:
     UserError: The text has no tokens, or a part of it has no token.
   """
+  # Characters behind the last token need no tokens of their own.
+  size, limit = num_tokens, min(_CHARACTERS * num_tokens, len(text))
   try:
-    tokens = tokenizer.encode(str(text[: _CHARACTERS * num_tokens]))
+    tokens = tokenizer.encode(str(text[:size]))
+    while len(tokens) < num_tokens and size < limit:
+      size = min(2 * size, limit)
+      tokens = tokenizer.encode(str(text[:size]))
   except UserError as error:
     raise UserError(f'--text={name}: {error}') from error
+  except UnicodeEncodeError as error:
+    raise UserError(f'--text={name}: it is not UTF-8') from error
   if not len(tokens):
     raise UserError(f'--text={name}: the text has no tokens')
   return tokens[:num_tokens]
@@ -96,22 +104,28 @@ class Tracer:
     )
 
 
-def sample(tokens: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> Sample:
-  """Returns the names of the texts, and the text of each token.
+def sample(
+  tokens: Mapping[str, Sequence[np.ndarray]], tokenizer: Tokenizer
+) -> Sample:
+  """Returns the labels of the texts, and the label of each token.
 
   Args:
-    tokens: Tokens of each text, by name.
+    tokens: Tokens of each text, by label.
     tokenizer: Tokenizer of the run.
   """
-  sizes = [len(x) for x in tokens.values()]
+  sizes = [sum(map(len, texts)) for texts in tokens.values()]
   text = np.repeat(np.arange(len(sizes)), sizes)
   return Sample(list(tokens), text, tokenizer.token_bytes())
 
 
 def steps_before(workdir: pathlib.Path, step: int) -> list[int]:
-  """Returns the steps of the checkpoints of a run before `step`."""
+  """Returns steps of checkpoints of a run before `step`, as many as are shown.
+
+  They are spread evenly, with the first and the last.
+  """
   steps = reader.steps_in(workdir / 'checkpoints')
-  return [other for other in steps if other < step]
+  steps = [other for other in steps if other < step]
+  return [steps[i] for i in figures.spread(len(steps), figures.MAX_STEPS)]
 
 
 def loads(run: History) -> Series | None:
@@ -121,14 +135,17 @@ def loads(run: History) -> Series | None:
 
 
 def about(
-  run: History, step: int, tokens: Mapping[str, np.ndarray], found: Trace
+  run: History,
+  step: int,
+  tokens: Mapping[str, Sequence[np.ndarray]],
+  found: Trace,
 ) -> dict[str, Any]:
   """Returns facts about the run, the checkpoint and the texts.
 
   Args:
     run: History of the run.
     step: Step of the checkpoint.
-    tokens: Tokens of each text, by name.
+    tokens: Tokens of each text, by label.
     found: Routing of these tokens.
   """
   config = run.config
@@ -149,7 +166,8 @@ def about(
     'block_size': config.block_size,
     'batch_size': config.batch_size,
     'texts': [
-      {'name': name, 'num_tokens': len(x)} for name, x in tokens.items()
+      {'name': label, 'num_tokens': sum(map(len, texts))}
+      for label, texts in tokens.items()
     ],
     'num_tokens': len(found.tokens),
   }

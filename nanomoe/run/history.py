@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import fcntl
 import json
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import numpy as np
 from nanomoe.config.schema import Config
 from nanomoe.run import workdir as workdir_lib
 from trainers.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Series(NamedTuple):
@@ -78,6 +81,19 @@ class History:
       ) from error
     return Series(np.array(steps), values)
 
+  def all_series(self) -> dict[str, Series]:
+    """Returns all metrics that are numbers, by name.
+
+    A metric of a plug-in may be a text, for example. A warning names it.
+    """
+    found = {}
+    for name in self.names():
+      try:
+        found[name] = self.series(name)
+      except UserError:
+        log.warning('%s: it is not a number in each record; left out', name)
+    return found
+
   def frame(self) -> Any:
     """Returns all metrics as a DataFrame of pandas, with the steps as index.
 
@@ -94,8 +110,7 @@ class History:
         "frame=True: pandas is not installed; run 'pip install pandas'"
       ) from error
     columns = {}
-    for name in self.names():
-      steps, values = self.series(name)
+    for name, (steps, values) in self.all_series().items():
       for index in np.ndindex(values.shape[1:]):
         column = '/'.join([name, *map(str, index)])
         columns[column] = pandas.Series(values[:, *index], steps)

@@ -64,7 +64,8 @@ def of_mlflow(workdir: pathlib.Path) -> dict:
   os.environ['MLFLOW_ALLOW_FILE_STORE'] = 'true'
   from mlflow import MlflowClient  # noqa: PLC0415
 
-  client = MlflowClient((workdir / 'mlruns').absolute().as_uri())
+  identity = json.loads((workdir / 'mlflow.json').read_text())
+  client = MlflowClient(pathlib.Path(identity['store']).as_uri())
   experiments = client.search_experiments()
   (experiment,) = [e for e in experiments if e.name != 'Default']
   (run,) = client.search_runs([experiment.experiment_id])

@@ -27,7 +27,9 @@ def main(workdir: str, kind: str, start: str, stop: str, factor: str, end: str):
   path.mkdir(exist_ok=True)
   # The machine may be busy with other tests.
   writers.PATIENCE_SECONDS = writers.PATIENCE_AT_ENDS_SECONDS = 600
-  tracker = TYPES[kind](path)
+  # A store whose path is relative to the current directory of the first start.
+  arguments = {'directory': 'mlruns'} if kind == 'MLflow' else {}
+  tracker = TYPES[kind](path, **arguments)
   hparams = {'optimizer.learning_rate': float(factor), 'seed': 0}
   run = writers.Writers(path, [tracker], TensorBoardLayout(hparams=hparams))
   run.start(int(start), 0)
@@ -38,7 +40,7 @@ def main(workdir: str, kind: str, start: str, stop: str, factor: str, end: str):
       image = np.full((2, 3, 3), step, np.uint8)
       run.clu.write_images(step, {'loads': image})
       run.clu.write_texts(step, {'sample': f'<{step}>'})
-      run.write(step, {'val/loss': -loss})
+      run.write(step, {'val/loss': -loss, 'val/accuracy@5': loss})
   if end == 'kill':
     os.kill(os.getpid(), signal.SIGKILL)
   result = {'status': end, 'step': int(stop), 'best_val_loss': 0.5}

@@ -93,8 +93,8 @@ def read(
 
   Args:
     directory: Directory of the run's checkpoints.
-    step: Number of a step, 'best' (by the monitored metric) or 'latest' (the
-      newest intact checkpoint).
+    step: Number of a step, 'best' (by the monitored metric; before its first
+      evaluation, 'latest') or 'latest' (the newest intact checkpoint).
     layout: Layout of the arrays that are returned; None for that in which they
       were saved.
     prefixes: Beginnings of the names of the arrays to read. The files of other
@@ -148,7 +148,14 @@ def _attempt(
   number = next((n for n in places if str(n) == step), None)
   if step == 'best':
     meta = _newest(places, read_meta)
-    number = meta['best'] and meta['best'][0]
+    if not meta['best']:
+      found = _newest(places, read_one)
+      log.warning(
+        'there is no best checkpoint without a finite evaluation; using %d',
+        found[1]['step'],
+      )
+      return found
+    number = meta['best'][0]
   if number not in places:
     problem = (
       f'the checkpoint was replaced while it was read from {directory}'

@@ -43,6 +43,8 @@ class MLflow(Tracker):
       raise ValueError(
         "mlflow is not installed; run pip install 'nanomoe[mlflow]'"
       ) from error
+    if '://' in directory:
+      raise ValueError(f'directory={directory!r}: it must be a path, not a URI')
     path = pathlib.Path(directory).expanduser() if directory else None
     self._store_directory = (path or workdir / 'mlruns').absolute()
     self._experiment = experiment
@@ -51,9 +53,10 @@ class MLflow(Tracker):
     self._files = workdir  # Directory of the run in the store.
 
   def start(self, step: int, hparams: Mapping[str, Any]) -> None:
-    self._client = self._mlflow.MlflowClient(self._store_directory.as_uri())
     # A file that kill -9 has left incomplete would fail every call of MLflow.
-    if found := self._find_run():
+    found = self._find_run()
+    self._client = self._mlflow.MlflowClient(self._store_directory.as_uri())
+    if found:
       self._files = found
       self._supersede(step)
     else:
@@ -96,11 +99,20 @@ class MLflow(Tracker):
     )
 
   def _find_run(self) -> pathlib.Path | None:
-    """Returns the directory of the run of an earlier start, or None."""
-    if not (identity := self._load()):
-      return None
-    found = self._store_directory.glob(f'*/{identity["run_id"]}/meta.yaml')
-    return next((path.parent for path in found), None)
+    """Returns the directory of the run of an earlier start, or None.
+
+    A relative store is that of the start which made the run, whatever the
+    current directory is now.
+    """
+    identity = self._load() or {}
+    stores = [self._store_directory]
+    if 'store' in identity:
+      stores.insert(0, pathlib.Path(identity['store']))
+    for store in stores if identity else []:
+      for path in store.glob(f'*/{identity["run_id"]}/meta.yaml'):
+        self._store_directory = store
+        return path.parent
+    return None
 
   def _make_run(self) -> pathlib.Path:
     """Makes a run, and returns its directory."""
@@ -112,7 +124,8 @@ class MLflow(Tracker):
     )
     name = self._workdir.absolute().name
     run = self._client.create_run(experiment, run_name=name)
-    self._store({'run_id': run.info.run_id})
+    store = str(self._store_directory)
+    self._store({'run_id': run.info.run_id, 'store': store})
     return self._store_directory / experiment / run.info.run_id
 
   def _supersede(self, step: int) -> None:
@@ -139,7 +152,9 @@ class MLflow(Tracker):
 
   def _log(self, step: int, values: Mapping[str, float]) -> None:
     entities, now = self._mlflow.entities, int(time.time() * 1000)
+    # MLflow refuses other characters, such as the "@" of "accuracy@5".
     metrics = [
-      entities.Metric(name, value, now, step) for name, value in values.items()
+      entities.Metric(re.sub(r'[^\w\-. :/]', '_', name), value, now, step)
+      for name, value in values.items()
     ]
     self._client.log_batch(self._run_id, metrics=metrics)
