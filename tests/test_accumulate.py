@@ -184,11 +184,8 @@ def _check_doubles(changes, num_parts, lengths='uneven', **others):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('lengths', 'num_parts', 'depth'), [('full', 8, ONE), ('uneven', 4, {})]
-)
-@pytest.mark.parametrize(
-  ('router', 'z_weight', 'entropy_weight'),
-  [({}, 0.0, 0.0), (SIGMOID, 0.1, -0.2)],
+  ('router', 'z_weight', 'entropy_weight', 'lengths', 'num_parts', 'depth'),
+  [({}, 0.0, 0.0, 'full', 8, ONE), (SIGMOID, 0.1, -0.2, 'uneven', 4, {})],
   ids=['TopK', 'Sigmoid'],
 )
 @pytest.mark.parametrize('balance', BALANCE)
@@ -209,15 +206,23 @@ def test_every_loss_equals_that_of_the_batch(
 @pytest.mark.parametrize(
   'changes',
   [
-    {'moe.aux_weight': 0.0},
     {'moe.first_dense_layers': 2},
-    {'moe.dispatch': 'dense', 'moe.num_shared': 1},
-    {'moe.dispatch': 'grouped'},
-    {'moe.dispatch': 'dropless', 'moe.eval_dispatch': 'capacity'},
-    {'moe.router.type': 'Hash'},
-    {'moe.router.type': 'Softmax', 'moe.router.renormalize': True},
-    {'model.norm': 'RMSNorm', 'model.position': 'rope', 'model.conv_width': 3},
-    {'model.num_kv_heads': 1, 'model.max_ngram': 2, 'model.dropout_rate': 0.5},
+    {'moe.dispatch': 'dense', 'moe.num_shared': 1, 'moe.router.type': 'Hash'},
+    {'moe.dispatch': 'grouped', 'moe.aux_weight': 0.0},
+    {
+      'moe.dispatch': 'dropless',
+      'moe.eval_dispatch': 'capacity',
+      'moe.router.type': 'Softmax',
+      'moe.router.renormalize': True,
+    },
+    {
+      'model.norm': 'RMSNorm',
+      'model.position': 'rope',
+      'model.conv_width': 3,
+      'model.num_kv_heads': 1,
+      'model.max_ngram': 2,
+      'model.dropout_rate': 0.5,
+    },
   ],
   ids=str,
 )

@@ -222,9 +222,11 @@ def test_config_is_built_and_its_step_traced(name, corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize(
+  'name', ['base', 'dense', 'shakespeare', 'deepseek_nano', 'gpu_1b']
+)
 def test_config_takes_a_step(name, corpus, tmp_path):
-  """Each config, shrunk, trains."""
+  """Configs whose parts differ train, shrunk; the steps of all are traced."""
   trainer = experiment.build(_shrunk(name, corpus), tmp_path)
   assert trainer.fit() == 'done'
   assert trainer.step == 2

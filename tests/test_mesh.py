@@ -357,8 +357,6 @@ def test_a_step_of_data_parallelism_gathers_nothing(capfd):
   ('mesh', 'variant'),
   [
     ('fsdp 8', 'dropout'),
-    ('expert 8', 'plain'),
-    ('tensor 4', 'plain'),
     ('fsdp 4 x tensor 2', 'remat'),
     ('data 2 x fsdp 2 x expert 2', 'accumulation'),
     ('data 2 x expert 2 x tensor 2', 'scan'),

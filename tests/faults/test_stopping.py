@@ -14,8 +14,10 @@ from tests.runs import result_of
 from tests.shrunk import ROOT
 
 
-def case(what, *arguments):
+def case(what, *arguments, often=False):
+  """Returns a case; `often` is for those of continuous integration."""
   marks = [pytest.mark.fault(injected=what), pytest.mark.slow]
+  marks += [] if often else [pytest.mark.full]
   return pytest.param(*arguments, marks=marks)
 
 
@@ -24,13 +26,16 @@ def case(what, *arguments):
   ('fault', 'changes'),
   [
     case('SIGKILL in the first step', 'step 1 KILL', {}),
-    case('SIGKILL in step 7', 'step 7 KILL', {}),
+    case('SIGKILL in step 7', 'step 7 KILL', {}, often=True),
     case('SIGKILL in the first asynchronous save', 'save 1 KILL', {}),
-    case('SIGKILL in the second asynchronous save', 'save 2 KILL', {}),
+    case(
+      'SIGKILL in the second asynchronous save', 'save 2 KILL', {}, often=True
+    ),
     case(
       'SIGKILL between the commit of a checkpoint and its manifest',
       'manifest 2 KILL',
       {},
+      often=True,
     ),
     case('the same of the first checkpoint', 'manifest 1 KILL', {}),
     case(
@@ -87,13 +92,13 @@ def test_killed_at_random(start, tmp_path, finished, happened):
 @pytest.mark.parametrize(
   ('fault', 'code', 'step'),
   [
-    case('SIGTERM in a step', 'step 6 TERM', 75, 6),
+    case('SIGTERM in a step', 'step 6 TERM', 75, 6, often=True),
     case('SIGTERM in an evaluation', 'evaluation 2 TERM', 75, 8),
-    case('SIGTERM in a save', 'save 2 TERM', 75, 8),
+    case('SIGTERM in a save', 'save 2 TERM', 75, 8, often=True),
     case('SIGTERM in the final text', 'sample 3 TERM', 75, 12),
     case('SIGTERM in the last step', 'step 12 TERM', 75, 12),
     case('Ctrl-C in a step', 'step 6 INT', 75, 6),
-    case('Ctrl-C in an evaluation', 'evaluation 2 INT', 75, 8),
+    case('Ctrl-C in an evaluation', 'evaluation 2 INT', 75, 8, often=True),
   ],
 )
 @pytest.mark.fault(promised='exit 75, all is saved; resumed, bitwise the same')
@@ -147,9 +152,9 @@ def test_interrupted_while_starting(start, tmp_path, finished, happened):
 @pytest.mark.parametrize(
   ('fault', 'code'),
   [
-    case('SIGTERM twice in a save', 'save 2 TERM,TERM', 143),
+    case('SIGTERM twice in a save', 'save 2 TERM,TERM', 143, often=True),
     case('SIGTERM twice in an evaluation', 'evaluation 2 TERM,TERM', 143),
-    case('Ctrl-C twice', 'step 6 INT,INT', 130),
+    case('Ctrl-C twice', 'step 6 INT,INT', 130, often=True),
     case('SIGTERM, then Ctrl-C', 'step 6 TERM,INT', 130),
   ],
 )
