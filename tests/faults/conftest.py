@@ -172,26 +172,27 @@ def steps_of(workdir: pathlib.Path) -> list[int]:
   return sorted(int(name) for name in names if name.isdecimal())
 
 
-def same_end(workdir, expected, metric_tolerance=0.0) -> None:
-  """Compares the last state bitwise, the metrics, the text and the result."""
+def same_end(workdir, expected, tolerance=0.0) -> None:
+  """Compares the last state bitwise, the metrics, the text and the result.
+
+  Other programs round in other ways. With a tolerance, the state is therefore
+  not compared: Adam makes steps of a bias whose gradient is rounding alone.
+  """
   found, wanted = (
     reader.read(directory / 'checkpoints', '12')[0]
     for directory in (workdir, expected)
   )
   assert found.keys() == wanted.keys()
   for name, leaf in wanted.items():
-    # The state is that of training; other arrays are sums of metrics.
-    tolerance = 0.0 if name.startswith('state.') else metric_tolerance
-    np.testing.assert_allclose(
-      found[name], leaf, rtol=tolerance, atol=0, err_msg=name
-    )
+    if not tolerance:
+      np.testing.assert_array_equal(found[name], leaf, err_msg=name)
     assert found[name].dtype == leaf.dtype
-  assert_close(metrics_of(workdir), metrics_of(expected), metric_tolerance)
+  assert_close(metrics_of(workdir), metrics_of(expected), tolerance)
   sample = (workdir / 'sample.txt').read_text()
   assert sample == (expected / 'sample.txt').read_text()
   result = result_of(workdir)
   for key in ('status', 'step', 'val_loss', 'best_step', 'skipped_updates'):
-    assert_close(result[key], result_of(expected)[key], metric_tolerance)
+    assert_close(result[key], result_of(expected)[key], tolerance)
 
 
 def assert_close(found, expected, tolerance: float) -> None:
