@@ -448,13 +448,15 @@ def test_the_plan_is_the_compiled_step_of_a_run(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_extrapolated_plan_is_that_of_all_layers(tiny, monkeypatch):
+@pytest.mark.parametrize('mesh', [1, 4])
+def test_an_extrapolated_plan_is_that_of_all_layers(tiny, monkeypatch, mesh):
   monkeypatch.setattr(estimate, 'BATCH_FACTORS', (1, 4))
   config = tiny(
-    {'model.num_layers': 5, 'model.remat': 'block', 'mesh.fsdp': 4}
+    {'model.num_layers': 5, 'model.remat': 'block', 'mesh.fsdp': mesh}
     | {'batch_size': 32, 'model.d_model': 64}
   )
-  target = estimate.Target(memory=10**9)
+  # Programs of further batches take minutes to compile on a mesh.
+  target = estimate.Target(memory=10**9 if mesh == 1 else 0)
   whole = estimate.make(config, VOCAB_SIZE, target)
   short = estimate.make(config, VOCAB_SIZE, target, max_layers=4)
   assert whole['compiled']['depths'] == [5]
@@ -467,8 +469,9 @@ def test_an_extrapolated_plan_is_that_of_all_layers(tiny, monkeypatch):
     assert short['collectives'][kind]['result_bytes'] == pytest.approx(
       found['result_bytes'], rel=0.05
     )
-  ratio = short['largest_batch_size'] / whole['largest_batch_size']
-  assert math.isclose(ratio, 1, rel_tol=0.05)
+  if mesh == 1:
+    ratio = short['largest_batch_size'] / whole['largest_batch_size']
+    assert math.isclose(ratio, 1, rel_tol=0.05)
 
 
 @pytest.mark.slow
