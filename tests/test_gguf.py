@@ -337,10 +337,7 @@ def _compare(path, task, trained, prompts, texts=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('kind', 'qk_norm'),
-  [('Bytes', False), ('BPE', True), ('BPE', False), ('Bytes', True)],
-)
+@pytest.mark.parametrize(('kind', 'qk_norm'), [('Bytes', False), ('BPE', True)])
 def test_llama_cpp_continues_as_a_run_does(kind, qk_norm, tmp_path):
   """A trained run, through the command's function."""
   text = '\n'.join(p.read_text() for p in sorted(ROOT.glob('docs/**/*.md')))

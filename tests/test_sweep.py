@@ -976,7 +976,7 @@ for outcome in runner.run(given, out, num_parallel=num_parallel, ask=ask,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('num_parallel', [1, 3])
+@pytest.mark.parametrize('num_parallel', [3])
 def test_a_killed_optuna_sweep_asks_for_the_same_jobs(num_parallel, tmp_path):
   python = peers.python_with('optuna', ['optuna==5.0.0'])
   # Everything but Optuna is that of the tests.

@@ -736,10 +736,13 @@ def test_a_section_that_is_none(tmp_path, happened, section, value):
     pytest.param(
       name,
       edit,
-      marks=fault(
-        f'{name} of a finished run, {what}, and the run made longer',
-        'it goes on: nothing reads it',
-      ),
+      marks=[
+        fault(
+          f'{name} of a finished run, {what}, and the run made longer',
+          'it goes on: nothing reads it',
+        ),
+        *([] if name == 'metrics.jsonl' else [pytest.mark.full]),
+      ],
       id=f'{name}, {what}',
     )
     for what, name, edit in [
@@ -890,11 +893,19 @@ def test_a_full_disk(tmp_path, start, happened, size, codes):
   [
     pytest.param(
       name,
-      marks=fault(
-        f'a workdir named {name!r}', 'as any other, or refused in a line'
-      ),
+      marks=[
+        fault(
+          f'a workdir named {name!r}', 'as any other, or refused in a line'
+        ),
+        *([] if often else [pytest.mark.full]),
+      ],
     )
-    for name in ['with spaces ★ é', '*[a]? %s', 'two\nlines', b'not UTF-8 \xff']
+    for name, often in [
+      ('with spaces ★ é', False),
+      ('*[a]? %s', True),
+      ('two\nlines', False),
+      (b'not UTF-8 \xff', True),
+    ]
   ],
 )
 def test_odd_names(tmp_path, run, command, happened, name):

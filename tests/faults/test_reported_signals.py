@@ -198,7 +198,11 @@ def test_before_training_begins(happened, names, call, code):
   'injected',
   [
     pytest.param(
-      words, marks=fault(f'SIG{words.split()[-1]}, a process: {words}', SAVED)
+      words,
+      marks=[
+        fault(f'SIG{words.split()[-1]}, a process: {words}', SAVED),
+        *([pytest.mark.full] if 'step' in words else []),
+      ],
     )
     for words in ['step 6 USR1', 'evaluation 2 HUP', 'save 2 USR2']
   ],
