@@ -189,7 +189,7 @@ class Run:
       UserError: The text is too short or has a character without a token.
     """
     with _as_arguments():
-      _check_utf8(text)
+      generate_lib.check_utf8('text', text)
       restored = self._restored
       from nanomoe.data import pipeline  # noqa: PLC0415 (JAX takes seconds)
 
@@ -216,7 +216,7 @@ class Run:
         layer of the model has experts.
     """
     with _as_arguments():
-      _check_utf8(text)
+      generate_lib.check_utf8('text', text)
       restored = self._restored
       from nanomoe.inspection import trace  # noqa: PLC0415 (JAX takes seconds)
       from nanomoe.moe.dispatch import registry  # noqa: PLC0415
@@ -246,7 +246,7 @@ class Run:
       UserError: The text has a character without a token.
     """
     with _as_arguments():
-      _check_utf8(text)
+      generate_lib.check_utf8('text', text)
       tokenizer = self._restored.tokenizer
       return [tokenizer.decode([t]) for t in tokenizer.encode(text).tolist()]
 
@@ -402,16 +402,6 @@ def _base(
 
 def _path(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return pathlib.Path(home.expand(os.fspath(workdir), '--workdir'))
-
-
-def _check_utf8(text: str) -> None:
-  """Raises a `UserError` for half of a surrogate pair."""
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise UserError(
-      f'text={_shown(text)}: it is not UTF-8 from character {error.start} on'
-    ) from error
 
 
 def _shown(text: str) -> str:

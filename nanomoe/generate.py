@@ -208,13 +208,26 @@ def checked_prompts(prompts: Sequence[str]) -> list[str]:
       "--prompt='': it is empty; it must have at least one character"
     )
   for prompt in prompts:
-    try:
-      prompt.encode()
-    except UnicodeEncodeError as error:
-      raise UserError(
-        f'--prompt={prompt!r}: it is not UTF-8 from character {error.start} on'
-      ) from error
+    check_utf8('--prompt', prompt)
   return prompts
+
+
+def check_utf8(name: str, text: str) -> None:
+  """Raises an error for half of a surrogate pair, which no UTF-8 has.
+
+  Args:
+    name: Name of the option or argument, for the error.
+    text: Its value.
+
+  Raises:
+    UserError: The text is not UTF-8.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{name}={text!r}: it is not UTF-8 from character {error.start} on'
+    ) from error
 
 
 def _without_mark(prompt: str) -> str:

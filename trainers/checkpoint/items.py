@@ -23,7 +23,7 @@ class _Finishing:
     before = asyncio.all_tasks()
     try:
       return await super().deserialize(infos, args)  # pyright: ignore
-    except Exception:
+    except Exception:  # Decoders of damaged data raise anything.
       others = asyncio.all_tasks() - before
       await asyncio.gather(*others, return_exceptions=True)
       raise

@@ -151,7 +151,7 @@ def _attempt(
     if not meta['best']:
       found = _newest(places, read_one)
       log.warning(
-        'there is no best checkpoint without a finite evaluation; using %d',
+        'no checkpoint is the best before a finite evaluation; using %d',
         found[1]['step'],
       )
       return found

@@ -104,11 +104,11 @@ class MLflow(Tracker):
     A relative store is that of the start which made the run, whatever the
     current directory is now.
     """
-    identity = self._load() or {}
-    stores = [self._store_directory]
-    if 'store' in identity:
-      stores.insert(0, pathlib.Path(identity['store']))
-    for store in stores if identity else []:
+    if not (identity := self._load()):
+      return None
+    # Older versions did not record the store.
+    recorded = pathlib.Path(identity.get('store', self._store_directory))
+    for store in (recorded, self._store_directory):
       for path in store.glob(f'*/{identity["run_id"]}/meta.yaml'):
         self._store_directory = store
         return path.parent
